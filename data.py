@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import signal
 import tempfile
 import urllib.request
 import warnings
@@ -600,9 +601,15 @@ class Steps(torch.utils.data.Sampler):
             yield where
 
 
+def leave_signals(_worker):
+    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
     steps = Steps(len(dataset), settings.batch, first, last, settings.seed, rank, world)
-    workers = dict(num_workers=settings.workers, prefetch_factor=4) if settings.workers else {}
+    workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=leave_signals) if settings.workers else {}
     return torch.utils.data.DataLoader(TrainingTexts(dataset, tokenizer, settings), batch_sampler=steps, collate_fn=collate,
                                        pin_memory=torch.cuda.is_available(), **workers)
 

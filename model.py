@@ -30,6 +30,7 @@ class CLIPConfig:
     context: int = 77  # longest text in tokens, both end tokens counted
     vocab: int = 49408
     embed: int = 512  # width D of the shared embedding space
+    stem: str = "patch"  # patch embedding: one linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
     activation: str = "gelu"  # or "quickgelu", for OpenAI's weights
     pool: str = "class"  # image embedding from the "class" token (the papers) or as the "average" of the patches
     branches: int = 1  # H image embeddings (Holistic CLIP)
@@ -95,7 +96,7 @@ class VisionTransformer(nn.Module):
         tokens = c.branches if c.branch_type == "class" else 1
         forks = c.branches if c.branch_type == "mlp" else 1
         self.pool, self.patch, self.heads = c.pool, c.patch, c.vision_heads
-        self.patch_embedding = nn.Conv2d(3, W, c.patch, c.patch, bias=False)
+        self.patch_embedding = nn.Conv2d(3, W, c.patch, c.patch, bias=False) if c.stem == "patch" else conv_stem(W, c.patch)
         self.class_embedding = nn.Parameter(scale * torch.randn(tokens, W))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (c.image_size // c.patch) ** 2, W))  # row 0: class tokens
         self.ln_pre = nn.LayerNorm(W)
@@ -118,6 +119,15 @@ class VisionTransformer(nn.Module):
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         return summary.permute(1, 0, 2, 3).flatten(1, 2), patches.mean(0)
+
+
+def conv_stem(width: int, patch: int) -> nn.Sequential:
+    """One 3x3 convolution for each halving of the resolution, doubling its channels, then a 1x1 to the width. Small models learn shapes
+    from it in a fraction of the images that linear patches need (2106.14881)."""
+    halvings = patch.bit_length() - 1
+    channels = [3] + [max(8, width * 3 // 4 // 2 ** (halvings - 1 - i)) for i in range(halvings)]
+    layers = [layer for a, b in zip(channels, channels[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.GELU())]
+    return nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
 
 
 def class_token_mask(tokens: int, patches: int) -> Tensor:
@@ -191,6 +201,10 @@ class CLIP(nn.Module):
     def initialize(self):
         """CLIP's: N(0, σ²) with σ falling with width, and with depth where a layer writes into the residual stream."""
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
+        if isinstance(self.visual.patch_embedding, nn.Sequential):
+            for layer in self.visual.patch_embedding[::2]:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         for tower in (self.visual, self.text):
             width, depth = tower.proj.shape[0], len(tower.blocks)
             for block in tower.blocks:
@@ -246,12 +260,14 @@ def check(c: CLIPConfig):
     """Raises ValueError with one sentence where settings cannot go together."""
     if c.image_size % c.patch:
         raise ValueError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another --image-size")
+    if c.stem == "conv" and c.patch & (c.patch - 1):
+        raise ValueError(f"the convolutional stem halves the resolution, so the patch size must be a power of two, not {c.patch}: use --stem patch")
     if c.pool == "average" and c.branch_type == "class" and c.branches > 1:
         raise ValueError(f"{c.branches} class-token branches would all have the same average of the patches: use --pool class or --branch-type mlp")
     for width, heads, tower in ((c.vision_width, c.vision_heads, "vision"), (c.text_width, c.text_heads, "text")):
         if width % heads:
             raise ValueError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or --{tower}-heads")
-    for name, choices in (("pool", ("class", "average")), ("branch_type", ("class", "mlp")), ("text_attention", ("causal", "bidirectional")),
+    for name, choices in (("stem", ("patch", "conv")), ("pool", ("class", "average")), ("branch_type", ("class", "mlp")), ("text_attention", ("causal", "bidirectional")),
                           ("activation", tuple(ACTIVATIONS))):
         if getattr(c, name) not in choices:
             raise ValueError(f"no {name} {getattr(c, name)!r}: choose from {', '.join(choices)}")
@@ -277,8 +293,8 @@ def _open_clip_name(name: str) -> str:
 def to_open_clip(model: CLIP) -> dict[str, Tensor]:
     """State dict in open_clip's names, for a model with one branch and no corner tokens (else ValueError)."""
     c = model.config
-    if c.branches > 1 or c.corner_tokens or c.text_attention != "causal":
-        raise ValueError("open_clip's CLIP has one branch, no corner tokens and causal text: this model has no place there")
+    if c.branches > 1 or c.corner_tokens or c.text_attention != "causal" or c.stem != "patch":
+        raise ValueError("open_clip's CLIP has linear patches, one branch, no corner tokens and causal text: this model has no place there")
     state = {_open_clip_name(name): value.detach().clone() for name, value in model.state_dict().items()}
     state["visual.class_embedding"] = state["visual.class_embedding"][0]
     return state

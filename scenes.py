@@ -30,20 +30,21 @@ from PIL import Image, ImageFont
 # The kinds, most distinct silhouettes first: a run with k kinds uses the first k.
 KINDS = [
     ("umbrella", "☂"), ("anchor", "⚓"), ("skull", "☠"), ("cloud", "☁"), ("star", "★"), ("heart", "♥"),
-    ("telephone", "☎"), ("airplane", "✈"), ("pair of scissors", "✂"), ("envelope", "✉"), ("chess knight", "♞"), ("sun", "☀"),
-    ("gear", "⚙"), ("flag", "⚑"), ("clover", "☘"), ("moon", "☽"), ("music note", "♫"), ("cross", "✚"),
-    ("hammer and pick", "⚒"), ("yin and yang", "☯"), ("balance", "⚖"), ("check mark", "✔"), ("snowflake", "❄"), ("house", "⌂"),
-    ("spade", "♠"), ("diamond", "♦"), ("chess rook", "♜"), ("snowman", "☃"), ("smiley", "☺"), ("radiation sign", "☢"),
-    ("biohazard sign", "☣"), ("peace sign", "☮"), ("ship wheel", "☸"), ("crescent and star", "☪"),
-    ("lightning bolt", "⚡"), ("atom", "⚛"), ("lily", "⚜"), ("pair of swords", "⚔"), ("wheelchair", "♿"), ("recycling sign", "♻"),
-    ("warning sign", "⚠"), ("pen", "✒"), ("writing hand", "✍"), ("pointing hand", "☛"), ("trident", "♆"), ("ankh", "☥"),
-    ("chess king", "♚"), ("chess queen", "♛"), ("chess bishop", "♝"), ("chess pawn", "♟"), ("club", "♣"), ("daisy", "✿"),
-    ("pentagon", "⬟"), ("hexagon", "⬢"), ("triangle", "▲"), ("disc", "●"), ("square", "■"), ("arrow", "➤"), ("ring", "◎"),
+    ("telephone", "☎"), ("airplane", "✈"), ("envelope", "✉"), ("chess knight", "♞"), ("sun", "☀"), ("gear", "⚙"),
+    ("flag", "⚑"), ("clover", "☘"), ("music note", "♫"), ("cross", "✚"), ("pickaxe", "⚒"),
+    ("yin yang", "☯"), ("check mark", "✔"), ("arrow", "➤"), ("triangle", "▲"), ("pointing hand", "☛"),
+    ("chess rook", "♜"), ("crescent", "☪"), ("pair of scissors", "✂"), ("moon", "☽"), ("balance", "⚖"),
+    ("snowflake", "❄"), ("house", "⌂"), ("spade", "♠"), ("diamond", "♦"), ("snowman", "☃"), ("smiley", "☺"),
+    ("radiation sign", "☢"), ("biohazard sign", "☣"), ("peace sign", "☮"), ("ship wheel", "☸"),
+    ("lightning bolt", "⚡"), ("atom", "⚛"), ("lily", "⚜"), ("pair of swords", "⚔"), ("wheelchair", "♿"),
+    ("recycling sign", "♻"), ("warning sign", "⚠"), ("pen", "✒"), ("writing hand", "✍"), ("trident", "♆"),
+    ("ankh", "☥"), ("chess king", "♚"), ("chess queen", "♛"), ("chess bishop", "♝"), ("chess pawn", "♟"),
+    ("club", "♣"), ("daisy", "✿"), ("pentagon", "⬟"), ("hexagon", "⬢"), ("disc", "●"), ("square", "■"), ("ring", "◎"),
     ("keyboard", "⌨"), ("hot spring", "♨"), ("comet", "☄"), ("cup", "☕"), ("mouse face", "🐭"), ("cow face", "🐮"),
     ("cat face", "🐱"), ("monkey face", "🐵"), ("frowning face", "☹"), ("maltese cross", "✠"), ("star of david", "✡"),
-    ("asterisk", "✱"), ("sharp sign", "♯"), ("dice", "⚄"), ("playing card", "🂡"), ("victory hand", "✌"), ("caduceus", "☤"),
-    ("alembic", "⚗"), ("coffin", "⚰"), ("urn", "⚱"), ("pencil", "✎"),
-    ("floral heart", "❦"), ("command sign", "⌘"), ("eject sign", "⏏"),
+    ("asterisk", "✱"), ("sharp sign", "♯"), ("dice", "⚄"), ("playing card", "🂡"), ("victory hand", "✌"),
+    ("caduceus", "☤"), ("alembic", "⚗"), ("coffin", "⚰"), ("urn", "⚱"), ("pencil", "✎"), ("floral heart", "❦"),
+    ("command sign", "⌘"), ("eject sign", "⏏"),
 ]
 COLOURS = {
     "red": (220, 30, 35), "orange": (245, 125, 20), "yellow": (225, 185, 0), "green": (30, 145, 50),
@@ -55,7 +56,7 @@ BACKGROUNDS = {
     "lavender": (225, 215, 245), "peach": (250, 220, 200), "silver": (205, 208, 212), "rose": (248, 210, 220),
 }
 PATTERNS, STYLES, SIZES = ("plain", "graded", "striped", "checkered"), ("clean", "grainy", "dim", "faded"), ("small", "medium", "large")
-SIDES = {"small": (0.20, 0.27), "medium": (0.28, 0.35), "large": (0.44, 0.52)}  # glyph side as a share of the image side
+SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image side
 PLACES = [["upper left", "top", "upper right"], ["left", "centre", "right"], ["lower left", "bottom", "lower right"]]
 PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_words")
 SPLITS = ("train", "validation", "test")
@@ -112,9 +113,9 @@ class Scenes:
         objects = []
         while len(objects) < 2:  # a main object that leaves no room for a second one is drawn again
             objects = self._layout(rng, rng.choices((2, 3, 4, 5, 6), (30, 32, 18, 12, 8))[0])
-        pattern = rng.choices(PATTERNS, (40, 20, 20, 20))[0]
+        pattern = rng.choices(PATTERNS, (49, 17, 17, 17))[0]
         ground = tuple(rng.sample(list(BACKGROUNDS), 1 if pattern == "plain" else 2))
-        style = rng.choices(STYLES, (55, 15, 15, 15))[0]
+        style = rng.choices(STYLES, (61, 13, 13, 13))[0]
         captions, about = describe(rng, objects, pattern, ground, style, self.kinds)
         return Scene(objects, pattern, ground, style, rng.getrandbits(32), captions, about)
 
@@ -152,11 +153,11 @@ class Scenes:
             patch += alpha[..., None] * (np.float32(COLOURS[o.colour_name]) - patch)
             mask[t:b, l:r][alpha > 0.5] = k + 1
         if scene.style == "dim":
-            image *= 0.55
+            image *= 0.7
         elif scene.style == "faded":
-            image = 255 - 0.55 * (255 - image)
+            image = 255 - 0.65 * (255 - image)
         elif scene.style == "grainy":
-            image += np.random.default_rng(scene.seed).normal(0, 22, image.shape[:2]).astype(np.float32)[..., None]
+            image += np.random.default_rng(scene.seed).normal(0, 12, image.shape[:2]).astype(np.float32)[..., None]
         return image.clip(0, 255).astype(np.uint8), mask
 
 

@@ -89,11 +89,11 @@ METHODS = {
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
-    "nano": dict(image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
+    "nano": dict(stem="conv", image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
                  embed=64, images=8_000, batch=32, lr=2e-3, kinds=12),
-    "tiny": dict(image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
+    "tiny": dict(stem="conv", image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
                  embed=128, images=140_000, batch=64, lr=1e-3, kinds=24),
-    "small": dict(image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
+    "small": dict(stem="conv", image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
                   embed=256, images=1_500_000, batch=512, lr=1e-3, kinds=64),
     "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
                     embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
@@ -103,7 +103,7 @@ SIZES = {
                      embed=768, images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
 }
 CHOICES = dict(method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"), grouping=("none", "sub-caption", "token"),
-               negatives=("image", "batch", "slot"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"),
+               negatives=("image", "batch", "slot"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"), stem=("patch", "conv"),
                text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
 
 

@@ -1,0 +1,259 @@
+"""The losses are the papers' formulas, written here once more as float64 loops, and stay so over several processes."""
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from losses import contrastive_loss, grouping_loss, multi_positive_loss, multi_to_multi_loss, similarity_logsumexp
+
+S = 7.25  # the same in float32 and float64
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+
+
+# ---- the formulas, in loops ------------------------------------------------------------------------------------------
+
+def dot(a, b):
+    return math.fsum(x * y for x, y in zip(a, b))
+
+
+def logsumexp(values):
+    top = max(values)
+    return top + math.log(math.fsum(math.exp(v - top) for v in values))
+
+
+def infonce(images, texts, s=S):
+    """½ · mean of the cross entropies of rows and of columns, for lists of vectors."""
+    L = [[s * dot(v, t) for t in texts] for v in images]
+    N = range(len(L))
+    return sum(logsumexp(L[i]) + logsumexp([L[j][i] for j in N]) - 2 * L[i][i] for i in N) / (2 * len(L))
+
+
+def group(patches, text, threshold=None, allowed=None):
+    """methods.md, DreamLIP 3: the grouped, unit-norm embedding of one text over one image's patches."""
+    P = len(patches)
+    w = [dot(text, p) for p in patches]
+    w = [(x - min(w)) / (max(w) - min(w)) for x in w]
+    w = [x if x >= (1 / P if threshold is None else threshold) and (allowed is None or allowed[p]) else 0 for p, x in enumerate(w)]
+    g = [sum(w[p] / sum(w) * patches[p][d] for p in range(P)) for d in range(len(text))]
+    return [x / math.sqrt(dot(g, g)) for x in g]
+
+
+def grouping(patches, texts, s=S, threshold=None, mask=None, negatives="image", allowed=None):
+    B, K = len(texts), len(texts[0])
+    pairs = {(i, k): (group(patches[i], texts[i][k], threshold, allowed and allowed[i][k]), texts[i][k])
+             for i in range(B) for k in range(K) if mask is None or mask[i][k]}
+    key = {"image": lambda i, k: i, "slot": lambda i, k: k, "batch": lambda i, k: 0}[negatives]
+    groups = {}
+    for (i, k), pair in pairs.items():
+        groups.setdefault(key(i, k), []).append(pair)
+    return sum(infonce(*zip(*pairs), s) for pairs in groups.values()) / len(groups)
+
+
+def close(value, expected, tolerance=1e-9):
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return abs(value - expected) < tolerance * max(1, abs(expected))
+
+
+# ---- similarity_logsumexp --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("image, text", [((3, 5), (3, 5)), ((2, 5), (7, 5)), ((6, 4), (1, 4)), ((3, 2, 5), (3, 4, 5)), ((4, 5), (3, 2, 5)), ((3, 4, 5), (2, 5))])
+def test_row_and_column_logsumexp_are_those_of_the_scaled_similarities_and_a_shared_operand_needs_no_group(image, text):
+    x, y = unit(*image), unit(*text, seed=1)
+    rows, cols = similarity_logsumexp(x, y, torch.tensor(S))
+    groups = [len(t) for t in (x, y) if t.dim() == 3][:1]
+    assert rows.shape == (*groups, x.shape[-2]) and cols.shape == (*groups, y.shape[-2])
+    for g in range(groups[0] if groups else 1):
+        a, b = (t[g].tolist() if t.dim() == 3 else t.tolist() for t in (x, y))
+        r, c = (rows[g], cols[g]) if groups else (rows, cols)
+        assert all(close(r[i], logsumexp([S * dot(a[i], t) for t in b])) for i in range(len(a)))
+        assert all(close(c[j], logsumexp([S * dot(v, b[j]) for v in a])) for j in range(len(b)))
+
+
+# ---- contrastive losses ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("N", [1, 2, 6])
+def test_the_contrastive_loss_is_the_mean_of_both_cross_entropies(N):
+    image, text = unit(N, 5), unit(N, 5, seed=1)
+    assert close(contrastive_loss(image, text, torch.tensor(S)), infonce(image.tolist(), text.tolist()))
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_multi_positive_loss_is_the_mean_over_the_slots(K):
+    image, texts = unit(5, 4), unit(5, K, 4, seed=1)
+    expected = sum(infonce(image.tolist(), texts[:, k].tolist()) for k in range(K)) / K
+    assert close(multi_positive_loss(image, texts, torch.tensor(S)), expected)
+
+
+@pytest.mark.parametrize("name", ["multi-positive", "grouping"])
+def test_the_negatives_of_a_slot_come_from_that_slot_alone(name):
+    image, patches, texts = unit(4, 6), unit(4, 9, 6, seed=2), unit(4, 3, 6, seed=1)
+    if name == "multi-positive":
+        loss, term = (lambda t: multi_positive_loss(image, t, torch.tensor(S))), (lambda t: infonce(image.tolist(), t[:, 1].tolist()))
+    else:
+        loss, term = (lambda t: grouping_loss(patches, t, torch.tensor(S), negatives="slot")), (
+            lambda t: grouping(patches.tolist(), t[:, 1:2].tolist(), negatives="slot"))
+    after = texts.clone()
+    after[2, 1] = unit(6, seed=99)  # slot 1 of one image: the terms of slots 0 and 2 stay as they were
+    change = (loss(after) - loss(texts)).item()
+    assert abs(change) > 1e-3 and close(3 * change, term(after) - term(texts), 1e-5)
+
+
+def test_another_sub_caption_of_the_same_image_is_no_negative():
+    image, texts = unit(4, 6), unit(4, 2, 6, seed=1)
+    twin = texts.clone()
+    twin[:, 1] = texts[:, 0]  # the same text in both slots of each image: no worse than once
+    assert close(multi_positive_loss(image, twin, torch.tensor(S)), infonce(image.tolist(), texts[:, 0].tolist()))
+
+
+@pytest.mark.parametrize("H, M", [(3, 3), (1, 4), (2, 5), (4, 2), (5, 1)])
+def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_branch_most_like_it(H, M):
+    branches, texts = unit(4, H, 6), unit(4, M, 6, seed=1)
+    total = 0
+    for m in range(M):
+        chosen = []
+        for i in range(4):
+            likest = max(range(H), key=lambda h: dot(branches[i, h].tolist(), texts[i, m].tolist()))
+            chosen.append(branches[i, m if M >= H and m < H else likest].tolist())
+        total += infonce(chosen, texts[:, m].tolist()) / M
+    assert close(multi_to_multi_loss(branches, texts, torch.tensor(S)), total)
+
+
+def test_one_branch_makes_many_to_many_one_to_many():
+    image, texts = unit(4, 1, 6), unit(4, 3, 6, seed=1)
+    assert multi_to_multi_loss(image, texts, torch.tensor(S)) == multi_positive_loss(image[:, 0], texts, torch.tensor(S))
+
+
+# ---- grouping --------------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
+ALLOWED = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(3)) < 0.6
+PATCHES, TEXTS = unit(3, 9, 6, seed=2), unit(3, 4, 6, seed=3)
+
+
+@pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.0}, {"threshold": 0.6}, {"mask": MASK}, {"allowed": ALLOWED}, {"mask": MASK, "allowed": ALLOWED, "threshold": 0.3}],
+                         ids=lambda o: "+".join(o) or "plain")
+def test_the_grouping_loss_is_the_formula(negatives, options):
+    loss = grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives=negatives, **options)
+    lists = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    assert close(loss, grouping(PATCHES.tolist(), TEXTS.tolist(), negatives=negatives, **lists), 2e-5)  # EPS in the min-max
+
+
+@pytest.mark.parametrize("P", [4, 9])
+def test_the_default_threshold_is_one_over_the_number_of_patches(P):
+    patches = unit(3, P, 6, seed=2)
+    default, *others = (grouping_loss(patches, TEXTS, torch.tensor(S), threshold=t) for t in (None, 1 / P, 0.0, 0.9))
+    assert default == others[0] and abs(default - others[2]) > 1e-3
+
+
+def test_the_three_kinds_of_negatives_differ_and_no_other_exists():
+    losses = [float(grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives=n)) for n in ("image", "batch", "slot")]
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3
+    with pytest.raises(ValueError, match="negatives must be image, batch or slot, not 'all'"):
+        grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives="all")
+
+
+def test_with_negatives_of_the_image_the_images_do_not_meet():
+    whole = grouping_loss(PATCHES, TEXTS, torch.tensor(S))
+    assert close(whole, sum(float(grouping_loss(PATCHES[i:i + 1], TEXTS[i:i + 1], torch.tensor(S))) for i in range(3)) / 3)
+
+
+@pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_padding_behind_a_mask_is_as_if_it_were_not_there(negatives, dtype, tolerance):
+    patches, texts = PATCHES.to(dtype).requires_grad_(), TEXTS.to(dtype).requires_grad_()
+    mask = torch.tensor([True, True, False, False]).expand(3, 4)
+    masked = grouping_loss(patches, texts, torch.tensor(S, dtype=dtype), mask=mask, negatives=negatives)
+    dropped = grouping_loss(patches, texts[:, :2], torch.tensor(S, dtype=dtype), negatives=negatives)
+    if negatives == "slot":  # the two slots that are all padding are groups without a pair: they count with 0
+        masked = masked * 2
+    assert close(masked, dropped.item(), tolerance)
+    for a, b in zip(torch.autograd.grad(masked, (patches, texts)), torch.autograd.grad(dropped, (patches, texts))):
+        assert torch.allclose(a, b, atol=tolerance) and not a.isnan().any()
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("loss", [
+    lambda i, p, t, s: contrastive_loss(i, t[:, 0], s), lambda i, p, t, s: multi_positive_loss(i, t, s), lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
+    *(lambda i, p, t, s, n=n, m=m: grouping_loss(p, t, s, negatives=n, mask=m) for n in ("image", "batch", "slot") for m in (None, MASK[:2, :3]))])
+def test_gradients_are_those_of_finite_differences(loss):
+    inputs = unit(2, 4), unit(2, 5, 4, seed=2), unit(2, 3, 4, seed=1), torch.tensor(S, dtype=torch.float64)
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("s", [1 / 0.07, 100.0])
+@pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
+@pytest.mark.parametrize("what", ["one sentence", "equal patches", "one patch", "no token left in a text", "no token left at all", "batch of 1", "all the same", "opposite"])
+def test_degenerate_input_has_a_finite_loss_and_finite_gradients(what, negatives, s):
+    B, K, P = 1 if what == "batch of 1" else 3, 1 if what == "one sentence" else 4, 1 if what == "one patch" else 9
+    patches, texts, mask = unit(B, P, 6, seed=2, dtype=torch.float32), unit(B, K, 6, dtype=torch.float32), torch.ones(B, K, dtype=torch.bool)
+    if what == "equal patches":
+        patches = patches[:, :1].repeat(1, P, 1)
+    elif what == "no token left in a text":
+        mask[0] = False
+    elif what == "no token left at all":
+        mask[:] = False
+    elif what in ("all the same", "opposite"):
+        patches, texts = texts[:1, :1].repeat(B, P, 1) * (1 if what == "all the same" else -1), texts[:1, :1].repeat(B, K, 1)
+    leaves = [patches.requires_grad_(), texts.requires_grad_(), torch.tensor(s, requires_grad=True)]
+    for loss in (grouping_loss(*leaves, mask=mask, negatives=negatives), grouping_loss(*leaves, negatives=negatives),
+                 multi_positive_loss(patches[:, 0], texts, leaves[2]), multi_to_multi_loss(patches[:, :2], texts, leaves[2])):
+        assert loss.isfinite() and loss > -1e-4
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+        assert all(g is None or (g.isfinite().all() and g.abs().max() < 1e3) for g in grads)
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+UNEVEN = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 0, 0]], dtype=torch.bool)  # the first rank has 6 pairs, the second 2
+GATHERING = {
+    "contrastive": lambda i, p, t, m, s: contrastive_loss(i, t[:, 0], s),
+    "multi-positive": lambda i, p, t, m, s: multi_positive_loss(i, t, s),
+    "many-to-many": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :3], t, s),
+    "many-to-many, free": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :2], t, s),
+    **{f"grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, negatives=n) for n in ("image", "batch", "slot")},
+    **{f"masked grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, mask=m, negatives=n) for n in ("image", "batch", "slot")},
+}
+
+
+def loss_and_gradients(loss, images, patches, texts, mask):
+    leaves = [x.clone().requires_grad_() for x in (images, patches, texts, torch.tensor(S, dtype=torch.float64))]
+    value = loss(*leaves[:3], mask, leaves[3])
+    value.backward()
+    return [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def global_batch():
+    return unit(4, 6), unit(4, 9, 6, seed=2), unit(4, 3, 6, seed=1), UNEVEN
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = [x[2 * rank:2 * rank + 2] for x in global_batch()]
+    torch.save({name: loss_and_gradients(loss, *part) for name, loss in GATHERING.items()}, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(one_rank, (folder,), nprocs=2)
+    return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", GATHERING)
+def test_two_processes_equal_one_in_loss_and_gradients(name, two_ranks):
+    value, *grads, scale = loss_and_gradients(GATHERING[name], *global_batch())
+    first, second = (ranks[name] for ranks in two_ranks)
+    assert close((first[0] + second[0]) / 2, value.item()) and close((first[-1] + second[-1]) / 2, scale.item())
+    for whole, *parts in zip(grads, first[1:-1], second[1:-1]):  # DDP takes the mean of the ranks' gradients
+        assert torch.allclose(torch.cat(parts) / 2, whole, atol=1e-10)

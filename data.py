@@ -478,6 +478,9 @@ class SceneImages:
             c["raw"], c["short"], c["long"], [c[name] for name in PERSPECTIVES]), []
 
 
+CACHE = 512 << 20  # bytes of decoded pictures that a data-loading process may keep
+
+
 class JsonLines:
     """Pictures beside a JSON-lines file of {"image": path relative to the file, "caption": text or list, named captions ...}.
 
@@ -503,6 +506,7 @@ class JsonLines:
         resize = [v2.RandomResizedCrop(size, scale=(crop, 1), ratio=(0.8, 1.25), interpolation=v2.InterpolationMode.BICUBIC)] if self.train else [
             v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
         self.transform, self.size = v2.Compose([*resize, v2.PILToTensor()]), size
+        self.cache = {} if len(self.rows) * 3 * (2 * size) ** 2 < CACHE else None  # a small set is decoded once
 
     def _add(self, line, number, part):
         try:
@@ -531,12 +535,21 @@ class JsonLines:
     def key(self, i):
         return self.rows[i][0]
 
+    def _picture(self, image):
+        if self.cache is None:
+            return load_image(self.root / image, self.size)
+        if image not in self.cache:
+            picture = load_image(self.root / image, 2 * self.size)
+            shrink = min(picture.size) / (2 * self.size)
+            self.cache[image] = picture if shrink <= 1 else picture.resize([round(x / shrink) for x in picture.size], Image.Resampling.BICUBIC)
+        return self.cache[image]
+
     def __getitem__(self, i, rng=None):
         found_bad = []
         for step in range(min(len(self), 100)):
             image, captions = self.rows[(i + step) % len(self)]
             try:
-                picture = load_image(self.root / image, self.size)
+                picture = self._picture(image)
             except BadSample as bad:
                 found_bad.append(bad)
                 continue

@@ -203,18 +203,18 @@ def draw_groups(run: Run, found: dict, pictures: int = 4, sentences: int = 6):
     """patches.png: held-out pictures, and over each the weights of the patches that each of its sentences grouped."""
     plt = plots()
     import textwrap
-    pictures = min(pictures, len(found["images"]))
-    texts = [c["long"][:sentences] for c in found["captions"][:pictures]]
+    chosen = np.linspace(0, len(found["images"]) - 1, min(pictures, len(found["images"]))).astype(int)
+    texts = [list(dict.fromkeys([*found["captions"][i]["long"], found["captions"][i]["raw"]]))[:sentences] for i in chosen]
     columns = 1 + max(map(len, texts))
-    figure, axes = plt.subplots(pictures, columns, figsize=(1.75 * columns, 2.25 * pictures), squeeze=False)
-    for i in range(pictures):
+    figure, axes = plt.subplots(len(chosen), columns, figsize=(1.75 * columns, 2.25 * len(chosen)), squeeze=False)
+    for row, (i, shown) in enumerate(zip(chosen, texts)):
         picture = found["images"][i].permute(1, 2, 0).numpy()
         side = run.settings["image_size"] // run.settings["patch"]
-        _, weights = group_patches(found["patches"][i:i + 1], run.texts(texts[i])[None], run.settings["threshold"])
-        for axis in axes[i]:
+        _, weights = group_patches(found["patches"][i:i + 1], run.texts(shown)[None], run.settings["threshold"])
+        for axis in axes[row]:
             axis.axis("off")
-        axes[i, 0].imshow(picture)
-        for axis, text, weight in zip(axes[i, 1:], texts[i], weights[0]):
+        axes[row, 0].imshow(picture)
+        for axis, text, weight in zip(axes[row, 1:], shown, weights[0]):
             heat = weight.view(side, side) / weight.max().clamp_min(1e-9)
             axis.imshow(picture)
             axis.imshow(np.ones_like(picture[..., 0]), cmap="gray", vmin=0, vmax=1,

@@ -10,17 +10,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from csrc import fused
+
 EPS = 1e-6
+STORED = 1 << 22  # entries of a similarity matrix that is stored rather than streamed
 
 
 def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
     """Row and column log-sum-exp of L = s · image · textᵀ.
 
     image [(G,)N,D], text [(G,)M,D] -> (per_image [(G,)N], per_text [(G,)M]); an operand without the group dimension G is shared by
-    all groups. An output that is not asked for is None.
+    all groups. An output that is not asked for is None. A matrix of up to 4 M entries is simply stored; a larger one never is: that is the
+    fused op's work (csrc/fused.py), which `--fused on` uses for all.
     """
-    logits = logit_scale * image @ text.mT
-    return logits.logsumexp(-1) if rows else None, logits.logsumexp(-2) if cols else None
+    groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
+    small = groups * image.shape[-2] * text.shape[-2] <= STORED and fused.mode() != "on"
+    return (fused.reference if small else fused.similarity_logsumexp)(image, text, logit_scale, rows=rows, cols=cols)
 
 
 class _Gather(torch.autograd.Function):

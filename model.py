@@ -122,11 +122,13 @@ class VisionTransformer(nn.Module):
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """One 3x3 convolution for each halving of the resolution, doubling its channels, then a 1x1 to the width. Small models learn shapes
-    from it in a fraction of the images that linear patches need (2106.14881)."""
+    """3x3 convolutions: one of stride 2 for each halving of the resolution, doubling the channels, and from the second on one of stride 1
+    behind it; then a 1x1 to the width. Small models learn shapes from it in a fraction of the images that linear patches need (2106.14881)."""
     halvings = patch.bit_length() - 1
     channels = [3] + [max(8, width * 3 // 4 // 2 ** (halvings - 1 - i)) for i in range(halvings)]
-    layers = [layer for a, b in zip(channels, channels[1:]) for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.GELU())]
+    layers = []
+    for i, (a, b) in enumerate(zip(channels, channels[1:])):
+        layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GELU()] + ([nn.Conv2d(b, b, 3, 1, 1), nn.GELU()] if i else [])
     return nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from csrc import fused
 from data import UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import grouping_loss, multi_to_multi_loss
 from model import CLIP, CLIPConfig, config_from
@@ -69,6 +70,7 @@ class Settings(CLIPConfig):
     device: str = "auto"  # cuda, mps or cpu
     precision: str = "auto"  # fp32 or bf16 (autocast)
     compile: bool = False  # torch.compile
+    fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (the same in plain PyTorch)
     workers: int = -1  # data-loading processes; -1: by the machine
     # the run
     out: str = "auto"  # the run's folder; auto: runs/METHOD-SIZE, numbered
@@ -103,7 +105,7 @@ SIZES = {
                      embed=768, images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
 }
 CHOICES = dict(method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"), grouping=("none", "sub-caption", "token"),
-               negatives=("image", "batch", "slot"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"), stem=("patch", "conv"),
+               negatives=("image", "batch", "slot"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"), stem=("patch", "conv"),
                text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
 
 
@@ -295,7 +297,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 SAME_ON_RESUME = [f.name for f in dataclasses.fields(Settings) if f.name not in (
-    "size", "device", "precision", "compile", "workers", "out", "resume", "save_minutes", "log_every", "eval_images", "accumulate")]
+    "size", "device", "precision", "compile", "fused", "workers", "out", "resume", "save_minutes", "log_every", "eval_images", "accumulate")]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -315,6 +317,7 @@ def train(flags: dict) -> Path:
         dist.broadcast_object_list(folder)
     folder = folder[0]
 
+    fused.set_mode(s.fused)
     torch.manual_seed(s.seed)
     tokenizer = load_tokenizer(s.tokenizer)
     s.vocab = tokenizer.vocab_size

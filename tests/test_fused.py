@@ -1,0 +1,298 @@
+"""The fused similarity op: the extension, the chunked path and the stored matrix say the same."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from csrc import fused  # noqa: E402
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+devices = pytest.mark.parametrize("device", ["cpu", GPU])
+paths = pytest.mark.parametrize("path", [fused.similarity_logsumexp, fused.chunked], ids=["extension", "chunked"])
+SHAPES = [  # image, text
+    ((1, 1), (1, 1)), ((1, 3), (131, 3)), ((131, 3), (1, 3)), ((7, 1), (11, 1)), ((257, 13), (2053, 13)), ((521, 1000), (67, 1000)),
+    ((256, 512), (64, 512)), ((3, 37, 5), (3, 41, 5)), ((37, 5), (4, 41, 5)), ((4, 37, 5), (41, 5)),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def extension():
+    fused.set_mode("on")
+    yield
+    fused.set_mode("auto")
+
+
+def embeddings(image, text, dtype=torch.float32, device="cpu", scale=100.0):
+    torch.manual_seed(0)
+    I, T = (F.normalize(torch.randn(shape), dim=-1).to(device, dtype) for shape in (image, text))
+    return I.requires_grad_(), T.requires_grad_(), torch.tensor(scale, device=device, requires_grad=True)
+
+
+def results(path, x, rows=True, cols=True):
+    """Outputs and gradients, for incoming gradients of both signs and unequal size."""
+    out = [o for o in path(*x, rows=rows, cols=cols) if o is not None]
+    gradient = [torch.linspace(-0.5, 1, o.numel(), dtype=o.dtype, device=o.device).view_as(o) for o in out]
+    return out + list(torch.autograd.grad(out, x, gradient))
+
+
+def exact(x, rows=True, cols=True):
+    return results(fused.reference, [t.detach().double().requires_grad_() for t in x], rows, cols)
+
+
+def assert_close(found, wanted, tolerance):
+    for i, (f, w) in enumerate(zip(found, wanted, strict=True)):
+        assert f.shape == w.shape
+        error = (f.double() - w.double()).norm() / w.double().norm().clamp(min=1e-6)
+        assert error < tolerance, f"result {i}: relative error {error:.1e}"
+
+
+@devices
+@paths
+@pytest.mark.parametrize("image,text", SHAPES)
+def test_any_shape_equals_the_stored_matrix(image, text, path, device):
+    x = embeddings(image, text, device=device, scale=10.0)
+    assert_close(results(path, x), exact(x), 1e-5)
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("image,text", SHAPES)
+def test_any_shape_in_low_precision(image, text, dtype, device):
+    x = embeddings(image, text, dtype, device, scale=10.0)
+    assert_close(results(fused.similarity_logsumexp, x), exact(x), 1e-2)
+
+
+@devices
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
+def test_accuracy_of_outputs_and_every_gradient_at_scale_100(dtype, tolerance, device):
+    """Matched pairs as a trained model has them, so the softmax is far from uniform."""
+    image, text, scale = embeddings((1100, 512), (1100, 512), device=device)
+    text = F.normalize(image + 1.5 * text, dim=-1)
+    x = [t.detach().to(dtype).requires_grad_() for t in (image, text)] + [scale]
+    assert_close(results(fused.similarity_logsumexp, x), exact(x), tolerance)
+
+
+@devices
+@paths
+@pytest.mark.parametrize("rows,cols", [(True, False), (False, True)])
+def test_one_side_alone(rows, cols, path, device):
+    x = embeddings((37, 5), (3, 41, 5), device=device)
+    assert path(*x, rows=rows, cols=cols)[rows] is None
+    assert_close(results(path, x, rows, cols), exact(x, rows, cols), 1e-5)
+
+
+def test_gradient_when_the_loss_uses_one_of_two_outputs():
+    x = embeddings((37, 5), (41, 5))
+    for side in (0, 1):
+        found, wanted = (torch.autograd.grad(path(*x)[side].sum(), x) for path in (fused.similarity_logsumexp, fused.reference))
+        assert_close(found, wanted, 1e-5)
+
+
+def test_frozen_tower_gets_no_gradient_and_the_other_the_same():
+    image, text, scale = embeddings((37, 5), (41, 5))
+    wanted = results(fused.similarity_logsumexp, (image, text, scale))
+    for frozen in (0, 1):
+        x = [image, text, scale]
+        x[frozen] = x[frozen].detach()
+        per_image, per_text = fused.similarity_logsumexp(*x)
+        (per_image @ torch.linspace(-0.5, 1, 37) + per_text @ torch.linspace(-0.5, 1, 41)).backward()
+        assert x[frozen].grad is None
+        assert torch.equal(x[1 - frozen].grad, wanted[3 - frozen])
+        x[1 - frozen].grad = None
+
+
+@devices
+def test_inputs_that_are_not_contiguous(device):
+    image, text, scale = embeddings((24, 70), (60, 24), device=device)
+    x = image.detach().T.requires_grad_(), text.detach()[::2].requires_grad_(), scale  # [70, 24], [30, 24]
+    assert_close(results(fused.similarity_logsumexp, x), exact(x), 1e-5)
+
+
+@devices
+@paths
+@pytest.mark.parametrize("image,text", [((0, 5), (3, 5)), ((3, 5), (0, 5)), ((0, 5), (0, 5)), ((2, 0, 5), (3, 5)), ((0, 2, 5), (3, 5))])
+def test_empty_sums_are_minus_infinity_as_in_torch(image, text, path, device):
+    x = embeddings(image, text, device=device)
+    out, wanted = path(*x), fused.reference(*x)
+    assert all(torch.equal(o, w) for o, w in zip(out, wanted))
+    gradients = torch.autograd.grad(out, x, [torch.zeros_like(o) for o in out])
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(gradients, x))
+
+
+@devices
+@paths
+def test_rows_whose_best_logit_is_far_from_zero_stay_finite(path, device):
+    torch.manual_seed(0)
+    text = F.normalize(torch.rand(300, 8) + 0.5, dim=-1)
+    image = torch.stack([-text[0] * 0.7, text[0] * 10, -text[0] * 10, text[0] * 0])  # best logits near -50, 1000, -700, 0
+    x = image.to(device).requires_grad_(), text.to(device).requires_grad_(), torch.tensor(100.0, device=device, requires_grad=True)
+    found = results(path, x)
+    assert found[0][0] < -40 and found[0][1] > 900 and found[0][2] < -600 and all(f.isfinite().all() for f in found)
+    assert_close(found, exact(x), 1e-4)
+
+
+@devices
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_is_never_silent(dtype, path, device):
+    x = embeddings((70, 16), (90, 16), dtype, device)
+    with torch.no_grad():
+        x[0][5, 3] = torch.nan
+    per_image, per_text, d_image, d_text, d_scale = results(path, x)
+    assert per_image.isnan().nonzero().flatten().tolist() == [5]
+    assert per_text.isnan().all() and d_image[5].isnan().all() and d_text.isnan().all() and d_scale.isnan()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_cpu_without_onednn_kernels_computes_the_same(dtype, tolerance):
+    x = embeddings((300, 33), (2, 131, 33), dtype)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_close(results(fused.similarity_logsumexp, x), exact(x), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_again_and_for_any_number_of_threads(dtype):
+    x = embeddings((700, 64), (2, 2500, 64), dtype)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for n in (1, 1, 2, 3, 5):
+            torch.set_num_threads(n)
+            runs.append(results(fused.similarity_logsumexp, x))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("image,text", [((4, 3), (5, 3)), ((4, 3), (2, 5, 3)), ((2, 4, 3), (5, 3))])
+@pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
+def test_gradcheck_in_float64(image, text, rows, cols):
+    x = [t.detach().double().requires_grad_() for t in embeddings(image, text, scale=5.0)]
+    assert torch.autograd.gradcheck(lambda *x: [o for o in fused.similarity_logsumexp(*x, rows=rows, cols=cols) if o is not None], x)
+
+
+@devices
+@pytest.mark.parametrize("image,text", [((7, 5), (9, 5)), ((7, 5), (3, 9, 5))])
+@pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
+def test_opcheck(image, text, rows, cols, device):
+    x = embeddings(image, text, device=device)
+    out = [o.detach() if o is not None else torch.empty(0, device=device) for o in fused.similarity_logsumexp(*x, rows=rows, cols=cols)]
+    torch.library.opcheck(torch.ops.similarity.logsumexp.default, (*x, rows, cols))
+    gradients = [o if used else None for o, used in zip(out, (rows, cols))]
+    detached = [t.detach() for t in x]
+    torch.library.opcheck(torch.ops.similarity.logsumexp_backward.default, (*gradients, *detached, *out, True, cols))
+
+
+@devices
+def test_compiles_into_one_graph_under_autocast_too(device):
+    x = embeddings((37, 6), (3, 41, 6), device=device)
+    loss = lambda *x: sum(o.square().mean() for o in fused.similarity_logsumexp(*x))  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True)
+    assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+    with torch.autocast(device, torch.bfloat16):
+        assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+
+
+@devices
+@paths
+def test_autocast_rounds_the_embeddings_and_nothing_else(path, device):
+    x = embeddings((37, 6), (41, 6), device=device)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in x[:2]] + [x[2]]
+    with torch.autocast(device, torch.bfloat16):
+        found = results(fused.similarity_logsumexp, x)
+    assert {f.dtype for f in found} == {torch.float32}
+    assert_close(found, results(path, rounded), 1e-2)
+    assert_close(found[:2], exact(rounded)[:2], 1e-5)
+
+
+def test_number_for_a_scale():
+    image, text, _ = embeddings((5, 3), (4, 3))
+    assert torch.equal(fused.similarity_logsumexp(image, text, 7.0)[0], fused.similarity_logsumexp(image, text, torch.tensor(7.0))[0])
+
+
+@pytest.mark.parametrize(
+    "image,text,named",
+    [((4, 3), (5, 2), r"\[4, 3\].*\[5, 2\]"), ((2, 4, 3), (3, 5, 3), r"\[2, 4, 3\].*\[3, 5, 3\]"), ((3,), (5, 3), r"\[3\].*\[5, 3\]")],
+)
+def test_shapes_that_do_not_fit_are_both_named(image, text, named):
+    with pytest.raises(RuntimeError, match=named):
+        fused.similarity_logsumexp(torch.randn(image), torch.randn(text), 1.0)
+
+
+def test_dtypes_and_scales_that_do_not_fit_are_named():
+    with pytest.raises(RuntimeError, match=r"Float.*BFloat16"):
+        fused.similarity_logsumexp(torch.randn(4, 3), torch.randn(5, 3).bfloat16(), 1.0)
+    with pytest.raises(RuntimeError, match=r"logit_scale.*\[2\]"):
+        fused.similarity_logsumexp(torch.randn(4, 3), torch.randn(5, 3), torch.ones(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_devices_that_do_not_fit_are_both_named():
+    with pytest.raises(RuntimeError, match=r"cuda.*cpu"):
+        fused.similarity_logsumexp(torch.randn(4, 3, device="cuda"), torch.randn(5, 3), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_tiles_streams_and_graphs():
+    """More than one tile each way, on a side stream, captured: a hidden synchronisation would fail the capture."""
+    x = embeddings((4500, 64), (2300, 64), torch.bfloat16, "cuda")
+    wanted = exact(x)
+    results(fused.similarity_logsumexp, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = results(fused.similarity_logsumexp, x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_close(found, wanted, 1e-2)
+
+
+# ---- building
+
+
+def python(code, **environment):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_processes_starting_together_build_once_past_a_dead_build(tmp_path):
+    """Each finds the extension; one line says that it was built. A lock file that a killed build left is no obstacle."""
+    code = "import torch; from csrc import fused; fused.set_mode('on'); print(fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item())"
+    name = python("from csrc import fused\nfrom unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): print(fused.build(cuda=False).parent)",
+                  TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()[0].split()[-1]  # fmt: skip
+    (Path(name) / "done").unlink()
+    (Path(name) / "lock").touch()
+    outputs = [p.communicate(timeout=300)[0] for p in [python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(3)]]
+    assert all(o.split()[-1] == "3.0" for o in outputs), outputs
+    assert "".join(outputs).count("built the fused similarity op") == 1
+
+
+def test_without_a_compiler_auto_says_so_once_and_on_raises(tmp_path):
+    call = "fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item()"
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"}
+    out = python(f"import torch; from csrc import fused; print({call}, {call})", **environment).communicate()[0]
+    assert out.split()[-2:] == ["3.0", "3.0"] and out.count("WARNING: the fused similarity op was not built") == 1
+    out = python(f"import torch; from csrc import fused; fused.set_mode('on'); {call}", **environment).communicate()[0]
+    assert "RuntimeError: --fused on, but the fused similarity op cannot be built here" in out
+
+
+def test_off_builds_nothing(tmp_path):
+    code = "import torch; from csrc import fused; fused.set_mode('off'); print(fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item())"
+    out = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()[0]
+    assert out.split()[-1] == "3.0" and not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no nvcc, or a PyTorch without CUDA")
+def test_cuda_sources_compile_for_sm80_sm90_and_later():
+    code = subprocess.run([sys.executable, "csrc/fused.py", "--cuda"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert code.returncode == 0, code.stdout + code.stderr
+    library = Path(code.stdout.split()[-1]).read_bytes()
+    for target in (b"sm_80", b"sm_90"):
+        assert target in library

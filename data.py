@@ -45,6 +45,13 @@ class UserError(Exception):
     """A mistake the user can mend: one sentence naming the thing and the remedy. train.py prints it and exits 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, without the list of all flags."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists what there is)")
+
+
 class BadSample(Exception):
     """A sample to skip and count. `reason` is one of a few short strings to count by, `detail` says which and why."""
 
@@ -421,10 +428,10 @@ def text_slots(s) -> list[str]:
 def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
     """The T texts of one image for one step, in the order of text_slots.
 
-    Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short caption and, unless it has a slot of its own, the raw
-    one: without replacement while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
+    Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short caption, the raw one unless it has a slot of its own, and
+    with `whole_caption` all sentences as one text: without replacement while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
     """
-    pool = c.long + [c.short] * bool(s.short_caption and c.short) + [c.raw] * (not s.raw_caption)
+    pool = c.long + [c.short] * bool(s.short_caption and c.short) + [c.raw] * (not s.raw_caption) + [" ".join(c.long)] * s.whole_caption
 
     def sub(k):
         if s.sampling == "first":  # the ablation: the same K texts every time
@@ -562,7 +569,10 @@ class JsonLines:
 def open_dataset(data: str, part: str, n: int, size: int, kinds: int):
     """"scenes" (part: train, validation or test; n of them) or the path of a JSON-lines file (n is ignored)."""
     if data == "scenes":
-        return SceneImages(part, n, size, kinds)
+        try:
+            return SceneImages(part, n, size, kinds)
+        except ValueError as error:
+            raise UserError(f"--kinds: {error}") from None
     if not Path(data).is_file():
         raise UserError(f"no file {data}: --data takes 'scenes' or a JSON-lines file")
     return JsonLines(data, size, "validation" if part == "test" else part)
@@ -580,12 +590,18 @@ class TrainingTexts(torch.utils.data.Dataset):
     def __getitem__(self, where):
         epoch, index = where
         rng = random.Random(f"{self.settings.seed} {epoch} {index}")
-        image, captions, bad = self.dataset.__getitem__(index, rng)
+        try:
+            image, captions, bad = self.dataset.__getitem__(index, rng)
+        except UserError as error:  # raised in a worker it would arrive as a page of traceback, so it travels as a sample
+            return error
         return image, self.tokenizer(draw_texts(captions, self.settings, rng), self.settings.context), bad
 
 
 def collate(samples):
     """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the longest text of the batch, list of BadSample."""
+    for error in samples:
+        if isinstance(error, UserError):
+            return error
     images, tokens, bad = zip(*samples)
     tokens = torch.stack(tokens)
     return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), [b for found in bad for b in found]

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import UserError, load_tokenizer, normalize, open_dataset
+from data import Parser, UserError, load_tokenizer, normalize, open_dataset
 from losses import group_patches
 from model import CLIP, CLIPConfig
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
+from train import check_device, load_checkpoint
 
 TEMPLATES = ("the main object is {0}.", "the largest thing here is {0}.", "a picture of {0}.", "{1}", "{1} clipart")
 
@@ -31,7 +32,6 @@ class Run:
     """A trained model with its tokenizer and settings, from a run's folder or a checkpoint file."""
 
     def __init__(self, path, device=None):
-        from train import load_checkpoint
         path = Path(path)
         checkpoint = load_checkpoint(path / "checkpoint.pt" if path.is_dir() or path.suffix != ".pt" else path)
         self.folder, self.settings = (path.parent if path.suffix == ".pt" else path), checkpoint["settings"]
@@ -57,7 +57,7 @@ class Run:
     def texts(self, texts: list[str], batch: int = 1000) -> torch.Tensor:
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
         tokens = self.tokenizer(texts, self.settings["context"])
-        return torch.cat([self.model.encode_texts(part.to(self.device), buckets=8)[0][:, 0].cpu() for part in tokens.split(batch)])
+        return torch.cat([self.model.encode_texts(part.to(self.device))[0][:, 0].cpu() for part in tokens.split(batch)])
 
 
 def similarity(branches: torch.Tensor, texts: torch.Tensor, branch: str = "mean") -> torch.Tensor:
@@ -128,7 +128,7 @@ def scene_metrics(run: Run, dataset, branch: str) -> tuple[dict, dict]:
 
 def localisation(run, facts, masks, patches, sentences, names) -> dict:
     """Pointing: is the patch most similar to a sentence about one object (or to the object's name) on the object, that is, does the object's
-    mask cover at least 1/8 of it? mIoU: every pixel gets the class whose name its (upsampled) patches resemble most, background included."""
+    mask cover at least 1/16 of it? mIoU: every pixel gets the class whose name its (upsampled) patches resemble most, background included."""
     N, S, patch = len(facts), masks.shape[-1], run.settings["patch"]
     side = S // patch
     named = run.texts([article(name) for name in names])
@@ -137,7 +137,7 @@ def localisation(run, facts, masks, patches, sentences, names) -> dict:
         for k, about in enumerate(scene.about):
             if about < 0:
                 continue
-            cover = (masks[i] == about + 1).float().view(side, patch, side, patch).mean((1, 3)).flatten() >= 1 / 8
+            cover = (masks[i] == about + 1).float().view(side, patch, side, patch).mean((1, 3)).flatten() >= 1 / 16
             chances.append(cover.double().mean().item())
             for query, text in (("sentence", sentences[i][k]), ("name", named[scene.objects[about].kind])):
                 hits[query].append(cover[(patches[i] @ text).argmax()].item())
@@ -288,15 +288,18 @@ def table(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
     parser.add_argument("--data", help="evaluate on this instead of the run's own data")
     parser.add_argument("--images", type=int, help="held-out images to use")
     parser.add_argument("--branch", default="mean", help="mean, max, or the number of a branch")
     parser.add_argument("--device")
     parser.add_argument("--no-figures", action="store_true")
-    options = parser.parse_args()
     try:
+        options = parser.parse_args()
+        if options.images is not None and options.images < 1:
+            raise UserError(f"--images must be at least 1, not {options.images}")
+        check_device(options.device or "cpu")
         results = {Path(run).name: evaluate_run(run, options.images, options.branch, options.data, not options.no_figures, options.device) for run in options.runs}
         if len(results) > 1:
             print("\n" + table(results))

@@ -19,23 +19,23 @@ from torch import Tensor
 
 @dataclass
 class CLIPConfig:
-    image_size: int = 224
-    patch: int = 16
-    vision_width: int = 768
-    vision_depth: int = 12
-    vision_heads: int = 12
-    text_width: int = 512
-    text_depth: int = 12
-    text_heads: int = 8
+    image_size: int = 224  # side of the square image, in pixels
+    patch: int = 16  # side of a patch, in pixels
+    vision_width: int = 768  # width W of the image tower
+    vision_depth: int = 12  # its layers
+    vision_heads: int = 12  # its attention heads
+    text_width: int = 512  # width of the text tower
+    text_depth: int = 12  # its layers
+    text_heads: int = 8  # its attention heads
     context: int = 77  # longest text in tokens, both end tokens counted
-    vocab: int = 49408
+    vocab: int = 49408  # tokens in the vocabulary (training takes the tokenizer's)
     embed: int = 512  # width D of the shared embedding space
     stem: str = "patch"  # patch embedding: one linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
     activation: str = "gelu"  # or "quickgelu", for OpenAI's weights
     pool: str = "class"  # image embedding from the "class" token (the papers) or as the "average" of the patches
     branches: int = 1  # H image embeddings (Holistic CLIP)
     branch_type: str = "class"  # H "class" tokens, or H parallel "mlp"s in the last `branch_layers` layers
-    branch_layers: int = 3
+    branch_layers: int = 3  # layers with parallel mlps
     text_attention: str = "causal"  # CLIP's, or "bidirectional" with the first token as [CLS] (LoTLIP's)
     corner_tokens: int = 0  # C (LoTLIP)
     corner_mask: bool = True  # False: summary tokens see one another (LoTLIP's ablation)
@@ -227,22 +227,23 @@ class CLIP(nn.Module):
         summaries, token_embeddings = self.text(tokens)
         return F.normalize(summaries.float(), dim=-1), F.normalize(token_embeddings.float(), dim=-1)
 
-    def encode_texts(self, tokens: Tensor, buckets: int = 4, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """encode_text for texts of mixed length: sorted by length and cut to the longest of each bucket, so little padding is computed.
+    def encode_texts(self, tokens: Tensor, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
+        """encode_text for texts of mixed length: those of up to 16, 32, 64 ... tokens together, cut to the longest of their bucket, so that
+        little padding is computed.
 
         tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D] (zeros behind a bucket's longest text) if asked for.
         """
-        length = tokens.argmax(-1) + 1
-        order = length.argsort()
+        length, order = (tokens.argmax(-1) + 1).sort()
+        edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
+        ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist() + [len(length)]
         summaries, embeddings = [], []
-        for part in order.chunk(buckets):
-            s, t = self.encode_text(tokens[part, :int(length[part[-1]])])
-            summaries.append(s)
-            embeddings.append(t)
+        for start, end in zip([0, *ends], ends):
+            if end > start:
+                s, t = self.encode_text(tokens[order[start:end], :int(length[end - 1])])
+                summaries.append(s)
+                embeddings.append(F.pad(t, (0, 0, 0, tokens.shape[1] - t.shape[1])) if with_tokens else None)
         back = order.argsort()
-        if not with_tokens:
-            return torch.cat(summaries)[back], None
-        return torch.cat(summaries)[back], torch.cat([F.pad(t, (0, 0, 0, tokens.shape[1] - t.shape[1])) for t in embeddings])[back]
+        return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
     def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (for DDP, one call a step)."""
@@ -260,6 +261,9 @@ class CLIP(nn.Module):
 
 def check(c: CLIPConfig):
     """Raises ValueError with one sentence where settings cannot go together."""
+    for name in ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads", "context", "embed", "branches"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     if c.image_size % c.patch:
         raise ValueError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another --image-size")
     if c.stem == "conv" and c.patch & (c.patch - 1):
@@ -273,9 +277,6 @@ def check(c: CLIPConfig):
                           ("activation", tuple(ACTIVATIONS))):
         if getattr(c, name) not in choices:
             raise ValueError(f"no {name} {getattr(c, name)!r}: choose from {', '.join(choices)}")
-    for name in ("image_size", "patch", "vision_width", "vision_depth", "text_width", "text_depth", "context", "embed", "branches"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     if c.corner_tokens < 0 or c.branch_layers < 0:
         raise ValueError("--corner-tokens and --branch-layers cannot be negative")
 

@@ -112,7 +112,7 @@ class Scenes:
         rng = random.Random(i * len(SPLITS) + SPLITS.index(self.split))
         objects = []
         while len(objects) < 2:  # a main object that leaves no room for a second one is drawn again
-            objects = self._layout(rng, rng.choices((2, 3, 4, 5, 6), (30, 32, 18, 12, 8))[0])
+            objects = self._layout(rng, rng.choices((2, 3, 4, 5, 6), (34, 34, 18, 9, 5))[0])
         pattern = rng.choices(PATTERNS, (49, 17, 17, 17))[0]
         ground = tuple(rng.sample(list(BACKGROUNDS), 1 if pattern == "plain" else 2))
         style = rng.choices(STYLES, (61, 13, 13, 13))[0]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from csrc import fused
-from data import UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
+from data import Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import grouping_loss, multi_to_multi_loss
 from model import CLIP, CLIPConfig, config_from
 
@@ -45,6 +45,7 @@ class Settings(CLIPConfig):
     sub_captions: int = 0  # K slots for sub-captions
     sampling: str = "random"  # sub-captions: "random" anew each time, "first" K always, "whole" long caption as one text
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
+    whole_caption: bool = False  # the whole long caption, as one text, is among them too
     long_texts: int = 0  # J slots for long texts
     long_sentences: int = 0  # consecutive sentences in a long text; 0: the whole caption
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
@@ -58,14 +59,14 @@ class Settings(CLIPConfig):
     images: int = 0  # images to see in the whole run; 0: the size's own
     batch: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
-    lr: float = 1e-3
+    lr: float = 1e-3  # greatest learning rate
     warmup: float = 0.08  # share of the steps
-    weight_decay: float = 0.1
-    beta2: float = 0.98
-    eps: float = 1e-8
+    weight_decay: float = 0.1  # AdamW's; none on gains, biases, embeddings, logit_scale
+    beta2: float = 0.98  # AdamW's
+    eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
     ema: float = 0.0  # decay of an average of the weights that is evaluated instead of them; 0: none
-    seed: int = 0
+    seed: int = 0  # of the weights, the order and the texts drawn
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     precision: str = "auto"  # fp32 or bf16 (autocast)
@@ -86,17 +87,20 @@ METHODS = {
     "dreamlip": dict(sub_captions=3, grouping="sub-caption"),
     "lotlip": dict(long_texts=1, corner_tokens=2),
     "holistic": dict(raw_caption=False, perspectives=5, branches=5),
-    "sparc": dict(grouping="token", contrastive_weight=0.5),
+    "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
 }
+
+# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes change"): the defaults are the paper's.
+SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.3, whole_caption=True)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
-    "nano": dict(stem="conv", image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
+    "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
                  embed=64, images=8_000, batch=32, lr=2e-3, kinds=12),
-    "tiny": dict(stem="conv", image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
-                 embed=128, images=140_000, batch=64, lr=1e-3, kinds=24),
-    "small": dict(stem="conv", image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
-                  embed=256, images=1_500_000, batch=512, lr=1e-3, kinds=64),
+    "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
+                 embed=128, images=100_000, batch=32, lr=1e-3, kinds=24),
+    "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
+                  embed=256, images=3_000_000, batch=256, lr=1e-3, kinds=64),
     "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
                     embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
     "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
@@ -113,7 +117,7 @@ CHOICES = dict(method=METHODS, size=("auto", *SIZES), sampling=("random", "first
 
 def parse_flags(argv=None) -> dict:
     """The flags the user gave, one for every field of Settings; the comment behind a field is its help text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(CLIPConfig) + inspect.getsource(Settings), re.M))
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
@@ -142,6 +146,8 @@ def resolve(flags: dict, world: int = 1) -> Settings:
             setattr(s, name, value)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         s.pool = "average" if size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp") else "class"
+    if s.grouping == "token" and "negatives" not in flags:
+        s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
     if s.precision == "auto":
         s.precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
     if s.workers < 0:
@@ -154,6 +160,11 @@ def resolve(flags: dict, world: int = 1) -> Settings:
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
+    positive = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes")
+    for name in positive:
+        if getattr(s, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    check_device(s.device)
     slots = text_slots(s)
     if not slots:
         raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or --perspectives")
@@ -165,17 +176,20 @@ def check(s: Settings, world: int = 1):
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add --sub-captions 3 or use --negatives batch")
     if s.batch % (world * s.accumulate):
         raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose a multiple of {world * s.accumulate}")
-    if s.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; leave --device away or use cpu")
-    positive = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes")
-    for name in positive:
-        if getattr(s, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema", "clip_grad", "eval_images"):
+    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema", "clip_grad", "eval_images", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1:
-        raise UserError("--ema must be below 1, --warmup and --crop at most 1")
+    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1 or not 0 <= s.beta2 < 1:
+        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup and --crop from 0 to 1")
+
+
+def check_device(device: str):
+    """Raises UserError if the device is none that PyTorch has here."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"no --device {device!r}: take cpu, cuda or mps")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: PyTorch sees none here; leave --device away or use cpu")
 
 
 # ---- the loss of a step ----------------------------------------------------------------------------------------------
@@ -242,7 +256,7 @@ def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
     for name, p in model.named_parameters():
         (free if p.ndim < 2 or "embedding" in name and "patch" not in name else decay).append(p)
     groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=free, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=s.device.startswith("cuda"), foreach=None if s.device.startswith("cuda") else True)
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=s.device != "mps")
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -329,7 +343,7 @@ def train(flags: dict) -> Path:
     if len(dataset) < s.batch and s.data != "scenes":
         raise UserError(f"{s.data} has {len(dataset)} training images, fewer than a batch of {s.batch}: choose a smaller --batch")
     try:
-        model = CLIP(config_from(s)).to(s.device)
+        model = CLIP(config_from(s)).to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     except ValueError as error:
         raise UserError(str(error)) from None
     steps = max(1, s.images // s.batch)
@@ -347,6 +361,9 @@ def train(flags: dict) -> Path:
         first = checkpoint["step"]
         if average:
             average = [a.to(s.device) for a in checkpoint["average"]]
+        if chief and (folder / "metrics.jsonl").exists():  # what came after the checkpoint will be done, and written, again
+            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (folder / "metrics.jsonl").write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
         say(f"resuming {folder} at step {first} of {steps}")
 
     network = model
@@ -370,56 +387,59 @@ def train(flags: dict) -> Path:
     stop = []  # the signal that asked us to stop, if one did
     handlers = {sig: signal.signal(sig, lambda number, _: stop.append(number)) for sig in (signal.SIGTERM, signal.SIGINT)}
     loader = training_loader(dataset, tokenizer, s, first, steps, rank, world)
-    bar = tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1, dynamic_ncols=True)
     metrics = open(folder / "metrics.jsonl", "a") if chief else None
     bad, saved, mark = {}, time.monotonic(), (first, time.monotonic())
-    for step, (images, tokens, found_bad) in enumerate(loader, first):
-        images, tokens = (x.to(s.device, non_blocking=True) for x in (images, tokens))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, s)
-        loss, parts = backward(network, images, tokens, s, autocast)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))
-            if average:
-                torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - s.ema)
-        for b in found_bad:
-            bad.setdefault(b.reason, set()).add(b.detail)
-        done = step + 1
-        if done % s.log_every == 0 or done == steps:
-            values = torch.stack([loss, *parts.values()])
-            if world > 1:
-                dist.all_reduce(values)
-            loss, *values = (values / world).tolist()
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} at step {done}: try a lower --lr, more --warmup, or --precision fp32; the last good weights are in {folder}")
-            if chief:
-                now = time.monotonic()
-                rate = (done - mark[0]) * s.batch / (now - mark[1])
-                mark = (done, now)
-                row = dict(step=done, images=done * s.batch, loss=loss, **dict(zip(parts, values)), lr=learning_rate(step, steps, s), grad_norm=norm.item(),
-                           logit_scale=model.logit_scale.exp().item(), images_per_s=rate)
-                metrics.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
-                metrics.flush()
-                bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in zip(parts, values)) + f", {rate:.0f} images/s")
-        bar.update()
-        stopping = bool(stop)
-        if world > 1 and done % s.log_every == 0:  # all ranks leave at the same step
-            flag = torch.tensor(float(stopping), device=s.device)
-            dist.all_reduce(flag)
-            stopping = flag.item() > 0
-        elif world > 1:
-            stopping = False
-        if chief and (stopping or done == steps or time.monotonic() - saved > 60 * s.save_minutes):
-            save(folder / "checkpoint.pt", snapshot(done))
-            saved = time.monotonic()
-        if stopping and done < steps:
-            bar.close()
-            say(f"stopped at step {done} of {steps}; go on with: --resume {folder}")
-            raise SystemExit(130)
-    bar.close()
+    with tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1, dynamic_ncols=True) as bar:
+        for step, batch in enumerate(loader, first):
+            if isinstance(batch, UserError):
+                raise batch
+            images, tokens, found_bad = batch
+            if world > 1 and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length on all ranks
+                tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
+            images, tokens = (x.to(s.device, non_blocking=True) for x in (images, tokens))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, s)
+            loss, parts = backward(network, images, tokens, s, autocast)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))
+                if average:
+                    torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - s.ema)
+            for b in found_bad:
+                bad.setdefault(b.reason, set()).add(b.detail)
+            done = step + 1
+            if done % s.log_every == 0 or done == steps:
+                values = torch.stack([loss, *parts.values()])
+                if world > 1:
+                    dist.all_reduce(values)
+                loss, *values = (values / world).tolist()
+                if not math.isfinite(loss):
+                    raise UserError(f"the loss is {loss} at step {done}: try a lower --lr, more --warmup, or --precision fp32; the last good weights are in {folder}")
+                if chief:
+                    now = time.monotonic()
+                    rate = (done - mark[0]) * s.batch / (now - mark[1])
+                    mark = (done, now)
+                    row = dict(step=done, images=done * s.batch, loss=loss, **dict(zip(parts, values)), lr=learning_rate(step, steps, s), grad_norm=norm.item(),
+                               logit_scale=model.logit_scale.exp().item(), images_per_s=rate)
+                    metrics.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
+                    metrics.flush()
+                    bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in zip(parts, values)) + f", {rate:.0f} images/s")
+            bar.update()
+            stopping = bool(stop)
+            if world > 1 and done % s.log_every == 0:  # all ranks leave at the same step
+                flag = torch.tensor(float(stopping), device=s.device)
+                dist.all_reduce(flag)
+                stopping = flag.item() > 0
+            elif world > 1:
+                stopping = False
+            if chief and (stopping or done == steps or time.monotonic() - saved > 60 * s.save_minutes):
+                save(folder / "checkpoint.pt", snapshot(done))
+                saved = time.monotonic()
+            if stopping and done < steps:
+                say(f"stopped at step {done} of {steps}; go on with: --resume {folder}")
+                raise SystemExit(130)
     for sig, handler in handlers.items():
         signal.signal(sig, handler)
     if bad:

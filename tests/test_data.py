@@ -236,7 +236,7 @@ SENTENCES, POOL = set(CAPTIONS.long), {*CAPTIONS.long, "short"}
 
 
 def settings(method="dreamlip", **flags):
-    return train.resolve({"method": method, "size": "nano", **flags})
+    return train.resolve({"method": method, "size": "nano", "whole_caption": False, **flags})
 
 
 def drawn(s, captions=CAPTIONS, n=200):
@@ -276,8 +276,9 @@ def test_sub_captions_come_with_replacement_only_when_there_are_too_few():
 
 
 @pytest.mark.parametrize("flags, pool", [
-    (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}), (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"})])
-def test_the_pool_holds_the_raw_caption_unless_it_has_a_slot_and_the_short_one_unless_told(flags, pool):
+    (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}), (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"}),
+    (dict(whole_caption=True), POOL | {" ".join(CAPTIONS.long)})])
+def test_the_pool_holds_the_raw_caption_unless_it_has_a_slot_and_the_short_and_the_whole_one_as_told(flags, pool):
     s = settings(sub_captions=2, **flags)
     assert {t for row in drawn(s) for t in row[len(row) - 2:]} == pool and len(text_slots(s)) == 2 + s.raw_caption
 

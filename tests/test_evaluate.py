@@ -193,7 +193,7 @@ def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
                 for p in range(side * side):
                     r, c = divmod(p, side)
                     cell = masks[i, r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
-                    covered.append(sum(v == about + 1 for v in cell.flatten().tolist()) * 8 >= patch * patch)
+                    covered.append(sum(v == about + 1 for v in cell.flatten().tolist()) * 16 >= patch * patch)
                 hits.append(covered[max(range(len(covered)), key=lambda p: float(patches[i, p] @ embedded[i][k]))])
                 names.append(covered[max(range(len(covered)), key=lambda p: float(patches[i, p] @ named[scene.objects[about].kind]))])
                 chance.append(np.mean(covered))

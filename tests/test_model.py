@@ -259,17 +259,19 @@ def test_a_texts_embeddings_change_with_neither_padding_nor_batch_mates(settings
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT[::2], ids=str)
+@pytest.mark.parametrize("width, lengths", [(70, (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63)), (70, (9, 70, 9)), (70, (5, 3)), (12, (12, 3)), (1, (1,)), (40, (40, 39, 17, 16))])
 @torch.no_grad()
-def test_texts_in_buckets_are_embedded_as_without(settings):
-    model, lengths = small(**settings), (6, 12, 3, 9, 9, 4, 7)
-    tokens = texts(*lengths)
+def test_texts_in_buckets_are_embedded_as_without(width, lengths, settings):
+    model = small(context=70, **settings)
+    tokens = texts(*lengths, width=width) if width > 1 else torch.tensor([[39]])
     summaries, embeddings = model.encode_text(tokens)
-    for buckets in range(1, 10):
-        quick, words = model.encode_texts(tokens, buckets, with_tokens=True)
-        assert same(quick, summaries) and words.shape == embeddings.shape
-        alone, nothing = model.encode_texts(tokens, buckets)
-        assert same(alone, summaries) and nothing is None
-        assert all(same(words[i, :n], embeddings[i, :n]) for i, n in enumerate(lengths))
+    for with_tokens in (True, False):
+        quick, words = model.encode_texts(tokens, with_tokens=with_tokens)
+        assert same(quick, summaries)
+        if with_tokens:
+            assert words.shape == embeddings.shape and all(same(words[i, :n], embeddings[i, :n]) for i, n in enumerate(lengths))
+        else:
+            assert words is None
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3), dict(branches=3, branch_type="mlp", branch_layers=1)], ids=str)
@@ -319,12 +321,12 @@ def unfolded(image, c):
 def vision(model, image):
     """One image [3,S,S] -> branches [H,D], patches [P,D], before the projection's normalisation."""
     v, c = model.visual, model.config
-    if c.stem == "conv":  # 3x3 convolutions of stride 2 with GELU between, then a 1x1
-        *halvings, last = [layer for layer in v.patch_embedding if hasattr(layer, "weight")]
-        for layer in halvings:
-            image = F.conv2d(image[None], layer.weight, layer.bias, stride=2, padding=1)[0]
+    if c.stem == "conv":  # 3x3 convolutions, each followed by GELU, as many of stride 2 as the resolution is to be halved; then a 1x1
+        *layers, last = [layer for layer in v.patch_embedding if hasattr(layer, "weight")]
+        for layer in layers:
+            image = F.conv2d(image[None], layer.weight, layer.bias, stride=layer.stride, padding=1)[0]
             image = image * 0.5 * (1 + torch.erf(image / math.sqrt(2)))
-        assert len(halvings) == math.log2(c.patch) and image.shape[1] == c.image_size // c.patch
+        assert [layer.stride for layer in layers].count((2, 2)) == math.log2(c.patch) and image.shape[1] == c.image_size // c.patch
         patches = image.flatten(1).T @ last.weight.flatten(1).T + last.bias
     else:
         patches = unfolded(image, c) @ v.patch_embedding.weight.flatten(1).T

@@ -56,7 +56,7 @@ ABLATIONS = [
     # DreamLIP: sampling, the short caption, grouping, its negatives and threshold
     *(dict(method="dreamlip", **flags) for flags in (
         dict(sampling="first"), dict(sampling="whole", grouping="none"), dict(short_caption=False), dict(raw_caption=False), dict(sub_captions=8), dict(grouping="none"),
-        dict(grouping="token"), dict(negatives="batch"), dict(negatives="slot"), dict(threshold=0.5), dict(grouping_weight=0.1, contrastive_weight=0.0))),
+        dict(grouping="token"), dict(negatives="image"), dict(negatives="batch"), dict(negatives="slot"), dict(threshold=0.5), dict(grouping_weight=0.1, contrastive_weight=0.0))),
     # LoTLIP: corners, their mask, the encoder, more and shorter long texts
     *(dict(method="lotlip", **flags) for flags in (
         dict(corner_tokens=0), dict(corner_mask=False), dict(text_attention="bidirectional"), dict(text_attention="bidirectional", corner_mask=False),
@@ -92,7 +92,7 @@ def test_every_method_and_ablation_trains_all_its_parameters(flags, tmp_path):
 
 @pytest.mark.parametrize("flags, named", [
     (dict(method="clip", raw_caption=False), "--raw-caption"), (dict(method="clip", corner_tokens=2), "--long-texts"), (dict(method="clip", contrastive_weight=0.0), "--grouping"),
-    (dict(method="clip", grouping="sub-caption"), "--sub-captions"), (dict(method="holistic", pool="average"), "--branch-type mlp"),
+    (dict(method="clip", grouping="sub-caption", negatives="image"), "--sub-captions"), (dict(method="holistic", pool="average"), "--branch-type mlp"),
     (dict(method="clip", accumulate=3), "--batch 16"), (dict(method="clip", image_size=30), "--image-size"), (dict(method="clip", vision_heads=5), "--vision-heads")])
 def test_an_impossible_combination_gets_one_sentence_naming_a_remedy(flags, named, tmp_path):
     with pytest.raises(train.UserError) as caught:
@@ -128,7 +128,7 @@ def test_a_tiny_overfit_reaches_its_floor(flags):
 # ---- one optimiser step ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    dict(method="dreamlip"), dict(method="dreamlip", negatives="batch"), dict(method="dreamlip", negatives="slot", corner_tokens=2, branches=3), dict(method="lotlip"),
+    dict(method="dreamlip", negatives="image"), dict(method="dreamlip", negatives="batch"), dict(method="dreamlip", negatives="slot", corner_tokens=2, branches=3), dict(method="lotlip"),
     dict(method="holistic"), dict(method="holistic", branch_type="mlp", branches=3), dict(method="sparc"), dict(method="sparc", sub_captions=2, negatives="batch")], ids=str)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(flags, parts):

@@ -402,7 +402,8 @@ class Captions:
 def read_captions(row: dict) -> Captions:
     """From {"raw", "short", "long", "details", ...} (re-captioning's names; "long" a string or a list of sentences), or
     {"caption": a string, or a list of M texts} (Holistic CLIP's files), or both. Raises BadSample if there is no text."""
-    named = {k: clean_field(v) for k, v in {**row, **(row.get("captions") or {})}.items()
+    inner = row.get("captions")
+    named = {k: clean_field(v) for k, v in {**row, **(inner if isinstance(inner, dict) else {})}.items()
              if k in (*PERSPECTIVES, "short", "long") and clean_field(v)}
     listed = clean_field(row.get("caption")) or []
     raw = " ".join(named.get("raw", listed[:1]) or named.get("short", []) or next(iter(named.values()), [])[:1])
@@ -498,7 +499,7 @@ class JsonLines:
     def __init__(self, path: str, size: int, part: str = "all", crop: float = 0.8):
         self.path, self.root, self.rows, self.bad, self.train = Path(path), Path(path).parent, [], {}, part == "train"
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a caption may hold U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path} ({error}): --data takes 'scenes' or a JSON-lines file") from None
         for number, line in enumerate(lines, 1):
@@ -519,9 +520,11 @@ class JsonLines:
         try:
             row = json.loads(line)
             image = row["image"]
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(image, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise BadSample("line does not parse", f"line {number}") from None
-        validation = zlib.crc32(str(image).encode()) % 10 == 0
+        validation = zlib.crc32(image.encode()) % 10 == 0
         if part == "all" or validation == (part == "validation"):
             captions = read_captions(row)
             if not (self.root / image).is_file():

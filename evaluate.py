@@ -86,8 +86,15 @@ def retrieval(sim: torch.Tensor, name: str, texts: list[str]) -> dict:
     rows = {}
     for direction, scores in (("T2I", sim.T), ("I2T", sim)):
         for k, value in recall(scores, positive).items():
-            rows[f"{name} {direction} R@{k}"] = (value, 100 * min(1, k * positive.double().mean().item()))
+            rows[f"{name} {direction} R@{k}"] = (value, chance_recall(positive, k))
     return rows
+
+
+def chance_recall(positive: torch.Tensor, k: int) -> float:
+    """Recall at k of a random order, in percent: 1 - the chance that none of a query's m positives is among k of C."""
+    C, m = positive.shape[1], positive.sum(1).double()
+    missed = torch.stack([((C - m - j) / max(C - j, 1)).clamp_min(0) for j in range(min(k, C))]).prod(0)
+    return 100 * (1 - missed).mean().item()
 
 
 def scene_metrics(run: Run, dataset, branch: str) -> tuple[dict, dict]:
@@ -229,7 +236,7 @@ def draw_groups(run: Run, found: dict, pictures: int = 4, sentences: int = 6):
 def draw_branches(run: Run, found: dict):
     """branches.png: how much more similar branch h is to perspective m of its own picture than to that of other pictures."""
     plt = plots()
-    names = [name for name in PERSPECTIVES if name in found["captions"][0]]
+    names = [name for name in PERSPECTIVES if all(name in c for c in found["captions"])]
     matrix = np.zeros((found["branches"].shape[1], len(names)))
     for m, name in enumerate(names):
         texts = run.texts([c[name] for c in found["captions"]])

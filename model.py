@@ -277,6 +277,8 @@ def check(c: CLIPConfig):
                           ("activation", tuple(ACTIVATIONS))):
         if getattr(c, name) not in choices:
             raise ValueError(f"no {name} {getattr(c, name)!r}: choose from {', '.join(choices)}")
+    if c.branches > 1 and c.branch_type == "mlp" and c.branch_layers == 0:
+        raise ValueError("parallel MLPs need layers to stand in: --branch-layers must be at least 1")
     if c.corner_tokens < 0 or c.branch_layers < 0:
         raise ValueError("--corner-tokens and --branch-layers cannot be negative")
 

@@ -20,6 +20,7 @@ from PIL import Image
 import train
 from data import SceneImages, TrainingTexts, collate, load_tokenizer, text_slots
 from model import CLIP, CLIPConfig
+from test_losses import grouping, infonce, unit
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = dict(size="nano", images=64, batch=16, eval_images=0, device="cpu", workers=0, log_every=1, save_minutes=60.0)
@@ -88,6 +89,26 @@ def test_every_method_and_ablation_trains_all_its_parameters(flags, tmp_path):
     assert lines[0]["loss"] == pytest.approx(s.contrastive_weight * lines[0]["contrastive"] + s.grouping_weight * lines[0].get("grouping", 0), rel=1e-4)
     weights = checkpoint["settings"]
     assert all(weights[name] == value for name, value in flags.items())
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_each_methods_loss_is_the_sum_that_its_paper_writes(method):
+    s = train.resolve({**RUN, "method": method, "negatives": "image", "grouping_weight": 0.7})
+    B, T, C, L, ends = 4, len(text_slots(s)), s.corner_tokens, 6, [2, 5, 4, 3]
+    v, t, patches, tokens = unit(B, s.branches, 6), unit(B, T, 1 + C, 6, seed=1), unit(B, 9, 6, seed=2), unit(B * T, L, 6, seed=3)
+    out = dict(branches=v, patches=patches, summaries=t, token_embeddings=tokens, ends=torch.tensor(ends).repeat_interleave(T), logit_scale=torch.tensor(7.25))
+    loss, _ = train.method_loss(out, s)
+    v, t = v.transpose(0, 1).tolist(), t.permute(1, 2, 0, 3).tolist()  # by branch, and by slot and summary token
+    words = [[0 < place < end for place in range(L)] for end in ends]  # neither the two end tokens nor the padding
+    mean = lambda terms: sum(terms) / len(terms)
+    expected = {
+        "clip": lambda: infonce(v[0], t[0][0]),
+        "dreamlip": lambda: mean([infonce(v[0], t[k][0]) for k in range(4)]) + 0.7 * grouping(patches.tolist(), out["summaries"][:, :, 0].tolist()),
+        "lotlip": lambda: mean([infonce(v[0], t[0][0]), *(infonce(v[0], t[1][c]) for c in range(3))]),  # the raw caption by its summary alone
+        "holistic": lambda: mean([infonce(v[m], t[m][0]) for m in range(5)]),
+        "sparc": lambda: 0.5 * infonce(v[0], t[0][0]) + 0.7 * grouping(patches.tolist(), tokens.tolist(), mask=words),
+    }[method]()
+    assert loss.item() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("flags, named", [

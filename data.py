@@ -532,9 +532,7 @@ class JsonLines:
             self.rows.append((image, captions))
 
     def count(self, bad: BadSample):
-        self.bad.setdefault(bad.reason, [])
-        if bad.detail not in self.bad[bad.reason]:
-            self.bad[bad.reason].append(bad.detail)
+        self.bad.setdefault(bad.reason, []).append(bad.detail)
 
     def report(self) -> str:
         return "; ".join(f"{len(what)} × {reason}: {', '.join(what[:3])}{' ...' if len(what) > 3 else ''}" for reason, what in self.bad.items())

@@ -13,7 +13,7 @@ main one. From the same facts come the texts the papers use:
     details, main_object, background, style, few_words       the perspectives of Holistic CLIP
 
 Scene (split, index) is always the same scene; the splits share no index and no random stream. A tenth of the colour-object
-pairs (one colour of every kind) never occurs in training, so that composition can be tested (`held_out`).
+pairs (one colour of every kind) is never drawn in training, so that composition can be tested (`held_out`).
 """
 
 import argparse

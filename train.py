@@ -56,7 +56,7 @@ class Settings(CLIPConfig):
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
     # optimisation
-    images: int = 0  # images to see in the whole run; 0: the size's own
+    images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
     lr: float = 1e-3  # greatest learning rate
@@ -338,6 +338,8 @@ def train(flags: dict) -> Path:
     dataset = open_dataset(s.data, "train", s.images, s.image_size, s.kinds)
     if getattr(dataset, "bad", None):
         say(f"left out of {s.data}: {dataset.report()}")
+    if s.eval_images:  # no held-out picture is found out now, not after the training
+        open_dataset(s.data, "test", s.eval_images, s.image_size, s.kinds)
     if s.data != "scenes" and "images" not in flags:
         s.images = min(s.images, 30 * len(dataset))
     if len(dataset) < s.batch and s.data != "scenes":

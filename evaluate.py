@@ -247,7 +247,7 @@ def draw_branches(run: Run, found: dict):
     shown = axis.imshow(matrix, cmap="viridis", aspect="auto")
     axis.set(xticks=range(len(names)), xticklabels=names, yticks=range(len(matrix)), yticklabels=[f"branch {h}" for h in range(len(matrix))])
     for (h, m), value in np.ndenumerate(matrix):
-        axis.text(m, h, f"{value:.2f}", ha="center", va="center", color="white" if value < matrix.max() * 0.6 else "black")
+        axis.text(m, h, f"{value:.2f}", ha="center", va="center", color="white" if value < (matrix.min() + matrix.max()) / 2 else "black")
     axis.set_title("similarity to the own picture's text above the mean", fontsize=10)
     figure.colorbar(shown)
     figure.savefig(run.folder / "branches.png")

@@ -90,27 +90,36 @@ METHODS = {
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
 }
 
-# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes change"): the defaults are the paper's.
+# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
+# change"): the defaults are the paper's.
 SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.3, whole_caption=True)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
-    "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
-                 embed=64, images=8_000, batch=32, lr=2e-3, kinds=12),
-    "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
-                 embed=128, images=100_000, batch=32, lr=1e-3, kinds=24),
-    "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
-                  embed=256, images=3_000_000, batch=256, lr=1e-3, kinds=64),
-    "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
-                    embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
-                    embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "large-14": dict(image_size=224, patch=14, vision_width=1024, vision_depth=24, vision_heads=16, text_width=768, text_depth=12, text_heads=12, context=77,
-                     embed=768, images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
+    "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2,
+                 text_width=64, text_depth=1, text_heads=2, context=128, embed=64,
+                 images=8_000, batch=32, lr=2e-3, kinds=12),
+    "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
+                 text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
+                 images=100_000, batch=32, lr=1e-3, kinds=24),
+    "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
+                  text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
+                  images=3_000_000, batch=256, lr=1e-3, kinds=64),
+    "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12,
+                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
+                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
+    "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12,
+                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
+                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
+    "large-14": dict(image_size=224, patch=14, vision_width=1024, vision_depth=24, vision_heads=16,
+                     text_width=768, text_depth=12, text_heads=12, context=77, embed=768,
+                     images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
 }
-CHOICES = dict(method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"), grouping=("none", "sub-caption", "token"),
-               negatives=("image", "batch", "slot"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"), stem=("patch", "conv"),
-               text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
+CHOICES = dict(
+    method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
+    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot"), fused=("auto", "on", "off"),
+    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"),
+    stem=("patch", "conv"), text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

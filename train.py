@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from csrc import fused
-from data import Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
+from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import grouping_loss, multi_to_multi_loss
 from model import CLIP, CLIPConfig, config_from
 
@@ -36,7 +36,12 @@ class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
     size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, small on a GPU
-    data: str = "scenes"  # "scenes", or a JSON-lines file of {"image": path, "caption": text or list, ...}
+    data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
+    data_weights: tuple[float, ...] = ()  # share of each path of --data among the samples; left away: by their sizes
+    image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
+    caption_fields: str = ""  # "raw=title,long=a+b": names of the fields that hold each kind of text
+    max_bad: float = 0.05  # share of bad samples over which the run stops
+    shuffle_buffer: int = 10_000  # samples of shards are shuffled within windows of so many
     kinds: int = 24  # kinds of object in the scenes
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
     crop: float = 0.8  # least share of a picture that a random crop keeps (not for scenes)
@@ -127,7 +132,8 @@ def parse_flags(argv=None) -> dict:
         else:
             kind = next(t for t in (*typing.get_args(hints[field.name]), hints[field.name]) if t in (int, float, str))
             choices = CHOICES.get(field.name)
-            parser.add_argument(name, type=kind, choices=list(choices) if choices else None, help=help)
+            several = "+" if typing.get_origin(hints[field.name]) is tuple else None
+            parser.add_argument(name, type=kind, nargs=several, choices=list(choices) if choices else None, help=help)
     return vars(parser.parse_args(argv))
 
 
@@ -144,6 +150,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     for row in (SIZES[size], METHODS[method], flags, dict(device=device, size=size)):
         for name, value in row.items():
             setattr(s, name, value)
+    s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         s.pool = "average" if size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp") else "class"
     if s.grouping == "token" and "negatives" not in flags:
@@ -152,7 +159,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
         s.precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
-    if s.tokenizer == "auto" and s.data == "scenes":
+    if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
     return s
@@ -160,7 +167,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
-    positive = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes")
+    positive = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "shuffle_buffer")
     for name in positive:
         if getattr(s, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
@@ -179,8 +186,8 @@ def check(s: Settings, world: int = 1):
     for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema", "clip_grad", "eval_images", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1 or not 0 <= s.beta2 < 1:
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup and --crop from 0 to 1")
+    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1 or not 0 <= s.max_bad <= 1 or not 0 <= s.beta2 < 1:
+        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop and --max-bad from 0 to 1")
 
 
 def check_device(device: str):
@@ -194,8 +201,17 @@ def check_device(device: str):
 
 # ---- the loss of a step ----------------------------------------------------------------------------------------------
 
-def method_loss(out: dict, s: Settings) -> tuple[torch.Tensor, dict]:
-    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns."""
+def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
+    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
+
+    `good` [B] (bool): the embeddings of bad samples become 0. So they have no gradient, and are a negative at right angles.
+    """
+    if good is not None and not good.all():
+        out = dict(out)
+        for name in ("branches", "patches", "summaries", "token_embeddings"):
+            if out.get(name) is not None:
+                which = good.repeat_interleave(len(out[name]) // len(good)) if name == "token_embeddings" else good
+                out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
     slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
     texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
     long = [t for t, slot in enumerate(slots) if slot != "raw"]
@@ -214,7 +230,7 @@ def method_loss(out: dict, s: Settings) -> tuple[torch.Tensor, dict]:
     return loss, parts
 
 
-def backward(model, images, tokens, s: Settings, autocast):
+def backward(model, images, tokens, s: Settings, autocast, good=None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts.
 
     In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings' gradients, embed
@@ -227,7 +243,7 @@ def backward(model, images, tokens, s: Settings, autocast):
             return model(normalize(images), tokens, with_tokens)
 
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(images, tokens), s)
+        loss, parts = method_loss(embed(images, tokens), s, good)
         loss.backward()
     else:
         chunks = list(zip(images.chunk(s.accumulate), tokens.chunk(s.accumulate)))
@@ -236,7 +252,7 @@ def backward(model, images, tokens, s: Settings, autocast):
         names = [name for name, value in embedded[0].items() if value is not None and name not in ("logit_scale", "ends")]
         leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
         leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
-        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s)
+        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good)
         loss.backward()
         grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if name != "logit_scale" and leaf.grad is not None}
         for i, chunk in enumerate(chunks):
@@ -335,15 +351,16 @@ def train(flags: dict) -> Path:
     torch.manual_seed(s.seed)
     tokenizer = load_tokenizer(s.tokenizer)
     s.vocab = tokenizer.vocab_size
-    dataset = open_dataset(s.data, "train", s.images, s.image_size, s.kinds)
-    if getattr(dataset, "bad", None):
-        say(f"left out of {s.data}: {dataset.report()}")
+    dataset = open_dataset(s.data, "train", s.images, s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields)
+    if dataset.bad:
+        say(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
+    dataset.bad.check(s.max_bad)
     if s.eval_images:  # no held-out picture is found out now, not after the training
-        open_dataset(s.data, "test", s.eval_images, s.image_size, s.kinds)
-    if s.data != "scenes" and "images" not in flags:
+        open_dataset(s.data, "test", s.eval_images, s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields)
+    if s.data != ("scenes",) and "images" not in flags:
         s.images = min(s.images, 30 * len(dataset))
-    if len(dataset) < s.batch and s.data != "scenes":
-        raise UserError(f"{s.data} has {len(dataset)} training images, fewer than a batch of {s.batch}: choose a smaller --batch")
+    if len(dataset) < s.batch and s.data != ("scenes",):
+        raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: choose a smaller --batch")
     try:
         model = CLIP(config_from(s)).to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     except ValueError as error:
@@ -379,7 +396,7 @@ def train(flags: dict) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     changed = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
-    say(f"{s.method} on {s.data}: {len(dataset)} images, {steps} steps of {s.batch}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+    say(f"{s.method} on {' '.join(s.data)}: {len(dataset)} images, {steps} steps of {s.batch}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
         f"{s.device}, {s.precision}, {world} process{'es' * (world > 1)}, {s.workers} workers; run folder {folder}")
     say("  " + ", ".join(f"{k}={v}" for k, v in changed.items()))
 
@@ -390,18 +407,16 @@ def train(flags: dict) -> Path:
     handlers = {sig: signal.signal(sig, lambda number, _: stop.append(number)) for sig in (signal.SIGTERM, signal.SIGINT)}
     loader = training_loader(dataset, tokenizer, s, first, steps, rank, world)
     metrics = open(folder / "metrics.jsonl", "a") if chief else None
-    bad, saved, mark = {}, time.monotonic(), (first, time.monotonic())
+    bad, saved, mark = BadCount(), time.monotonic(), (first, time.monotonic())
     with tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1, dynamic_ncols=True) as bar:
         for step, batch in enumerate(loader, first):
-            if isinstance(batch, UserError):
-                raise batch
-            images, tokens, found_bad = batch
+            images, tokens, good, found_bad = batch
             if world > 1 and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length on all ranks
                 tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-            images, tokens = (x.to(s.device, non_blocking=True) for x in (images, tokens))
+            images, tokens, good = (x.to(s.device, non_blocking=True) for x in (images, tokens, good))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, s)
-            loss, parts = backward(network, images, tokens, s, autocast)
+            loss, parts = backward(network, images, tokens, s, autocast, good)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -409,8 +424,10 @@ def train(flags: dict) -> Path:
                 model.logit_scale.clamp_(max=math.log(100))
                 if average:
                     torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - s.ema)
+            bad.seen += len(good)
             for b in found_bad:
-                bad.setdefault(b.reason, set()).add(b.detail)
+                bad.add(b)
+            bad.check(s.max_bad)
             done = step + 1
             if done % s.log_every == 0 or done == steps:
                 values = torch.stack([loss, *parts.values()])
@@ -445,7 +462,7 @@ def train(flags: dict) -> Path:
     for sig, handler in handlers.items():
         signal.signal(sig, handler)
     if bad:
-        say("pictures passed over: " + "; ".join(f"{len(what)} × {reason}: {', '.join(sorted(what)[:3])}" for reason, what in bad.items()))
+        say(f"passed over: {bad.report()}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -34,7 +34,8 @@ def fit(out, **flags):
 
 def command_line(flags):
     return [text for name, value in flags.items() for text in (
-        [f"--{'' if value else 'no-'}{name.replace('_', '-')}"] if isinstance(value, bool) else [f"--{name.replace('_', '-')}", str(value)])]
+        [f"--{'' if value else 'no-'}{name.replace('_', '-')}"] if isinstance(value, bool) else
+        [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])])]
 
 
 def fresh(s):
@@ -320,7 +321,7 @@ def test_every_setting_is_a_flag_with_a_help_text(monkeypatch):
 
 def test_flags_come_back_typed_and_only_those_given():
     assert train.parse_flags([]) == {}
-    given = dict(method="sparc", lr=0.5, batch=7, raw_caption=False, corner_mask=True, threshold=0.25, data="x.jsonl")
+    given = dict(method="sparc", lr=0.5, batch=7, raw_caption=False, corner_mask=True, threshold=0.25, data=["x.jsonl", "scenes"])
     assert train.parse_flags(command_line(given)) == given
 
 
@@ -405,7 +406,7 @@ def test_pictures_that_will_not_decode_are_passed_over_counted_and_listed(files,
     lines = [{"image": "red.png", "caption": f"red {i}"} for i in range(20)] + [{"image": "broken.png", "caption": "x"}]
     (files / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, metrics = fit(tmp_path / "run", method="clip", data=str(files / "mixed.jsonl"), tokenizer="scenes", images=64)
-    assert len(metrics) == 4 and re.search(r"1 × image will not decode: .*broken\.png", capsys.readouterr().out)
+    assert len(metrics) == 4 and re.search(r"3 × image will not decode: .*broken\.png", capsys.readouterr().out)
 
 
 def test_a_real_command_line_prints_its_one_line_and_no_more(tmp_path):

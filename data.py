@@ -401,18 +401,21 @@ ASPECT = 0.8  # a random crop is 0.8 to 1.25 times as wide as high
 
 
 def crop_box(width, height, least=1.0, rng=None):
-    """(left, top, right, bottom) of the part of a picture to keep: the middle square, or with `rng` a random rectangle
-    of at least the share `least` of the area (the random resized crop of GoogLeNet, 1409.4842)."""
-    for _ in range(10 if rng else 0):
-        area = width * height * rng.uniform(least, 1)
-        aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+    """(left, top, right, bottom) of the part of a picture to keep: the middle square; with `rng` a random rectangle of at
+    least the share `least` of the area (the random resized crop of 1409.4842), or, in a picture too long for that, the
+    greatest of that aspect at a random place."""
+    if rng is None:
+        side = min(width, height)
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(least, 1), math.exp(rng.uniform(-1, 1) * math.log(ASPECT))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+            break
+    else:
+        w, h = min(width, height / ASPECT), min(height, width / ASPECT)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
 
 
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------

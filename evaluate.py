@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Parser, UserError, load_tokenizer, normalize, open_dataset
+from data import BadCount, BadSample, Parser, UserError, load_tokenizer, normalize, open_dataset
 from losses import group_patches
 from model import CLIP, CLIPConfig
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
@@ -167,11 +167,15 @@ def localisation(run, facts, masks, patches, sentences, names) -> dict:
 
 def pair_metrics(run: Run, dataset, n: int, branch: str) -> tuple[dict, dict]:
     """Retrieval on held-out pictures with captions of their own -> {name: (value, chance)}, and what the figures need."""
-    samples = [dataset[i] for i in range(min(n, len(dataset)))]
-    bad = [b for _, _, found in samples for b in found]
+    samples, bad = [], BadCount()
+    for i in range(min(n, len(dataset))):
+        try:
+            samples.append(dataset[i])
+        except BadSample as error:
+            bad.add(error)
     if bad:
-        print(f"pictures passed over: {len(bad)}, the first {bad[0]}")
-    images, captions = torch.stack([image for image, _, _ in samples]), [c for _, c, _ in samples]
+        print(f"passed over: {bad.report()}")
+    images, captions = torch.stack([image for image, _ in samples]), [c for _, c in samples]
     branches, patches = run.images(images)
     raw, long = [c.raw for c in captions], [" ".join(c.long) for c in captions]
     rows = retrieval(similarity(branches, run.texts(raw), branch), "short", raw)
@@ -264,12 +268,15 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data: str | N
     if branch not in ("mean", "max") and not (branch.isdigit() and int(branch) < H):
         raise UserError(f"--branch {branch}: this model has {H} branch{'es' * (H > 1)}; take mean, max or a number below {H}")
     data, n = data or s["data"], n or s["eval_images"] or 1000
-    if data == "scenes":
-        rows, found = scene_metrics(run, open_dataset(data, "test", n, s["image_size"], s["kinds"]), branch)
+    name = data if isinstance(data, str) else " ".join(data)
+    where = dict(image_root=s.get("image_root"), caption_fields=s.get("caption_fields", ""))
+    dataset = open_dataset(data, "test", n, s["image_size"], s["kinds"], **where)
+    if hasattr(dataset, "scenes"):
+        rows, found = scene_metrics(run, dataset, branch)
     else:
-        rows, found = pair_metrics(run, open_dataset(data, "test", n, s["image_size"], s["kinds"]), n, branch)
+        rows, found = pair_metrics(run, dataset, n, branch)
     (run.folder / "evaluation.json").write_text(json.dumps(
-        {"data": data, "images": len(found["images"]), "branch": branch, "metrics": {k: {"value": v, "chance": c} for k, (v, c) in rows.items()}}, indent=1))
+        {"data": name, "images": len(found["images"]), "branch": branch, "metrics": {k: {"value": v, "chance": c} for k, (v, c) in rows.items()}}, indent=1))
     written = []
     if figures:
         if (run.folder / "metrics.jsonl").exists():
@@ -279,7 +286,7 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data: str | N
             draw_branches(run, found)
         written = sorted(p.name for p in run.folder.glob("*.png"))
     print(table({run.name: rows}))
-    print(f"{len(found['images'])} held-out images of {data}; " + (f"figures in {run.folder}: {', '.join(written)}" if written else ""))
+    print(f"{len(found['images'])} held-out images of {name}; " + (f"figures in {run.folder}: {', '.join(written)}" if written else ""))
     return rows
 
 
@@ -297,7 +304,7 @@ def table(results: dict[str, dict]) -> str:
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files")
-    parser.add_argument("--data", help="evaluate on this instead of the run's own data")
+    parser.add_argument("--data", nargs="+", help="evaluate on this instead of the run's own data")
     parser.add_argument("--images", type=int, help="held-out images to use")
     parser.add_argument("--branch", default="mean", help="mean, max, or the number of a branch")
     parser.add_argument("--device")

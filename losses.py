@@ -1,9 +1,9 @@
 """The losses of the papers, as pure functions over unit-norm embeddings. All rest on one: similarity_logsumexp.
 
 Symbols: B images, K texts (slots) an image, P patches, H branches, M texts for the branches, D embedding width.
-`logit_scale` is the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its own
-images and texts: the functions gather what the other ranks hold, so that the mean over ranks is the loss of the global
-batch, with its gradients.
+`logit_scale` is the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its
+own images and texts: the functions gather what the other ranks hold, so that the mean over ranks is the loss of the
+global batch, with its gradients.
 """
 
 import torch

@@ -625,11 +625,13 @@ def whole(x):
     return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
 
 
+@torch.no_grad()
 def restore(state: State, content: dict):
-    """Makes the state that of a checkpoint's contents, sharded as the state is."""
-    def like(p, x):
-        x = x.to(p.device)
-        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+    """Makes the state that of a checkpoint's contents."""
+    def like(p, x):  # sharded as p is, or of p's strides: the fused AdamW goes by places in memory
+        if isinstance(p, DTensor):
+            return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+        return torch.empty_like(p).copy_(x)
 
     state.model.load_state_dict({k: like(p, content["model"][k]) for k, p in state.model.state_dict().items()})
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -823,7 +825,7 @@ def lost_process(error: RuntimeError) -> bool:
     return distributed() and bool(re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I))
 
 
-if __name__ == "__main__":
+def main():
     try:
         train(parse_flags())
     except UserError as error:  # all processes raise it; one of each machine prints it
@@ -833,3 +835,7 @@ if __name__ == "__main__":
             raise
         sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
                  "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+
+
+if __name__ == "__main__":
+    main()

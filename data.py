@@ -4,7 +4,9 @@
     tokens = tokenizer(["a photo of a dog", "a cat"], 77)  # [2, 77]: start, ids, end, zeros
     split_sentences("A dog, approx. 3.5 ft. tall. It runs...")  # ["A dog, approx. 3.5 ft. tall.", "It runs..."]
     image = load_image("dog.png")  # PIL, RGB, upright, on white
+    records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
+    python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
     python data.py --train-bpe assets/scenes.tiktoken    how the small vocabulary of the scenes was made
 """
 
@@ -26,6 +28,7 @@ import os
 import random
 import re
 import signal
+import sys
 import tarfile
 import tempfile
 import urllib.parse
@@ -518,6 +521,7 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
 # streams a tar from its start, and the order depends on the number of workers.)
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
 INDEX_VERSION = 1  # of the indices kept: raise it when a scan_ function changes
+LARGE = 1 << 24  # bytes of files that are scanned in several processes
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
 
 
@@ -609,7 +613,7 @@ def tar_members(read, end):
     and webdataset both give up a shard at the first damaged header: here the key is None, the extension says what is
     wrong, and the next whole header is looked for. The key is the name, with its folder, up to the first dot.
     """
-    at, start, name = 0, None, None
+    at, start, name, last = 0, None, None, 0
     while at < end:
         block = read(at, 512)
         try:
@@ -621,7 +625,9 @@ def tar_members(read, end):
             if following is None and block.count(0) == 512:  # the mark of the end
                 return
             yield None, "tar damaged", at, at, 0
-            at, start, name = following or end + 1, None, None
+            if following is None:
+                return
+            at, start, name = following, None, None
             continue
         start, data = at if start is None else start, at + 512
         at = data + (info.size + 511) // 512 * 512 * (info.isreg() or info.type in b"LxgK")
@@ -636,8 +642,8 @@ def tar_members(read, end):
             stem, _, extension = base.partition(".")
             if info.isreg() and stem:  # a name that begins with a dot is a system's own
                 yield folder + slash + stem, extension.lower(), start, data, info.size
-            start, name = None, None
-    if at == end:
+            start, name, last = None, None, data + info.size
+    if last <= end:
         yield None, "tar cut off", at, at, 0
 
 
@@ -714,7 +720,7 @@ def parse_lines(content, records, file):
 
 
 def csv_row(file, path):
-    """The next row of a CSV open in binary mode -> its cells ([] if it does not parse), and the lines they come from."""
+    """The next row of a CSV open in binary mode -> its cells (None if it does not parse), and the lines it takes."""
     taken = []
 
     def lines():
@@ -722,39 +728,40 @@ def csv_row(file, path):
             taken.append(line)
             yield line.decode(errors="replace")
 
-    return csv_cells(lines(), path), taken
+    return csv_cells(lines(), path, strict=True), taken
 
 
 def csv_cells(lines, path, strict=False):
     try:
         return next(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=strict), [])
     except csv.Error:
-        return []
+        return None
 
 
 @functools.lru_cache(maxsize=None)
 def csv_names(path):
     with open(path, "rb") as file:
-        return [name.strip(" \ufeff") for name in csv_row(file, path)[0]]
+        return [name.strip(" \ufeff") for name in csv_row(file, path)[0] or [""]]
 
 
 def scan_csv(path):
     """The csv module finds where a row ends, since a quoted cell may hold line breaks. A quote that is never closed
-    swallows the rows below it: then the cells are too many or too few, or the row is not strictly CSV, and only its
-    first line is given up."""
+    swallows the rows below it, until something is not strictly CSV: then only the first line is given up."""
     names = csv_names(path)
     with open(path, "rb") as file:
         lines = csv_row(file, path)[1]  # the header
         start, number = sum(map(len, lines)), len(lines) + 1
         while (found := csv_row(file, path))[1]:
             cells, lines = found
-            if len(lines) > 1 and len(csv_cells((line.decode(errors="replace") for line in lines), path, True)) != len(names):
-                cells, lines = [], lines[:1]
+            if cells is None or len(cells) != len(names) and len(lines) > 1:
+                lines = lines[:1]
                 file.seek(start + len(lines[0]))
+                even = lines[0].count(b'"') % 2 == 0  # quotes within quotes, as some write them
+                cells = even and csv_cells([lines[0].decode(errors="replace")], path)
             content, where = b"".join(lines), f"{path.name} line {number}"
             if content.strip():
                 try:
-                    if len(cells) != len(names):
+                    if not cells or len(cells) != len(names):
                         raise BadSample("row does not parse", where)
                     key = row_key(dict(zip(names, cells)), names[0])
                     yield start, len(content), key, key if "key" in names else content
@@ -764,9 +771,8 @@ def scan_csv(path):
 
 
 def parse_csv(content, records, file):
-    cells = csv_cells(io.StringIO(content.decode(errors="replace"), newline=""), file)
     names = csv_names(file)
-    row = dict(zip(names, cells))
+    row = dict(zip(names, csv_cells(io.StringIO(content.decode(errors="replace"), newline=""), file) or []))
     return Record(row_key(row, names[0]), locate(records.root or file.parent, image_field(row, names[0])), row)
 
 
@@ -903,12 +909,13 @@ def read_indices(files: list[Path]) -> list:
     new = [file for file in files if not load_index(file)]
     start = len(new) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     new = new[start:] + new[:start]  # the ranks of a machine begin at different files, and meet what others have done
-    if sum(file.stat().st_size for file in new) < 1 << 24:
-        made = map(make_index, new)
+    progress = functools.partial(tqdm, desc="indexing", total=len(new), unit="file", delay=2, leave=False)
+    if sum(file.stat().st_size for file in new) <= LARGE:
+        made = dict(zip(new, map(make_index, progress(new))))
     else:  # in other processes even if it is one file, so that what scanning takes of memory is given back
         processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        made = ProcessPoolExecutor(min(processes, len(new))).map(make_index, new)
-    made = dict(zip(new, tqdm(made, "indexing", len(new), unit="file", delay=2, leave=False)))
+        with ProcessPoolExecutor(min(processes, len(new))) as pool:
+            made = dict(zip(new, progress(pool.map(make_index, new))))
     return [made.get(file) or load_index(file) for file in files]
 
 
@@ -1268,26 +1275,100 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
 def watched(loader, samples):
     """The loader's batches; a worker's death becomes one sentence that names the samples at hand."""
     batches = iter(loader)
-    if samples.settings.workers:  # PyTorch's handler would raise anywhere in the main program; without it, waiting finds out
+    if samples.settings.workers:  # PyTorch's handler raises anywhere in the main program; without it the wait below does
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: what a dead worker was about to hand over is gone
+        if "DataLoader worker (pid" not in str(error) and (isinstance(error, RuntimeError) or "Caught" in str(error)):
             raise
         at = [f"{samples.dataset.key(index)} (number {index})" for _, index in samples.at.tolist() if index >= 0]
-        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}), while they were reading "
-                        f"{', '.join(at)}: if it ran out of memory, lower --workers; else look at these samples") from None
+        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}) while they were reading "
+                        f"{', '.join(at)}: if memory ran out, lower --workers; else look at these samples") from None
+
+
+# ---- a look at data --------------------------------------------------------------------------------------------------
+
+def look(path, image_root, fields, tokenizer, n, sheet):
+    """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
+    records, bad, shown = Records(path, image_root), BadCount(), []
+    print(f"{path}: {len(records.files)} file{'s' * (len(records.files) > 1)}, {len(records):,} samples"
+          + (f"; left out: {records.bad.report()}" if records.bad else ""))
+    sizes, lengths = [], {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
+    for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
+        try:
+            record = records[i]
+            c, picture = read_captions(record.row, fields, record.key), load_image(record.image, name=record.key)
+        except BadSample as error:
+            bad.add(error)
+            continue
+        sizes.append(picture.size)
+        for found, texts in zip(lengths.values(), ([c.raw], c.short, c.long, [" ".join(c.long)])):
+            found += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+        if len(shown) < 24:
+            picture.thumbnail((256, 256))
+            shown.append((record.key, picture, c))
+    print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
+    if sizes:
+        print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
+    for kind, found in lengths.items():
+        if found:
+            print(f"\n{kind}: {len(found):,}, tokens: mean {np.mean(found):.0f}, median {np.median(found):.0f}, "
+                  f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
+            width = max(found) // 12 + 1
+            counts = np.bincount(np.array(found) // width)
+            for i, count in enumerate(counts):
+                print(f"{i * width:6} - {(i + 1) * width - 1:4} {'█' * math.ceil(50 * count / max(counts)):50} {count}")
+    if sheet and shown:
+        contact_sheet(sheet, shown)
+        print(f"\nwrote {sheet}")
+
+
+def contact_sheet(path, shown):
+    """Draws (key, picture, Captions) triples into a picture file, three in a row."""
+    import textwrap
+    import matplotlib.pyplot as plt
+    rows = math.ceil(len(shown) / 3)
+    figure, axes = plt.subplots(rows, 6, figsize=(19, 2.5 * rows), width_ratios=(1, 1.6) * 3, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for (key, picture, c), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
+        left.imshow(picture)
+        texts = [key[-44:], f"RAW {c.raw}", *(f"SHORT {text}" for text in c.short), "LONG " + " | ".join(c.long)]
+        lines = [line for text in texts for line in textwrap.wrap(text, 46)]
+        text = "\n".join(lines[:12] + ["..."] * (len(lines) > 12))
+        right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def learn_vocabulary(path, size):
+    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
+    captions = [scenes.scene(i).captions for i in range(len(scenes))]
+    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), size)
+    Path(path).parent.mkdir(exist_ok=True)
+    save_tiktoken(path, ranks)
+    print(f"{len(ranks)} tokens in {path}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-bpe", metavar="FILE", required=True, help="learn the scenes' vocabulary and write it in tiktoken's format")
-    parser.add_argument("--vocab", type=int, default=1024)
-    options = parser.parse_args()
-    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
-    captions = [scenes.scene(i).captions for i in range(len(scenes))]
-    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), options.vocab)
-    Path(options.train_bpe).parent.mkdir(exist_ok=True)
-    save_tiktoken(options.train_bpe, ranks)
-    print(f"{len(ranks)} tokens in {options.train_bpe}")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--look", metavar="DATA", help="print counts, bad samples and lengths of captions")
+    task.add_argument("--train-bpe", metavar="FILE", help="learn the scenes' vocabulary, in tiktoken's format")
+    parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
+    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
+    parser.add_argument("--image-root", help="where the image paths in .csv and .jsonl begin")
+    parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
+    parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
+    parser.add_argument("--vocab", type=int, default=1024, help="size of the vocabulary to learn")
+    try:
+        options = parser.parse_args()
+        if options.train_bpe:
+            learn_vocabulary(options.train_bpe, options.vocab)
+        else:
+            look(options.look, options.image_root, read_fields(options.caption_fields),
+                 load_tokenizer(options.tokenizer), options.look_images, options.sheet)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -149,7 +149,8 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
     if s.precision == "auto":
-        s.precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        s.precision = "bf16" if fast else "fp32"
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
     if s.tokenizer == "auto" and s.data == "scenes":

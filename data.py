@@ -14,6 +14,7 @@ import argparse
 import base64
 import csv
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -1254,10 +1255,12 @@ def collate(samples):
     return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), good, [*filter(None, bad)]
 
 
-def leave_signals(_worker):
-    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does not."""
+def begin_worker(_number):
+    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does not.
+    What was there before the fork is not looked at by the worker's garbage collector, which would copy its memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()
 
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
@@ -1265,7 +1268,7 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
     order = Order(dataset, settings.seed, settings.shuffle_buffer, settings.data_weights)
     samples, workers = TrainingTexts(dataset, tokenizer, settings), {}
     if settings.workers:
-        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=leave_signals)
+        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=begin_worker)
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=Steps(order, settings.batch, first, last, rank, world), collate_fn=collate,
         pin_memory=torch.cuda.is_available(), **workers)

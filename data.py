@@ -1001,8 +1001,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    mean, std = (255 * torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return images.float().sub_(mean).div_(std)
 
 
 # A dataset: len, key(i), dataset[i] or dataset.__getitem__(i, rng) -> (image uint8 [3,S,S], Captions), with `rng`

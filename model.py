@@ -192,6 +192,8 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 
 class CLIP(nn.Module):
+    bucketed = True  # texts of like length go through the text tower together; else all at once, in a single call
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         check(config)
@@ -233,6 +235,8 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D] (zeros behind a bucket's longest text) if asked for.
         """
+        if not self.bucketed:
+            return self.encode_text(tokens)
         length, order = (tokens.argmax(-1) + 1).sort()
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
         ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist() + [len(length)]

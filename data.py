@@ -1078,8 +1078,8 @@ class Pictures:
     def _try_a_few(self, part):
         """A wrong image root or name of a field shows at once: not one of some samples can be used."""
         if len(self.records) and not len(self):
-            raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: take "
-                            "more data, or --eval-images 0")
+            raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
+                            "take more data, or --eval-images 0")
         failed = BadCount()
         for i in np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist():
             try:

@@ -1,10 +1,10 @@
-"""How fast training pictures come from shards: ours beside open_clip's webdataset pipeline, on the same shards in the same
-run, taking turns; and where our time goes.
+"""How fast training pictures come from shards: ours beside open_clip's webdataset pipeline, on the same shards in the
+same run, taking turns; and where our time goes.
 
     python tests/benchmark_data.py                          10,000 pictures of 256 px, 2 workers, three turns each
 
 Both read shards, decode, crop at random to 224 px, tokenise one caption with CLIP's tokenizer at 77 tokens, and end in
-batches of normalised float32 tensors: open_clip's workers normalise, ours hand over bytes, and `normalize` does the rest.
+batches of normalised float32 tensors: open_clip's workers normalise; ours hand over bytes, `normalize` does the rest.
 The shards are made once, under --folder: scenes with noise, as JPEGs of about 20 kB, the size of photographs at 256 px.
 """
 
@@ -44,7 +44,7 @@ def make_shard(folder, n):
             picture = (scenes.draw(scene)[0] + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(picture).save(file, "JPEG", quality=87)
             c = scene.captions
-            row = dict(caption=c["raw"], shortSV_captions=c["short"], longSV_captions=" ".join(c["long"]), key=f"{i:09}")
+            row = dict(caption=c["raw"], shortSV_captions=c["short"], longSV_captions=" ".join(c["long"]))
             for extension, content in (("jpg", file.getvalue()), ("txt", c["raw"].encode()),
                                        ("json", json.dumps(row).encode())):
                 member = tarfile.TarInfo(f"{i:09}.{extension}")
@@ -69,8 +69,9 @@ def open_clips(folder, workers, images):
     pipeline.tar_file_expander = functools.partial(pipeline.tar_file_expander, eof_value=None)
     logging.getLogger().setLevel(logging.ERROR)
     shards = len(list(folder.glob("*.tar")))
-    args = types.SimpleNamespace(train_data=f"{folder}/{{00000..{shards - 1:05}}}.tar", train_num_samples=images,
-                                 train_data_upsampling_factors=None, seed=0, batch_size=BATCH, workers=workers, world_size=1)
+    args = types.SimpleNamespace(
+        train_data=f"{folder}/{{00000..{shards - 1:05}}}.tar", train_num_samples=images, seed=0, world_size=1,
+        train_data_upsampling_factors=None, batch_size=BATCH, workers=workers)
     transform = open_clip.image_transform(224, is_train=True)  # a random resized crop of 0.9 to 1, bicubic
     yield from pipeline.get_wds_dataset(args, transform, True, tokenizer=open_clip.get_tokenizer("ViT-B-16")).dataloader
 

@@ -662,20 +662,26 @@ def next_header(read, at, end):
 
 
 def scan_tar(path):
+    def sample():
+        key, what, start, _, _ = group[0]
+        stop = group[-1][3] + group[-1][4]
+        if key is None:
+            return BadSample(what, f"{path.name} at byte {start}")
+        if stop > end:
+            return BadSample("tar cut off", f"{path.name} in {key}")
+        if not any(extension in SUFFIXES for _, extension, *_ in group):
+            return BadSample("no image", f"{path.name}/{key}")
+        return start, stop - start, key, key
+
     with open(path, "rb") as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        members = tar_members(lambda offset, n: os.pread(descriptor, n, offset), end)
-        for key, group in itertools.groupby(members, lambda member: member[0]):
-            group = list(group)
-            start, stop = group[0][2], group[-1][3] + group[-1][4]
-            if key is None:
-                yield BadSample(group[0][1], f"{path.name} at byte {start}")
-            elif stop > end:
-                yield BadSample("tar cut off", f"{path.name} in {key}")
-            elif not any(member[1] in SUFFIXES for member in group):
-                yield BadSample("no image", f"{path.name}/{key}")
-            else:
-                yield start, stop - start, key, key
+        descriptor, end, group = file.fileno(), os.fstat(file.fileno()).st_size, []
+        for member in tar_members(lambda offset, n: os.pread(descriptor, n, offset), end):
+            if group and (member[0] != group[0][0] or any(member[1] == other[1] for other in group)):
+                yield sample()
+                group = []
+            group.append(member)
+        if group:
+            yield sample()
 
 
 def parse_tar(content, records, n):
@@ -859,20 +865,20 @@ def load_index(file: Path):
         with open(path, "rb") as kept:
             head = kept.readline()
             n, details, counts, bad.seen = json.loads(head)
-        if path.stat().st_size != len(head) + n * SPAN.itemsize:
-            return None
-        bad.update(details)
-        bad.counts.update(counts)
-        return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
-    except (OSError, ValueError):
+        if path.stat().st_size == len(head) + n * SPAN.itemsize:
+            bad.update(details)
+            bad.counts.update(counts)
+            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
+    except (OSError, ValueError, TypeError):
         return None
 
 
 def make_index(file: Path):
-    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept."""
+    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept or the file goes on
+    changing."""
     if load_index(file):
         return None  # another process was faster
-    columns, bad, known = (array("Q"), array("L"), array("Q")), BadCount(), set()
+    path, columns, bad, known = index_path(file), (array("Q"), array("L"), array("Q")), BadCount(), set()
     try:
         for found in READERS[file.suffix if file.is_file() else ""][0](file):
             bad.seen += 1
@@ -895,21 +901,24 @@ def make_index(file: Path):
         spans[name] = column
     if file.name.endswith(".captions.jsonl"):
         spans.sort(order="key")  # its lines are looked up by key
-    if file.is_dir():
-        return spans, bad  # the time of a folder does not tell whether what is below it has changed
-    path = index_path(file)
+    if file.is_file():  # the time of a folder does not tell whether what is below it has changed
+        keep_index(path, json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
+    return None if load_index(file) else (spans, bad)
+
+
+def keep_index(path: Path, content: bytes):
+    """Whole or not at all, in place of older ones of the same file; where it cannot be written, it is not kept."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
             if old != path:
                 old.unlink(missing_ok=True)
-    except OSError:  # a cache that cannot be written costs time and memory, no more
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        return spans, bad
 
 
 def read_indices(files: list[Path]) -> list:

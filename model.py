@@ -59,7 +59,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         B, N, W = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if x.device.type == "cpu":  # where PyTorch's attention is several times slower in bfloat16 than in float32
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
 
 

@@ -187,7 +187,8 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
     if s.precision == "auto":
-        s.precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+        s.precision = "bf16" if native.get(device.split(":")[0], bool)() else "fp32"
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
     if s.tokenizer == "auto" and s.data == ("scenes",):
@@ -264,17 +265,18 @@ def agree(*values: float) -> list[float]:
 
 @contextmanager
 def together():
-    """A UserError that any process raises in this block is raised by all of them at its end."""
-    errors = [None]
+    """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
+    mine, errors = None, []
     try:
         yield
     except UserError as error:
-        errors = [error]
+        mine, errors = error, [error]
     if distributed():
-        mine, errors = errors[0], [None] * dist.get_world_size()
+        errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, mine)
-    for error in filter(None, errors):
-        raise error
+    first = next((rank for rank, error in enumerate(errors) if error), None)
+    if first is not None:
+        raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
 
 
 @contextmanager
@@ -374,13 +376,17 @@ class State:
     best: float = math.inf  # least held-out loss
 
 
-def prepare(s: Settings) -> tuple[State, torch.nn.Module]:
-    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+def build(s: Settings) -> CLIP:
+    """The model with the weights a run begins with. Raises UserError."""
     torch.manual_seed(s.seed)
     try:
-        model = CLIP(config_from(s))
+        return CLIP(config_from(s))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
+    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
     blocks = [*model.visual.blocks, *model.text.blocks]
     for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
         if s.compile:
@@ -522,7 +528,7 @@ def run_folder(s: Settings) -> Path:
     base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
     numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
     taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
-    again = restarted()
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after one of the group had died
     started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
     if started and (again or s.resume == "auto"):
         return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
@@ -532,11 +538,6 @@ def run_folder(s: Settings) -> Path:
         return base
     numbers = [int(p.name[len(base.name) + 1:] or 1) for p in taken]
     return base.with_name(f"{base.name}-{max(numbers) + 1}") if taken else base
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process again, because one of the group had died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -732,15 +733,17 @@ def train(flags: dict) -> Path:
     fused.set_mode(s.fused)
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
+        model = build(s)
         place = [(folder := run_folder(s), newest_whole(folder))] if chief else [None]
     if world > 1:
         dist.broadcast_object_list(place)
     folder, newest = place[0]
     steps = max(1, s.images // s.batch)
-    state, network = prepare(s)
+    state, network = prepare(model, s)
     if newest:
-        content = load_checkpoint(newest)
-        compare_settings(s, content["settings"], folder)
+        with together():
+            content = load_checkpoint(newest)
+            compare_settings(s, content["settings"], folder)
         restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
     if chief:
@@ -783,8 +786,9 @@ def train(flags: dict) -> Path:
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
 
-            evaluating = held_out and s.eval_steps and (state.step % s.eval_steps == 0 or state.step == steps)
-            if evaluating or state.step % s.log_every == 0 or state.step == steps:
+            last = state.step == steps
+            evaluating = held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+            if evaluating or last or state.step % s.log_every == 0:
                 rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
                 row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
                            bad=int(n_bad), images_per_s=rate)
@@ -798,13 +802,15 @@ def train(flags: dict) -> Path:
                     bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in parts) + f", {rate:.0f} images/s")
                 if row["skipped_in_a_row"] >= s.max_skipped:
                     save(folder, state, s)
-                    raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, had a loss or "
-                                    "gradient that is NaN or infinite, and were skipped: try a lower --lr, more "
-                                    f"--warmup, or --precision fp32; the last good weights are in {folder}")
+                    with together():
+                        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, were skipped, "
+                                        "for their loss or gradient was NaN or infinite: try a lower --lr, more "
+                                        f"--warmup, or --precision fp32; the last good weights are in {folder}")
             bar.update()
 
     if state.step > first and not save(folder, state, s):
-        raise UserError(f"the trained weights could not be written to {folder}: make room there and --resume {folder}")
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
     if state.skipped[0]:
         say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
     bad = of_all_processes(bad)
@@ -820,18 +826,13 @@ def train(flags: dict) -> Path:
     return folder
 
 
-def lost_process(error: RuntimeError) -> bool:
-    """Whether the error is that another process is gone, or silent for too long."""
-    return distributed() and bool(re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I))
-
-
 def main():
     try:
         train(parse_flags())
-    except UserError as error:  # all processes raise it; one of each machine prints it
-        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
+        sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:
-        if not lost_process(error):
+        if not distributed() or not re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I):
             raise
         sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
                  "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")

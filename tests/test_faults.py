@@ -1,7 +1,7 @@
 """Killed, starved of disk, fed NaN: a run goes on and ends as if nothing had been, or says in one sentence why not.
 
-    torchrun --nproc_per_node=2 tests/test_faults.py --out runs/x ...    train.py, which also logs what each step has seen
     python -m pytest tests/test_faults.py -m slow -s                     the soak with 20 kills, and torch.compile
+    torchrun --nproc_per_node=2 tests/test_faults.py --out runs/x ...    train.py, logging which samples each step saw
 """
 import errno
 import json
@@ -109,7 +109,7 @@ def test_a_disk_that_fails_costs_the_run_nothing_but_the_checkpoints_of_that_tim
 
 def test_weights_that_cannot_be_written_at_the_end_are_an_error_and_not_a_finished_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "write_whole", lambda *_: False)
-    with pytest.raises(UserError, match="make room there and --resume"):
+    with pytest.raises(UserError, match="make room in .* and --resume"):
         train.train({**RUN, "method": "clip", "images": 16, "out": str(tmp_path / "run")})
     assert not (tmp_path / "run/finished").exists()
 
@@ -178,7 +178,7 @@ def test_a_step_without_a_finite_gradient_changes_neither_weights_nor_moments_an
         what, accumulate, monkeypatch):
     s = train.resolve({**RUN, "method": "dreamlip", "batch": 8, "accumulate": accumulate})
     s.vocab = load_tokenizer("scenes").vocab_size
-    state, network = train.prepare(s)
+    state, network = train.prepare(train.build(s), s)
     images, tokens = batch_of(s, 8)
     multi_to_multi_loss, counts = train.multi_to_multi_loss, []
     wrong = {"NaN in the loss": lambda loss: loss * math.nan, "infinite loss": lambda loss: loss + math.inf}.get(what)
@@ -210,7 +210,7 @@ def test_many_such_steps_in_a_row_stop_the_run_with_what_to_try_and_the_last_goo
         calls.append(1)
         return loss * (math.nan if len(calls) > 3 else 1), parts
     monkeypatch.setattr(train, "method_loss", from_step_4)
-    with pytest.raises(UserError, match="5 steps in a row, up to 8, .* try a lower --lr"):
+    with pytest.raises(UserError, match="5 steps in a row, up to 8, .*: try a lower --lr"):
         fit(tmp_path / "run", **LONG, max_skipped=5)
     monkeypatch.undo()
     skipped = [(line["step"], line["skipped"], line["loss"]) for line in read_lines(tmp_path / "run/metrics.jsonl")]
@@ -228,7 +228,7 @@ def log_what_steps_see(folder):
     backward, update, seen = train.backward, train.update, []
 
     def watched_backward(network, images, tokens, *rest):
-        seen[:] = [zlib.crc32(i.numpy().tobytes() + t.numpy().tobytes()) for i, t in zip(images, tokens.flatten(1))]
+        seen[:] = [zlib.crc32(i.numpy().tobytes() + t[t > 0].numpy().tobytes()) for i, t in zip(images, tokens)]
         return backward(network, images, tokens, *rest)
 
     def watched_update(state, lr, s):
@@ -305,7 +305,7 @@ def two(tmp_path_factory):
         for p in both:
             p.start()
         for p in both:
-            p.join(120)
+            p.join(300)
             assert not p.is_alive(), "it hangs"
         return [p.exitcode for p in both], [(logs / str(rank)).read_text() for rank in range(2)]
     return run
@@ -332,7 +332,7 @@ def what_steps_saw(folder):
 
 
 def as_undisturbed(folder, undisturbed_two):
-    """Weights, moments, average and losses are those of the undisturbed run, bit for bit; no sample skipped or doubled."""
+    """Weights, moments and losses are those of the undisturbed run bit for bit; no sample is skipped or doubled."""
     checkpoint, lines, seen = undisturbed_two
     assert same_state(load(folder / "checkpoint.pt"), checkpoint)
     found = read_lines(folder / "metrics.jsonl")
@@ -365,11 +365,19 @@ def test_two_processes_killed_at_any_step_and_resumed_are_as_if_they_had_not_bee
     as_undisturbed(tmp_path / "run", undisturbed_two)
 
 
-def test_another_number_of_processes_and_workers_goes_on_at_the_same_sample(two, tmp_path, undisturbed_two):
+def test_another_number_of_processes_and_workers_goes_on_at_the_same_sample(
+        two, tmp_path, monkeypatch, undisturbed_two):
     codes, _ = two(tmp_path / "run", {7: "kill"}, {7: "kill"}, save_steps=3)
+    assert codes == [-signal.SIGKILL] * 2
+    for path in tmp_path.glob("run/seen-*"):
+        path.unlink()
+    for name in ("backward", "update"):
+        monkeypatch.setattr(train, name, getattr(train, name))  # to be put back
+    monkeypatch.setenv("RANK", "0")
+    log_what_steps_see(tmp_path / "run")
     checkpoint, lines = fit(tmp_path / "run", **LONG, workers=1, resume="auto")
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in undisturbed_two[1]], abs=1e-4)
+    assert what_steps_saw(tmp_path / "run") == {step: undisturbed_two[2][step] for step in range(7, STEPS + 1)}
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in undisturbed_two[1]], abs=2e-3)
 
 
 @pytest.mark.parametrize("fault, says", [("kill", None), ("raise", "ValueError: a mistake in the code"),
@@ -395,7 +403,7 @@ def test_nan_on_one_of_two_skips_the_step_on_both(two, tmp_path):
 
 # ---- soak ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kills, images", [(2, 640), pytest.param(20, 16_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, images", [(2, 640), pytest.param(20, 12_800, marks=pytest.mark.slow)])
 def test_a_run_whose_processes_are_killed_at_random_moments_ends_as_the_undisturbed_one(kills, images, two, tmp_path):
     """torchrun starts both processes again after each kill -9 of one of them, and they go on by themselves."""
     flags = {**RUN, **LONG, "images": images, "save_steps": 5}

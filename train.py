@@ -11,6 +11,7 @@ all. A run that ends before its time goes on with `--resume auto`; under torchru
 import argparse
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import math
@@ -827,6 +828,8 @@ def train(flags: dict) -> Path:
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:
+        del network  # else DDP is the last to let go of the group, and waits, with Python's lock, for threads that want it
+        gc.collect()
         dist.destroy_process_group()
     if chief:
         (folder / "finished").touch()

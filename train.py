@@ -828,7 +828,7 @@ def train(flags: dict) -> Path:
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:
-        del network  # else DDP is the last to let go of the group, and waits, with Python's lock, for threads that want it
+        del network  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
         gc.collect()
         dist.destroy_process_group()
     if chief:

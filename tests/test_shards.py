@@ -201,13 +201,15 @@ def test_new_captions_in_a_sidecar_are_joined_by_key_over_the_files_own(tmp_path
         assert captions_path(path) == tmp_path / "a.captions.jsonl"
     new = [{"key": keys[i], "image": [24, 20], "captions": {"short": f"new {i}", "long": "One. Two."}}
            for i in (3, 0, 1)]
-    new += [{"key": "of no sample", "captions": {"short": "x"}}, {"key": keys[0], "captions": {"short": "second"}}]
+    new += [{"key": "of no sample", "captions": {"short": "x"}}, {"key": keys[0], "captions": {"style": "later"}},
+            {"key": keys[1], "captions": {"short": "later"}}, {"key": keys[1], "captions": 5}]
     captions_path(path).write_text("".join(json.dumps(line) + "\n" for line in new) + '{"key": "%s", "capt' % keys[2])
     records = Records(str(path))
     captions = [read_captions(record.row) for record in records]
-    assert [c.short for c in captions] == [["new 0"], ["new 1"], [], ["new 3"]] and captions[0].long == ["One.", "Two."]
+    assert [c.short for c in captions] == [["new 0"], ["later"], [], ["new 3"]] and captions[0].long == ["One.", "Two."]
     assert [c.raw for c in captions] == [f"picture {i}" for i in range(4)]
-    assert records.bad.counts == {"last line torn": 1, "duplicate": 1}
+    assert captions[0].perspectives == ["picture 0", "later"] and captions[1].long == ["One.", "Two."]
+    assert records.bad.counts == {"last line torn": 1} and records.bad.seen == 4
 
 
 def test_a_file_of_new_captions_that_name_images_is_also_data_by_itself(tmp_path):

@@ -243,14 +243,24 @@ def check_device(device: str):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def join_group(s: Settings):
+def join_group(s: Settings, rank: int, world: int):
     """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts, which talk of what is no tensor of the
     model's. A process that dies closes its connections, and so is noticed by the others at the next step."""
-    backend = "gloo"
+    backend, store = "gloo", None
     if s.device.startswith("cuda"):
         s.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(s.device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=s.timeout_minutes))
+    timeout = timedelta(minutes=s.timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def restarts() -> int:
+    """How often torchrun has started this machine's processes again, because one of them had died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def is_chief() -> bool:
@@ -521,9 +531,9 @@ def swap_average(state: State):
 
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
-def run_folder(s: Settings) -> Path:
-    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
-    Raises UserError."""
+def run_folder(s: Settings, again: bool = False) -> Path:
+    """Where this run writes: a new folder, or with --resume, and when torchrun starts it `again`, the one it goes on
+    in. Raises UserError."""
     if s.resume not in ("no", "auto"):
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
@@ -531,7 +541,6 @@ def run_folder(s: Settings) -> Path:
     base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
     numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
     taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after one of the group had died
     started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
     if started and (again or s.resume == "auto"):
         return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
@@ -731,13 +740,14 @@ def train(flags: dict) -> Path:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
-        join_group(s)
+        join_group(s, rank, world)
     chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
+    again = agree(restarts())[0] > 0
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s)
-        place = [(folder := run_folder(s), newest_whole(folder))] if chief else [None]
+        place = [(folder := run_folder(s, again), newest_whole(folder))] if chief else [None]
     if world > 1:
         dist.broadcast_object_list(place)
     folder, newest = place[0]
@@ -835,10 +845,11 @@ def main():
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:
-        if not distributed() or not re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I):
+        gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
+        if not gone or os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
-                 "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+        sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
+                 "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
 
 
 if __name__ == "__main__":

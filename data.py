@@ -879,6 +879,7 @@ def make_index(file: Path):
     if load_index(file):
         return None  # another process was faster
     path, columns, bad, known = index_path(file), (array("Q"), array("L"), array("Q")), BadCount(), set()
+    sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
     try:
         for found in READERS[file.suffix if file.is_file() else ""][0](file):
             bad.seen += 1
@@ -888,7 +889,7 @@ def make_index(file: Path):
             start, length, key, identity = found
             if length > LONGEST:
                 bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
-            elif (identity := hashed(identity)) in known:
+            elif (identity := hashed(identity)) in known and not sidecar:
                 bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
             else:
                 known.add(identity)
@@ -899,8 +900,8 @@ def make_index(file: Path):
     spans = np.empty(len(columns[0]), SPAN)
     for name, column in zip(SPAN.names, columns):
         spans[name] = column
-    if file.name.endswith(".captions.jsonl"):
-        spans.sort(order="key")  # its lines are looked up by key
+    if sidecar:
+        spans.sort(order="key", kind="stable")  # its lines are looked up by key
     if file.is_file():  # the time of a folder does not tell whether what is below it has changed
         keep_index(path, json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
     return None if load_index(file) else (spans, bad)
@@ -1008,19 +1009,21 @@ class Records:
                 file, self.stamps[n], start, length)
             record = self.parse(content, self, n)
             if self.sidecars[n]:
-                old, new = record.row.get("captions"), self._new_captions(n, key)
-                record.row["captions"] = (old if isinstance(old, dict) else {}) | (new if isinstance(new, dict) else {})
+                captions = record.row.get("captions")
+                record.row["captions"] = (captions if isinstance(captions, dict) else {}) | self._new_captions(n, key)
         except OSError as error:
             raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         return record
 
-    def _new_captions(self, n: int, key: int):
-        """What the sidecar of file n has under a key, given by its hash."""
+    def _new_captions(self, n: int, key: int) -> dict:
+        """What the lines of file n's sidecar say of a key, given by its hash; of two that name a field the later."""
         path, stamp, spans = self.sidecars[n]
-        place = np.searchsorted(spans["key"], np.uint64(key))
-        if place < len(spans) and spans[place]["key"] == key:
-            start, length, _ = spans[place].tolist()
-            return parse_json(read_span(path, stamp, start, length), path.name).get("captions")
+        first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
+        found = {}
+        for start, length, _ in spans[first:last].tolist():
+            captions = parse_json(read_span(path, stamp, start, length), path.name).get("captions")
+            found |= captions if isinstance(captions, dict) else {}
+        return found
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -1361,9 +1364,9 @@ def look(path, image_root, fields, tokenizer, n, sheet):
                   f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
             width = max(found) // 12 + 1
             counts = np.bincount(np.array(found) // width)
-            for i, count in enumerate(counts):
-                bar = "█" * math.ceil(50 * count / max(counts))
-                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {count}")
+            for i in range(min(found) // width, len(counts)):
+                bar = "█" * math.ceil(50 * counts[i] / max(counts))
+                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
     if sheet and shown:
         contact_sheet(sheet, shown)
         print(f"\nwrote {sheet}")

@@ -153,7 +153,7 @@ def test_an_impossible_combination_gets_one_sentence_naming_a_remedy(flags, name
     dict(method="sparc")], ids=lambda flags: flags["method"])
 def test_a_tiny_overfit_reaches_its_floor(flags):
     """The floor of a slot's InfoNCE is the mean of log n over its texts, where n images of the batch have that text."""
-    s = train.resolve({**RUN, **flags, "lr": 3e-3, "weight_decay": 0.0})
+    s = train.resolve({**RUN, **flags, "lr": 3e-3, "weight_decay": 0.0, "precision": "fp32"})
     model, (images, tokens) = fresh(s), batch_of(s, 8)
     optimizer = train.make_optimizer(model, s)
     slots, terms = text_slots(s), []
@@ -185,7 +185,7 @@ def test_a_tiny_overfit_reaches_its_floor(flags):
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(flags, parts):
     gradients = []
     for accumulate in (1, parts):
-        s = train.resolve({**RUN, **flags, "batch": 8, "accumulate": accumulate})
+        s = train.resolve({**RUN, **flags, "batch": 8, "accumulate": accumulate, "precision": "fp32"})
         model, (images, tokens) = fresh(s), batch_of(s, 8)
         loss, named = train.backward(model, images, tokens, s)
         gradients.append([loss, *named.values(), *(p.grad for p in model.parameters())])

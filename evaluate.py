@@ -667,7 +667,7 @@ def run_benchmarks(model: Model, wanted: list[str]) -> dict:
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
 
-def reading(model: Model, images: Tensor, captions: list[dict], n: int = 1000) -> dict:
+def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) -> dict:
     """Which part of a long caption does the model read? images [N,h,D]; captions with "long", a list of sentences.
 
     length: R@1 both ways when the first 1, 2, 3, ... sentences are given. place: two captions are the same sentences but

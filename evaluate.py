@@ -642,8 +642,10 @@ def voc(model: Model, path: Path) -> dict:
             guess = scores.argmax(0)
             everything.add(mask, torch.where(guess < 20, guess + 1, 0))
             objects.add(mask - 1, scores[:20].argmax(0))
-            for c in set(mask.unique().tolist()) - {0, 255}:
-                points.append(((mask == c).flatten()[scores[c - 1].argmax()].item(), (mask == c).double().mean().item()))
+            known = mask < 255
+            for c in set(mask[known].tolist()) - {0}:
+                on = (mask == c)[known]
+                points.append((on[scores[c - 1][known].argmax()].item(), on.double().mean().item()))
     pointing, chance = 100 * np.mean(points, 0)
     return {"mIoU": everything.miou(), "mIoU of objects": objects.miou(), "pointing": (pointing, chance)}
 
@@ -718,7 +720,7 @@ def plots():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False,
-                         "axes.titlesize": 11, "figure.dpi": 120, "savefig.bbox": "tight", "legend.frameon": False})
+                         "axes.titlesize": 11, "figure.dpi": 120, "legend.frameon": False})
     return plt
 
 
@@ -757,7 +759,7 @@ def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, senten
         _, weights = group_patches(cells[None], model.texts(texts)[None], model.settings.get("threshold"))
         for axis in row:
             axis.axis("off")
-        row[0].imshow(image.permute(1, 2, 0))
+        row[0].imshow(image.permute(1, 2, 0).numpy())
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_heat(axis, image, weight.view(model.side, model.side))
             axis.set_title(textwrap.shorten(textwrap.fill(text, 26), 100, placeholder=" …", break_long_words=False)
@@ -770,7 +772,7 @@ def draw_heat(axis, image: Tensor, heat: Tensor):
     """The picture under a veil of white that is thin where heat [side,side] is great."""
     heat = heat / heat.max().clamp_min(1e-9)
     step = image.shape[-1] // len(heat)
-    axis.imshow(image.permute(1, 2, 0))
+    axis.imshow(image.permute(1, 2, 0).numpy())
     axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
                 alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
 
@@ -832,7 +834,7 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
         heat = caught[0].unflatten(0, (-1, len(images)))[:, :, :T, T:].permute(1, 0, 2, 3).flatten(1, 2)  # [n, H, P]
         axes = lower[0].subplots(len(images), 1 + heat.shape[1], squeeze=False)
         for row, image, heats in zip(axes, images, heat):
-            row[0].imshow(image.permute(1, 2, 0))
+            row[0].imshow(image.permute(1, 2, 0).numpy())
             for h, (axis, weight) in enumerate(zip(row[1:], heats)):
                 draw_heat(axis, image, weight.view(model.side, model.side))
                 axis.set_title(f"branch {h}" if heat.shape[1] > 1 else "class token")

@@ -1,5 +1,7 @@
-"""Checkpoints travel: other people's weights give here what their own modules give, and ours give there what they give here."""
+"""Checkpoints travel: other people's weights give here what their own modules give, ours give there what they give
+here, and CLIP_benchmark scores them alike."""
 import json
+import pickle
 
 import open_clip
 import pytest
@@ -7,9 +9,20 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
+import evaluate
+import train
+from data import UserError
+from evaluate import Model, WordPieces
 from model import CLIP, CLIPConfig, from_state_dict, resized, to_open_clip
+from scenes import KINDS, Scenes
 from test_model import SMALL, pictures, reference, same, texts
+
+# CLIP_benchmark 1.6.2 calls float() on arrays of one number, which numpy 2.4 no longer takes
+zeroshot_classification.float = lambda x: x.item() if hasattr(x, "item") else float(x)
 
 SHAPE = dict(image=32, patch=8, vision=(128, 3, 64), text=(64, 2, 1), context=20, vocab=300, embed=48)
 
@@ -99,7 +112,8 @@ def test_several_class_tokens_with_a_position_each_are_holistic_clips():
 
 @torch.no_grad()
 def test_parallel_mlps_are_holistic_clips():
-    """Their names: the shared first layer is mlp.c_fc, the H second ones c_proj.0 ... c_proj.H-1, in the last layers."""
+    """Their names: the shared first layer is mlp.c_fc, the H second ones c_proj.0 ... c_proj.H-1, in the last layers.
+    """
     theirs, overrides = reference(SHAPE, quick=False)
     H, state = 3, theirs.state_dict()
     for layer in (1, 2):
@@ -124,12 +138,12 @@ def test_parallel_mlps_are_holistic_clips():
 V, C, CONTEXT = 120, 2, 16  # BERT's words, corner tokens, places of a text (corners not counted)
 
 
-def lotlip(seed=0):
+def lotlip(seed=0, words=V):
     torch.manual_seed(seed)
-    vit = shaken(timm.create_model("vit_base_patch16_224.augreg_in21k", pretrained=False, num_classes=0, global_pool="token",
-                                   img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2), seed)
+    vit = shaken(timm.create_model("vit_base_patch16_224.augreg_in21k", pretrained=False, num_classes=0, img_size=32,
+                                   global_pool="token", patch_size=8, embed_dim=128, depth=2, num_heads=2), seed)
     bert = shaken(transformers.BertModel(transformers.BertConfig(
-        vocab_size=V + C, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
+        vocab_size=words + C, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
         max_position_embeddings=40, attn_implementation="eager")), seed + 1)
     proj = torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)) / 11
     state = {"visual.trunk." + name: value for name, value in vit.state_dict().items()}
@@ -138,9 +152,9 @@ def lotlip(seed=0):
 
 
 @torch.no_grad()
-def bert_with_corners(bert, proj, words):
+def bert_with_corners(bert, proj, words, vocabulary=V):
     """[CLS], corners, words, [SEP] -> summary embeddings [1, 1+C, D], by LoTLIP's mask (2410.05249, section 3.2)."""
-    ids = torch.tensor([[101, *range(V, V + C), *words, 102]])
+    ids = torch.tensor([[101, *range(vocabulary, vocabulary + C), *words, 102]])
     n = ids.shape[1]
     sees = torch.ones(n, n, dtype=torch.bool)
     sees[:, :1 + C] = torch.eye(n, dtype=torch.bool)[:, :1 + C]  # [CLS] and corners: seen by themselves alone
@@ -202,3 +216,175 @@ def test_reading_a_checkpoint_leaves_the_callers_tensors_alone():
         before = {name: value.clone() for name, value in state.items()}
         from_state_dict(state)
         assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+# ---- files: what a checkpoint file may be, and what it may not -------------------------------------------------------
+
+CLIP_SHAPE = dict(image=32, patch=16, vision=(64, 1, 64), text=(64, 1, 1), context=77, vocab=49408, embed=16)
+
+
+DRESSES = ["bare", "training", "hub, quickgelu", "ours beside", "safetensors", "openai", "flag"]
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+@torch.no_grad()
+def test_released_files_are_read_with_the_activation_they_were_trained_with(dress, tmp_path, capsys):
+    quick = dress in ("hub, quickgelu", "openai", "flag")
+    theirs, _ = reference(CLIP_SHAPE, quick)
+    path, state, activation = tmp_path / "weights.pt", theirs.state_dict(), None
+    if dress == "training":  # what open_clip's, and DreamLIP's, training saves
+        ddp = {"module." + name: value for name, value in state.items()}
+        state = {"epoch": 32, "name": "dreamlip", "state_dict": ddp, "optimizer": {"lr": 1e-3}}
+    if dress == "hub, quickgelu":
+        config = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=1, width=64, patch_size=16),
+                      text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=1))
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config)))
+    if dress == "ours beside":
+        (tmp_path / "weights.json").write_text(json.dumps(to_open_clip(from_state_dict(state))[1]))
+    if dress == "openai":
+        state = state | {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    if dress == "flag":
+        activation = "quickgelu"
+    if dress == "safetensors":
+        from safetensors.torch import save_file
+        path = tmp_path / "weights.safetensors"
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    model = Model(path, "cpu", activation=activation)
+    assert model.config.activation == ("quickgelu" if quick else "gelu")
+    assert f": {model.config.activation} (" in capsys.readouterr().out
+    said = ["a dog on a sofa", "A house. It is red."]
+    assert same(model.texts(said), theirs.encode_text(open_clip.get_tokenizer("ViT-B-32")(said), normalize=True))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    branches, = model.images([(image,) for image in images])
+    normal = evaluate.normalize(images)
+    assert same(branches[:, 0], theirs.encode_image(normal, normalize=True))
+
+
+class Unsafe:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_files_that_are_no_whole_plain_checkpoint_end_in_a_sentence(tmp_path, capsys):
+    state = reference(CLIP_SHAPE, False)[0].state_dict()
+    torch.save({"state_dict": state, "args": Unsafe()}, tmp_path / "unsafe.pt")
+    (tmp_path / "unsafe.pkl").write_bytes(pickle.dumps(Unsafe()))
+    torch.save(state, tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:200_000])
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({k: v for k, v in state.items() if "visual" in k}, tmp_path / "tower.pt")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    (tmp_path / "siglip").mkdir()
+    torch.save(state, tmp_path / "siglip/w.pt")
+    (tmp_path / "siglip/w.json").write_text(json.dumps(dict(model_cfg={}, preprocess_cfg=dict(mean=[0.5, 0.5, 0.5]))))
+    for name, words in (("unsafe.pt", "refused"), ("unsafe.pkl", "not a whole checkpoint"), ("half.pt", "not a whole checkpoint"),
+                        ("page.pt", "not a whole checkpoint"), ("list.pt", "holds no state dict"),
+                        ("tower.pt", "half a checkpoint"), ("script.pt", "TorchScript"), ("gone.pt", "no checkpoint"),
+                        ("siglip/w.pt", "normalises pictures by other numbers")):
+        with pytest.raises(UserError, match=words) as caught:
+            Model(tmp_path / name, "cpu")
+        assert "\n" not in str(caught.value) and name in str(caught.value).replace(".json", ".pt")
+    assert "this ran" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no held-out data of its own"):
+        evaluate.evaluate_run(tmp_path / "whole.pt", device="cpu")
+
+
+def vocabulary(folder):
+    """A vocab.txt with [CLS] 101 and [SEP] 102, as bert-base-uncased's."""
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",",
+             "a", "dog", "##s", "red", "house", "is", "it", "on"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return len(words)
+
+
+def test_word_pieces_are_berts_with_sentences_parted_and_an_end_of_their_own(tmp_path):
+    V = vocabulary(tmp_path)
+    ours, theirs = WordPieces(tmp_path / "vocab.txt"), transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    said = ["A red house. It is on dogs", "a dog", "dogs. dogs. unknown", "a " * 30]
+    tokens = ours(said, 12)
+    for row, text in zip(tokens.tolist(), said):
+        ids = theirs("[SEP]".join(text.split(". ")), max_length=12, truncation=True)["input_ids"]
+        assert row == [*ids[:-1], V] + [0] * (12 - len(ids)) and ids[-1] == 102
+    assert ours.vocab_size == V + 1 and ours.decode([107, 108]) == "dogs"
+
+
+@torch.no_grad()
+def test_a_file_of_lotlips_is_read_with_berts_vocabulary_beside_it(tmp_path):
+    size = vocabulary(tmp_path)
+    _, bert, proj, state = lotlip(words=size)
+    torch.save({"state_dict": {"module." + name: value for name, value in state.items()}}, tmp_path / "model.pt")
+    model = Model(tmp_path / "model.pt", "cpu")
+    words = WordPieces(tmp_path / "vocab.txt").pieces.encode("a red house[SEP]it is on").ids[1:-1]
+    assert model.config.context == 40 - C and model.settings["corner_tokens"] == C
+    assert same(model.texts(["A red house. It is on"]), bert_with_corners(bert, proj, words, size)[:, 0])
+
+
+# ---- there and back: train, export, open_clip, CLIP_benchmark --------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model trained here, exported by the command; scenes of uneven size in class folders and with captions."""
+    root = tmp_path_factory.mktemp("exported")
+    train.train(dict(method="clip", size="nano", stem="patch", tokenizer="clip", images=640, batch=32, eval_images=0,
+                     context=77, workers=0, device="cpu", out=str(root / "run")))
+    evaluate.main([str(root / "run"), "--export", "open_clip", str(root / "nano-export.pt")])
+    scenes, lines = Scenes("test", 60, 56, 6), []
+    for i in range(60):
+        scene = scenes.scene(i)
+        file = root / "folders" / KINDS[scene.objects[0].kind][0] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scenes.draw(scene)[0]).resize((56 + i % 9, 50)).save(file)
+        captions = [scene.captions["raw"], scene.captions["short"], *scene.captions["long"][:i % 3]]
+        lines.append(json.dumps(dict(image=str(file.relative_to(root)), caption=captions)))
+    (root / "pairs.jsonl").write_text("\n".join(lines))
+    open_clip.add_model_config(root / "nano-export.json")
+    model, _, prepare = open_clip.create_model_and_transforms("nano-export", pretrained=str(root / "nano-export.pt"))
+    return root, model.eval(), prepare, open_clip.get_tokenizer("nano-export"), Model(root / "run", "cpu")
+
+
+def test_a_model_trained_here_gives_the_same_features_in_open_clip(exported):
+    root, theirs, prepare, tokenizer, model = exported
+    said = ["a red heart", "The main object is an umbrella. It is blue.", "word " * 200]
+    images = [Image.open(path) for path in sorted(root.glob("folders/*/*.png"))[:5]]
+    with torch.no_grad():
+        assert same(theirs.encode_text(tokenizer(said), normalize=True), model.texts(said))
+        found = theirs.encode_image(torch.stack([prepare(image) for image in images]), normalize=True)
+    branches, = model.images([(evaluate.preparation(32)(image),) for image in images])
+    assert same(found, branches[:, 0])
+
+
+def test_zero_shot_numbers_are_open_clips_and_clip_benchmarks(exported):
+    root, theirs, prepare, tokenizer, model = exported
+    dataset = ImageFolder(root / "folders", prepare)
+    loader = torch.utils.data.DataLoader(dataset, 16)
+    templates = [template.replace("{}", "{c}") for template in evaluate.TEMPLATES]
+    found = zeroshot_classification.evaluate(theirs, loader, tokenizer, dataset.classes, templates, "cpu", False)
+    ours = evaluate.run_benchmarks(model, [f"imagefolder:{root / 'folders'}"])
+    for mine, name in (("top-1", "acc1"), ("top-5", "acc5"), ("mean per class", "mean_per_class_recall")):
+        assert ours[f"imagefolder {mine}"][0] / 100 == pytest.approx(found[name], abs=1e-6)
+    assert 0 < found["acc1"] < 1
+
+
+def test_retrieval_numbers_are_open_clips_and_clip_benchmarks(exported):
+    root, theirs, prepare, tokenizer, model = exported
+    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    batches = [(torch.stack([prepare(Image.open(root / row["image"])) for row in rows[i:i + 20]]),
+                [row["caption"] for row in rows[i:i + 20]]) for i in range(0, 60, 20)]
+    found = zeroshot_retrieval.evaluate(theirs, batches, tokenizer, "cpu", False, [1, 5, 10])
+    ours = evaluate.run_benchmarks(model, [f"jsonl:{root / 'pairs.jsonl'}"])
+    for k in (1, 5, 10):
+        for way, name in (("T2I", "image"), ("I2T", "text")):
+            assert ours[f"jsonl {way} R@{k}"][0] / 100 == pytest.approx(found[f"{name}_retrieval_recall@{k}"], abs=1e-6)
+    assert 0 < ours["jsonl T2I R@10"][0] < 100
+
+
+def test_what_open_clip_cannot_hold_is_not_exported(tmp_path):
+    train.train(dict(method="lotlip", size="nano", images=32, batch=16, eval_images=0, workers=0, device="cpu",
+                     out=str(tmp_path / "run")))
+    for kind, words in (("open_clip", "linear patches .--stem patch., one branch, no corner"), ("onnx", "open_clip")):
+        with pytest.raises(UserError, match=words):
+            evaluate.main([str(tmp_path / "run"), "--export", kind, str(tmp_path / "x.pt")])
+    assert not (tmp_path / "x.pt").exists()

@@ -256,9 +256,10 @@ def ranks(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: T
     for start in tqdm(range(0, len(queries), step), "ranks", leave=False, disable=len(queries) <= 8 * step):
         scores = similarity(queries[start:start + step], candidates)
         right = query_of[start:start + step, None] == candidate_of
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        found.append((~(scores < best) & ~right).sum(1))  # not ">=": a NaN is no success
-    return torch.cat(found).cpu()
+        best = torch.where(right, scores, -torch.inf).amax(1, keepdim=True)
+        worse = scores.masked_fill_(right, -torch.inf) < best  # the right ones, too; nothing is worse than a NaN
+        found.append(len(candidates) - worse.sum(1, dtype=torch.int32))
+    return torch.cat(found).clamp(max=len(candidates) - 1).cpu()
 
 
 def retrieval(images: Tensor, texts: Tensor, image_of: Tensor, text_of: Tensor) -> dict:

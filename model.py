@@ -41,6 +41,7 @@ class CLIPConfig:
     branches: int = 1  # H image embeddings (Holistic CLIP)
     branch_type: str = "class"  # H "class" tokens, or H parallel "mlp"s in the last `branch_layers` layers
     branch_layers: int = 3  # layers with parallel mlps
+    branch_mask: bool = True  # False: class tokens see one another, by 1 in the logit more (Holistic CLIP's code)
     text_style: str = "clip"  # or "bert", LoTLIP's: LayerNorm after each sum and on the input, a pooling layer
     text_attention: str = "causal"  # CLIP's, or "bidirectional" with the first token as [CLS] (LoTLIP's)
     corner_tokens: int = 0  # C (LoTLIP)
@@ -79,7 +80,9 @@ class Attention(nn.Module):
         if causal:
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         scores = q @ k.mT * q.shape[-1] ** -0.5
-        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1)
 
 
 class Block(nn.Module):
@@ -135,7 +138,7 @@ class VisionTransformer(nn.Module):
                              min(c.branch_layers, c.vision_depth))
         self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
-        self.register_buffer("mask", class_token_mask(tokens, P) if tokens > 1 else None, persistent=False)
+        self.register_buffer("mask", class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""
@@ -165,11 +168,15 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
 
 
-def class_token_mask(tokens: int, patches: int) -> Tensor:
-    """Class tokens do not look at one another: each at itself and the patches, patches at everything. [T+P, T+P]"""
+def class_token_mask(tokens: int, patches: int, blind: bool = True) -> Tensor:
+    """Class tokens do not look at one another: each at itself and the patches, patches at everything. [T+P, T+P], bool.
+
+    Holistic CLIP's code makes this mask a float before PyTorch sees it, so that instead of -inf a 1 is added to those
+    logits, and its released weights have learned with that (`blind=False`: what is added, float).
+    """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool)
     mask[:tokens, :tokens] = torch.eye(tokens, dtype=torch.bool)
-    return mask
+    return mask if blind else (~mask).float()
 
 
 class TextTransformer(nn.Module):
@@ -423,7 +430,7 @@ def _read_open_clip(state):
         ours["visual.positional_embedding"] = torch.cat([0 * positions[:1], positions[len(tokens):]])
     forked = [name for name in ours if re.match(r"visual\.blocks\.\d+\.proj\.1\.weight", name)]
     if not forked:
-        return dict(branches=len(tokens)), ours
+        return dict(branches=len(tokens), branch_mask=len(tokens) == 1), ours
     return dict(branches=_count(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\."), branch_type="mlp",
                 branch_layers=len(forked)), ours
 

@@ -88,26 +88,31 @@ def test_what_is_exported_open_clip_loads_strictly_and_embeds_alike(settings, tm
 
 # ---- Holistic CLIP's layouts: open_clip's modules, with H class tokens or H parallel MLPs ----------------------------
 
-def holistic_class_tokens(vision, images, H):
-    """open_clip's vision tower with H class tokens that are blind to one another (2412.00440, section 3.2)."""
+def holistic_class_tokens(vision, images, H, blind):
+    """open_clip's vision tower with H class tokens: blind to one another (2412.00440, section 3.2), or as the release
+    computes it, where the mask is an addend of 1."""
     v = vision
     x = v.conv1(images).flatten(2).mT
     x = torch.cat([v.class_embedding.expand(len(x), -1, -1), x], 1) + v.positional_embedding
-    hidden = torch.zeros(x.shape[1], x.shape[1], dtype=torch.bool)
-    hidden[:H, :H] = ~torch.eye(H, dtype=torch.bool)
-    x = v.transformer(v.ln_pre(x), attn_mask=torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf))
+    added = torch.zeros(x.shape[1], x.shape[1])
+    added[:H, :H] = (1 - torch.eye(H)) * (-1e9 if blind else 1)
+    x = v.transformer(v.ln_pre(x), attn_mask=added)
     return F.normalize(v.ln_post(x)[:, :H] @ v.proj, dim=-1)
 
 
+@pytest.mark.parametrize("blind", [False, True])
 @torch.no_grad()
-def test_several_class_tokens_with_a_position_each_are_holistic_clips():
+def test_several_class_tokens_with_a_position_each_are_holistic_clips(blind):
     theirs, overrides = reference(SHAPE, quick=False)
     v, H = theirs.visual, 3
     v.class_embedding = torch.nn.Parameter(torch.randn(H, 128))
     v.positional_embedding = torch.nn.Parameter(torch.randn(H + 16, 128))
-    ours = from_state_dict(theirs.state_dict(), **overrides).eval()
+    ours = from_state_dict(theirs.state_dict(), **overrides, **(dict(branch_mask=True) if blind else {})).eval()
     assert ours.config.branches == H and ours.config.branch_type == "class" and ours.config.image_size == 32
-    assert same(ours.encode_image(pictures(2, 32))[0], holistic_class_tokens(v, pictures(2, 32), H))
+    assert same(ours.encode_image(pictures(2, 32))[0], holistic_class_tokens(v, pictures(2, 32), H, blind))
+    attn, x = ours.visual.blocks[0].attn, torch.randn(2, 19, 128)
+    weighted = (attn.weights(x, ours.visual.mask) @ attn.split(x)[2]).transpose(1, 2).flatten(2)
+    assert same(attn.out(weighted), attn(x, ours.visual.mask))
 
 
 @torch.no_grad()
@@ -280,8 +285,8 @@ def test_files_that_are_no_whole_plain_checkpoint_end_in_a_sentence(tmp_path, ca
     (tmp_path / "siglip").mkdir()
     torch.save(state, tmp_path / "siglip/w.pt")
     (tmp_path / "siglip/w.json").write_text(json.dumps(dict(model_cfg={}, preprocess_cfg=dict(mean=[0.5, 0.5, 0.5]))))
-    for name, words in (("unsafe.pt", "refused"), ("unsafe.pkl", "not a whole checkpoint"), ("half.pt", "not a whole checkpoint"),
-                        ("page.pt", "not a whole checkpoint"), ("list.pt", "holds no state dict"),
+    for name, words in (("unsafe.pt", "refused"), ("unsafe.pkl", "not a whole checkpoint"),
+                        ("half.pt", "not a whole checkpoint"), ("page.pt", "not a whole checkpoint"), ("list.pt", "holds no state dict"),
                         ("tower.pt", "half a checkpoint"), ("script.pt", "TorchScript"), ("gone.pt", "no checkpoint"),
                         ("siglip/w.pt", "normalises pictures by other numbers")):
         with pytest.raises(UserError, match=words) as caught:

@@ -1,4 +1,4 @@
-"""Evaluate models: zero-shot classification, retrieval by short and long captions, segmentation, and probes that explain.
+"""Evaluate models: zero-shot classification, retrieval by short and long captions, segmentation, probes that explain.
 
     python evaluate.py runs/dreamlip-tiny                 a run on its own held-out data, with figures in its folder
     python evaluate.py runs/*                             methods as rows, mean and spread over seeds, against clip
@@ -7,8 +7,8 @@
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
 
-Every number is in percent (ranks apart) and stands beside its chance level. A tie counts against the model. --help lists
-the benchmarks.
+Every number is in percent (ranks apart) and stands beside its chance level. A tie counts against the model. --help
+lists the benchmarks.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
 from torchvision.models import ResNet50_Weights
@@ -154,33 +155,30 @@ def released(path: Path, state: dict, activation: str | None) -> CLIP:
     """The model of somebody else's checkpoint. What its shapes do not tell stands in open_clip's JSON beside it, if at
     all: the file's own name with .json, or open_clip_config.json."""
     beside = [p for p in (path.with_suffix(".json"), path.with_name("open_clip_config.json")) if p.is_file()]
-    told, where = {}, "as in most"
+    told, why = {}, "by its weights and what is usual; OpenAI's, MetaCLIP's and DFN's want --activation quickgelu"
     if beside:
-        config = read_json(beside[0])
+        config, why = read_json(beside[0]), f"by {beside[0].name}"
         if not np.allclose(config.get("preprocess_cfg", {}).get("mean", MEAN), MEAN, atol=1e-3):
             raise UserError(f"{beside[0]}: this model normalises pictures by other numbers than CLIP's")
-        config, where = config.get("model_cfg", config), f"by {beside[0].name}"
+        config = config.get("model_cfg", config)
         vision, text = config["vision_cfg"], config["text_cfg"]
         told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
                     pool="average" if vision.get("pool_type") == "avg" else "class")
         if "width" in vision and "width" in text:
             told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
     if activation:
-        told, where = told | dict(activation=activation), "by --activation"
+        told, why = told | dict(activation=activation), "by --activation"
     try:
         clip = from_state_dict(state, **told)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    where = "as OpenAI's" if not told and clip.config.activation == "quickgelu" else where
-    print(f"{path.name}: {clip.config.activation} ({where}; weights do not tell: OpenAI's and those trained on from them, "
-          "MetaCLIP's and DFN's want --activation quickgelu)" if "most" in where else
-          f"{path.name}: {clip.config.activation} ({where})")
+    print(f"{path.name}: activation {clip.config.activation} ({why})")
     return clip
 
 
 class WordPieces:
-    """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at the
-    end a [SEP] with an id of its own, the greatest (model._read_lotlip)."""
+    """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
+    the end a [SEP] with an id of its own, the greatest (model._read_lotlip)."""
 
     def __init__(self, path):
         try:
@@ -248,8 +246,8 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 def ranks(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor) -> Tensor:
     """How many wrong candidates are at least as similar as a query's best right one: 0 is best, ties count against it.
 
-    queries [Q,(H,)D], candidates [C,(K,)D]; a candidate is right if its group is the query's: query_of [Q], candidate_of
-    [C] (int). A block of queries at a time, so that 100,000 × 500,000 similarities need 400 MB.
+    queries [Q,(H,)D], candidates [C,(K,)D]; a candidate is right if its group is the query's: query_of [Q],
+    candidate_of [C] (int). A block of queries at a time, so that 100,000 × 500,000 similarities need 400 MB.
     """
     query_of, candidate_of = query_of.to(queries.device), candidate_of.to(queries.device)
     found, step = [], max(1, BLOCK // len(candidates))
@@ -263,9 +261,9 @@ def ranks(queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: T
 
 
 def retrieval(images: Tensor, texts: Tensor, image_of: Tensor, text_of: Tensor) -> dict:
-    """R@1/5/10 and median rank, both ways -> {metric: (value, chance)}. images [N,(H,)D], texts [M,D]; a pair is right if
-    its groups image_of [N] and text_of [M] are equal. A query counts if one of its right answers is among the k best, as
-    all CLIP papers and CLIP_benchmark count."""
+    """R@1/5/10 and median rank, both ways -> {metric: (value, chance)}. images [N,(H,)D], texts [M,D]; a pair is right
+    if its groups image_of [N] and text_of [M] are equal. A query counts if one of its right answers is among the k
+    best, as all CLIP papers and CLIP_benchmark count."""
     rows, G = {}, int(max(image_of.max(), text_of.max())) + 1
     for direction, queries, candidates, query_of, candidate_of in (
             ("T2I", texts, images, text_of, image_of), ("I2T", images, texts, image_of, text_of)):
@@ -278,12 +276,11 @@ def retrieval(images: Tensor, texts: Tensor, image_of: Tensor, text_of: Tensor) 
 
 
 def chance_recall(right: Tensor, C: int, k: int) -> float:
-    """Recall at k of a random order of C candidates, in percent; right [Q]: how many of them are right for a query. None
-    of m is among k with the chance (C-m choose k) / (C choose k)."""
+    """Recall at k of a random order of C candidates, in percent; right [Q]: how many of them are right for a query.
+    None of m is among k with the chance (C-m choose k) / (C choose k)."""
     m, count = right.double().unique(return_counts=True)
-    n, k = torch.tensor(C + 1.0, dtype=torch.float64), min(k, C)
-    missed = (torch.lgamma(n - m) + torch.lgamma(n - k) - torch.lgamma((n - m - k).clamp_min(1)) - torch.lgamma(n)).exp()
-    missed = torch.where(m > C - k, 0, missed)
+    n, k, log = torch.tensor(C + 1.0, dtype=torch.float64), min(k, C), torch.lgamma  # log(i + 1) is that of i!
+    missed = (log(n - m) + log(n - k) - log((n - m - k).clamp_min(1)) - log(n)).exp() * (m <= C - k)
     return (100 * (1 - missed) * count).sum().item() / len(right)
 
 
@@ -462,7 +459,7 @@ TORCHVISION = {  # name: class in torchvision.datasets, arguments for its test p
     "cars": ("StanfordCars", dict(split="test"), prompts(", a type of car")),
     "sun397": ("SUN397", {}, TEMPLATES),  # all of it, likewise
     "stl10": ("STL10", dict(split="test"), TEMPLATES),
-    "country211": ("Country211", dict(split="test"), ("a photo taken in {}.", "a photo I took in {}.", "{} in a photo.")),
+    "country211": ("Country211", dict(split="test"), ("a photo taken in {}.", "a photo I took in {}.", "{}.")),
 }
 
 
@@ -500,7 +497,8 @@ def image_folder(model: Model, path: Path, known=None) -> dict:
 
 def imagenet(model: Model, path: Path) -> dict:
     """The validation pictures in a folder for each of the 1,000 synsets, sorted; torchvision's class names."""
-    return image_folder(model, path / "val" if (path / "val").is_dir() else path, ResNet50_Weights.DEFAULT.meta["categories"])
+    folder = path / "val" if (path / "val").is_dir() else path
+    return image_folder(model, folder, ResNet50_Weights.DEFAULT.meta["categories"])
 
 
 def torchvision_set(name: str, model: Model, path: Path) -> dict:
@@ -511,7 +509,7 @@ def torchvision_set(name: str, model: Model, path: Path) -> dict:
         raise UserError(f"no {name} in {path}, laid out as torchvision.datasets.{kind} does ({error}); nothing is "
                         "downloaded here") from None
     if name == "country211" and not (path / "classnames.txt").is_file():
-        raise UserError(f"country211 knows its classes by codes such as AD: put the 211 names into {path}/classnames.txt")
+        raise UserError(f"country211 knows its classes by codes such as AD: put 211 names into {path}/classnames.txt")
     return zero_shot(model, dataset, path, None, templates)
 
 
@@ -523,7 +521,9 @@ def read_json(path: Path):
     """A JSON file's content, or of JSON lines a list. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return [json.loads(line) for line in text.split("\n") if line.strip()] if "jsonl" in path.suffix else json.loads(text)
+        if "jsonl" not in path.suffix:
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error})") from None
 
@@ -566,7 +566,7 @@ def docci(path):  # docci_descriptions.jsonlines, images/; the test split
             yield row["image_file"], [row["description"]]
 
 
-def share4v(first, path):  # a list of {"image", "conversations" of question and answer, or "caption"}; its first 1k or 10k
+def share4v(first, path):  # the first 1k or 10k of {"image", "conversations": question and answer, or "caption"}
     for row in read_json(the_file(path, "*.json"))[:first]:
         yield row["image"], [row["conversations"][1]["value"] if "conversations" in row else row["caption"]]
 
@@ -622,8 +622,8 @@ STUFF = ("sky", "wall", "floor", "ground", "grass", "road", "water", "tree", "bu
 def voc(model: Model, path: Path) -> dict:
     """Pascal VOC 2012's validation part (VOCdevkit/VOC2012 in `path`). The whole picture is squeezed into the model's
     square; patch-text similarities are upsampled to the mask's size. mIoU: 20 classes and background, which is whatever
-    resembles a name of STUFF more; mIoU of objects: among the 20, on their pixels alone. pointing: the most similar pixel
-    to a class that the picture has is one of its pixels."""
+    resembles a name of STUFF more; mIoU of objects: among the 20, on their pixels alone. pointing: the pixel most
+    similar to a class that the picture has is one of that class."""
     try:
         dataset = torchvision_datasets.VOCSegmentation(path, image_set="val", download=False)
     except (RuntimeError, OSError) as error:
@@ -634,7 +634,8 @@ def voc(model: Model, path: Path) -> dict:
 
     def sample(i):
         image, mask = dataset[i]
-        return (v2.functional.pil_to_tensor(image.convert("RGB").resize(size, 3)), torch.from_numpy(np.array(mask)).long())
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        return v2.functional.pil_to_tensor(image), torch.from_numpy(np.array(mask)).long()
 
     for _, patches, masks in model.batches(Samples(len(dataset), sample)):
         maps = (patches @ classes.T).mT.unflatten(-1, (model.side, model.side))  # [b, 32, side, side]
@@ -673,9 +674,9 @@ def run_benchmarks(model: Model, wanted: list[str]) -> dict:
 def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) -> dict:
     """Which part of a long caption does the model read? images [N,h,D]; captions with "long", a list of sentences.
 
-    length: R@1 both ways when the first 1, 2, 3, ... sentences are given. place: two captions are the same sentences but
-    for one telling sentence at place p, which is right in one and another picture's in the other; how often is the right
-    caption the more similar one (chance 50; captions alike to the model, as behind its context, count half)?
+    length: R@1 both ways when the first 1, 2, 3, ... sentences are given. place: two captions are the same sentences
+    but for one telling sentence at place p, which is right in one and another picture's in the other; how often is the
+    right caption the more similar one (chance 50; captions alike to the model, as behind its context, count half)?
     """
     images, captions = images[:n], captions[:n]
     counts = [len(c["long"]) for c in captions]
@@ -704,8 +705,9 @@ def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) ->
 @contextmanager
 def last_attention(tower):
     """Collects the attention of the tower's last block, averaged over heads, of all that is embedded in the `with`."""
-    caught, attn = [], tower.blocks[-1].attn
-    hook = attn.register_forward_hook(lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu()))
+    caught = []
+    hook = tower.blocks[-1].attn.register_forward_hook(
+        lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu()))
     try:
         yield caught
     finally:
@@ -750,7 +752,7 @@ def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, senten
     plt = plots()
     n = len(found["captions"])
     chosen = np.linspace(0, n - 1, min(pictures, n)).astype(int)
-    shown = [list(dict.fromkeys([*found["captions"][i]["long"], found["captions"][i]["raw"]]))[:sentences] for i in chosen]
+    shown = [list(dict.fromkeys([*c["long"], c["raw"]]))[:sentences] for c in (found["captions"][i] for i in chosen)]
     images = torch.stack([found["picture"](i) for i in chosen])
     (_, patches), = model.batches([(image,) for image in images], "figures")
     columns = 1 + max(map(len, shown))
@@ -763,8 +765,7 @@ def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, senten
         row[0].imshow(image.permute(1, 2, 0).numpy())
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_heat(axis, image, weight.view(model.side, model.side))
-            axis.set_title(textwrap.shorten(textwrap.fill(text, 26), 100, placeholder=" …", break_long_words=False)
-                           if len(text) > 100 else textwrap.fill(text, 26), fontsize=9.5)
+            axis.set_title("\n".join(textwrap.wrap(text, 26, max_lines=4, placeholder=" …")), fontsize=9.5)
     figure.suptitle(f"{model.name}: the patches that each sentence groups (bright: much weight)")
     save_figure(plt, figure, path)
 
@@ -778,15 +779,13 @@ def draw_heat(axis, image: Tensor, heat: Tensor):
                 alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
 
 
-def draw_matrix(plt, axis, matrix, rows, columns, form="{:.2f}"):
-    shown = axis.imshow(matrix, cmap="viridis", aspect="auto")
+def draw_matrix(axis, matrix, rows, columns, form):
+    axis.imshow(matrix, cmap="viridis", aspect="auto")
     axis.set(xticks=range(len(columns)), yticks=range(len(rows)), yticklabels=rows)
-    axis.set_xticklabels(columns, rotation=35 if max(map(len, columns)) > 6 else 0, ha="right" if
-                         max(map(len, columns)) > 6 else "center", rotation_mode="anchor")
+    axis.set_xticklabels(columns, rotation=35, ha="right", rotation_mode="anchor")
     for (y, x), value in np.ndenumerate(matrix):
-        dark = value < (matrix.min() + matrix.max()) / 2
-        axis.text(x, y, form.format(value), ha="center", va="center", color="white" if dark else "black", fontsize=9.5)
-    return shown
+        colour = "white" if value < (matrix.min() + matrix.max()) / 2 else "black"
+        axis.text(x, y, form.format(value), ha="center", va="center", color=colour, fontsize=9.5)
 
 
 def draw_branches(model: Model, found: dict, path: Path):
@@ -800,9 +799,10 @@ def draw_branches(model: Model, found: dict, path: Path):
         for h in range(H):
             sim = found["branches"][:, h] @ texts.T
             matrix[h, m] = (sim.diag().mean() - sim.mean()).item()
-    figure, axis = plt.subplots(figsize=(1.25 * len(names) + 2, 0.6 * H + 1.8), layout="constrained")
-    draw_matrix(plt, axis, matrix, [f"branch {h}" for h in range(H)], [name.replace("_", " ") for name in names])
+    figure, axis = plt.subplots(figsize=(1.25 * len(names) + 2, 0.6 * H + 2), layout="constrained")
+    draw_matrix(axis, matrix, [f"branch {h}" for h in range(H)], [n.replace("_", " ") for n in names], "{:z.2f}")
     axis.set_title("similarity to the own picture's text, above the mean over pictures")
+    figure.suptitle(model.name)
     save_figure(plt, figure, path)
 
 
@@ -822,12 +822,10 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
     figure = plt.figure(figsize=(13, 2.2 + 0.35 * len(summary) + 2.1 * len(images) * by_class), layout="constrained")
     upper, *lower = figure.subfigures(1 + by_class, 1, height_ratios=[1.8 + 0.35 * len(summary)] + [
         2.1 * len(images)] * by_class, squeeze=False)[:, 0]
-    axis = upper.subplots()
-    shown = draw_matrix(plt, axis, 100 * look, ["end" if clip.text.causal else "[CLS]"] + [
-        f"corner {c + 1}" for c in range(model.config.corner_tokens)],
-        [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
+    axis, names = upper.subplots(), [f"corner {c + 1}" for c in range(model.config.corner_tokens)]
+    draw_matrix(axis, 100 * look, ["end" if clip.text.causal else "[CLS]", *names],
+                [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
     axis.set_title("attention of the summary tokens to words, % (last layer, mean over heads)")
-    upper.colorbar(shown, fraction=0.02, pad=0.01)
     if by_class:
         with last_attention(clip.visual) as caught:
             clip.encode_image(normalize(images.to(model.device)))
@@ -846,24 +844,25 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
 
 
 def draw_reading(curves: dict, path: Path):
-    """{model's name: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
+    """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
     plt = plots()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
     for colour, (name, found) in zip(PALETTE * len(curves), curves.items()):
         sentences, t2i, i2t, chance = zip(*found["length"])
-        left.plot(sentences, t2i, "o-", color=colour, ms=4, label=f"{name}, text to image")
-        left.plot(sentences, i2t, "s--", color=colour, ms=4, alpha=0.7, label=f"{name}, image to text")
+        left.plot(sentences, t2i, "o-", color=colour, ms=5, label=name)
+        left.plot(sentences, i2t, "s--", color=colour, ms=4, alpha=0.7)
         if found["place"]:
-            right.plot(*zip(*found["place"]), "o-", color=colour, ms=5, label=name)
+            right.plot(*zip(*found["place"]), "o-", color=colour, ms=5)
     left.plot(sentences, chance, ":", color="grey", label="chance")
-    left.set(xlabel="sentences of the long caption given", ylabel="R@1, %", title="Does more text help?", ylim=(0, None))
-    right.axhline(50, ls=":", color="grey", label="chance")
+    right.axhline(50, ls=":", color="grey")
+    left.set(xlabel="sentences of the long caption given", ylabel="R@1, %", ylim=(0, None),
+             title="Does more text help? (to image: ―  to text: ‒ ‒)")
     right.set(xlabel="place of the one sentence that differs", ylabel="right caption preferred, %",
               title="Is a sentence read wherever it stands?")
     right.xaxis.get_major_locator().set_params(integer=True)
     for axis in (left, right):
-        axis.legend(fontsize=9.5)
         axis.grid(alpha=0.25)
+    figure.legend(loc="outside right center")
     save_figure(plt, figure, path)
 
 
@@ -886,19 +885,20 @@ def draw_comparison(groups: list[dict], path: Path):
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(names):]:
         axis.axis("off")
+    figure.suptitle("%; whiskers: one standard deviation over seeds; dotted: chance")
     save_figure(plt, figure, path)
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
-HEADLINE = re.compile(r"R@1|top-1|unseen colour and object|pointing by sentence|pointing|mIoU")
+HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "pointing", "mIoU")
 
 
 def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, figures: bool = True, device=None,
                  benchmarks=(), **options) -> dict:
-    """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and, for a run of ours, writes
-    evaluation.json (benchmarks.json) and figures into its folder -> dict of name, settings, metrics {name: (value,
-    chance)}, reading. `options`: Model's."""
+    """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and, for a run of ours,
+    writes evaluation.json (benchmarks.json) and figures into its folder -> dict of name, settings, metrics {name:
+    (value, chance)}, reading. `options`: Model's."""
     model = Model(path, device, branch, **options)
     s, reads = model.settings, None
     if benchmarks:
@@ -906,7 +906,7 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
     else:
         data, n = data or s.get("data"), n or s.get("eval_images") or 1000
         if not data:
-            raise UserError(f"{path} has no held-out data of its own: say what to score it on with --benchmark or --data")
+            raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
         extra = {name: s[name] for name in ("image_root", "caption_fields") if name in s}
         dataset = open_dataset(data, "test", n, model.config.image_size, s["kinds"], **extra)
         rows, found = scene_metrics(model, dataset.scenes) if data == "scenes" else pair_metrics(model, dataset, n)
@@ -962,17 +962,17 @@ def run_table(name: str, rows: dict) -> str:
 def summarise(results: list[dict]) -> list[dict]:
     """Results of evaluate_run -> a group for all runs that differ in their seed alone: name, runs, metrics {name: mean,
     sd, values, chance, difference from the first group of method clip}."""
-    groups = {}
+    groups, summary = {}, []
     for result in results:
         alike = {k: v for k, v in result["settings"].items() if k not in ("seed", "out", "resume")}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(result)
-    methods, summary = [group[0]["settings"]["method"] for group in groups.values()], []
+    methods = [group[0]["settings"]["method"] for group in groups.values()]
     for method, group in zip(methods, groups.values()):
         metrics = {}
-        for name in group[0]["metrics"]:
+        for name, (_, chance) in group[0]["metrics"].items():
             values = [run["metrics"][name][0] for run in group if name in run["metrics"]]
-            metrics[name] = dict(mean=float(np.mean(values)), sd=float(np.std(values, ddof=1)) if len(values) > 1 else 0,
-                                 values=values, chance=group[0]["metrics"][name][1])
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0
+            metrics[name] = dict(mean=float(np.mean(values)), sd=sd, values=values, chance=chance)
         summary.append(dict(name=method if methods.count(method) == 1 else group[0]["name"], method=method,
                             runs=[run["name"] for run in group], metrics=metrics, reading=group[0]["reading"]))
     baseline = next((group for group in summary if group["method"] == "clip"), None)
@@ -985,7 +985,7 @@ def summarise(results: list[dict]) -> list[dict]:
 
 def headline(groups: list[dict]) -> list[str]:
     names = dict.fromkeys(name for group in groups for name in group["metrics"])
-    return [name for name in names if any(name == h or name.endswith(" " + h) for h in HEADLINE.pattern.split("|"))]
+    return [name for name in names if any(f" {name}".endswith(f" {end}") for end in HEADLINE)]
 
 
 def table(groups: list[dict]) -> str:

@@ -138,7 +138,8 @@ class VisionTransformer(nn.Module):
                              min(c.branch_layers, c.vision_depth))
         self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
-        self.register_buffer("mask", class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None, persistent=False)
+        mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""

@@ -258,7 +258,7 @@ def test_released_files_are_read_with_the_activation_they_were_trained_with(dres
         torch.save(state, path)
     model = Model(path, "cpu", activation=activation)
     assert model.config.activation == ("quickgelu" if quick else "gelu")
-    assert f": {model.config.activation} (" in capsys.readouterr().out
+    assert f"activation {model.config.activation} (" in capsys.readouterr().out
     said = ["a dog on a sofa", "A house. It is red."]
     assert same(model.texts(said), theirs.encode_text(open_clip.get_tokenizer("ViT-B-32")(said), normalize=True))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)

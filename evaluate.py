@@ -56,7 +56,7 @@ class Model:
         self.ours = "settings" in content and "model" in content
         self.folder, self.name = (file.parent, file.parent.name) if self.ours else (None, file.stem)
         if self.ours:
-            clip, self.settings = trained(content), content["settings"]
+            clip, self.settings = trained(file, content), content["settings"]
         else:
             clip = released(file, content, activation)
             tokenizer = tokenizer or (str(file.with_name("vocab.txt")) if clip.config.text_style == "bert" else "clip")
@@ -118,10 +118,14 @@ class Model:
         return branches.mean(1, keepdim=True) if self.branch == "mean" else branches[:, [int(self.branch)]]
 
 
-def trained(content: dict) -> CLIP:
+def trained(path: Path, content: dict) -> CLIP:
     """The model of a checkpoint of this project: the averaged weights where there are any."""
-    clip = CLIP(CLIPConfig(**{k: v for k, v in content["settings"].items() if k in CLIPConfig.__dataclass_fields__}))
-    clip.load_state_dict(content["model"])
+    known = CLIPConfig.__dataclass_fields__
+    try:
+        clip = CLIP(CLIPConfig(**{name: value for name, value in content["settings"].items() if name in known}))
+        clip.load_state_dict(content["model"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: weights and settings do not fit ({str(error).splitlines()[0]})") from None
     with torch.no_grad():
         for p, average in zip(clip.parameters(), content["average"] or []):
             p.copy_(average)
@@ -415,21 +419,24 @@ class Places:
 
 def pair_metrics(model: Model, dataset, n: int) -> tuple[dict, dict]:
     """Retrieval on held-out pictures with captions of their own -> {metric: (value, chance)}, and what figures need."""
-    samples, bad = [], []
-    for i in range(min(n, len(dataset))):
+    def sample(i):
         try:
-            samples.append(dataset[i][:2])
-        except BadSample as reason:
-            bad.append(reason)
+            return dataset[i][:2]
+        except BadSample as bad:
+            return torch.zeros(3, model.config.image_size, model.config.image_size, dtype=torch.uint8), bad
+
+    branches, captions = model.images(Samples(min(n, len(dataset)), sample))
+    bad = [c for c in captions if isinstance(c, BadSample)]
     if bad:
         print(f"pictures passed over: {len(bad)}, the first {bad[0]}")
-    branches, captions = model.images(samples)
+    good = [i for i, c in enumerate(captions) if not isinstance(c, BadSample)]
+    branches, captions = branches[good], [captions[i] for i in good]
     images, raw, long = model.merge(branches), [c.raw for c in captions], [" ".join(c.long) for c in captions]
     rows = prefixed("short", retrieval(images, model.texts(raw), same_text(raw), same_text(raw)))
     if long != raw:
         rows |= prefixed("long", retrieval(images, model.texts(long), same_text(long), same_text(long)))
     named = [dict(zip(PERSPECTIVES, c.perspectives), raw=c.raw, long=c.long) for c in captions]
-    return rows, dict(branches=branches, captions=named, picture=lambda i: samples[i][0])
+    return rows, dict(branches=branches, captions=named, picture=lambda i: dataset[good[i]][0])
 
 
 # ---- benchmarks: zero-shot classification ----------------------------------------------------------------------------
@@ -506,8 +513,8 @@ def torchvision_set(name: str, model: Model, path: Path) -> dict:
     try:
         dataset = getattr(torchvision_datasets, kind)(path, download=False, **arguments)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"no {name} in {path}, laid out as torchvision.datasets.{kind} does ({error}); nothing is "
-                        "downloaded here") from None
+        raise UserError(f"no {name} in {path}, laid out as torchvision.datasets.{kind} does "
+                        f"({str(error).split('. ')[0]}); nothing is downloaded here") from None
     if name == "country211" and not (path / "classnames.txt").is_file():
         raise UserError(f"country211 knows its classes by codes such as AD: put 211 names into {path}/classnames.txt")
     return zero_shot(model, dataset, path, None, templates)
@@ -627,7 +634,8 @@ def voc(model: Model, path: Path) -> dict:
     try:
         dataset = torchvision_datasets.VOCSegmentation(path, image_set="val", download=False)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"no VOCdevkit/VOC2012 in {path} ({error}); nothing is downloaded here") from None
+        raise UserError(f"no VOCdevkit/VOC2012 in {path} ({str(error).split('. ')[0]}); nothing is downloaded "
+                        "here") from None
     names = [[t.format(name) for t in TEMPLATES] for name in (*VOC, *STUFF)]
     classes, size = class_embeddings(model, names), (model.config.image_size,) * 2
     everything, objects, points = Confusion(21), Confusion(20), []
@@ -696,7 +704,7 @@ def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) ->
         for told in ({i: i for i in usable}, other):
             rest = {i: [s for s in captions[i]["long"] if s != telling[i]][:places - 1] for i in usable}
             texts = model.texts([" ".join([*rest[i][:p], telling[told[i]], *rest[i][p:]]) for i in usable])
-            both.append(torch.einsum("nhd,nd->nh", images[usable], texts).amax(1))
+            both.append(torch.einsum("nhd,nd->nh", images[usable], texts).amax(1).cpu())
         right, wrong = both
         place.append([p + 1, 100 * ((right > wrong).double() + 0.5 * (right == wrong)).mean().item()])
     return dict(length=length, place=place)
@@ -733,15 +741,17 @@ def save_figure(plt, figure, path):
 
 
 def draw_curves(model: Model, path: Path):
-    """Every loss part against images seen, and the learned multiplier."""
+    """Every loss against images seen, and the learned multiplier."""
     plt = plots()
     lines = [json.loads(line) for line in (model.folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "contrastive" in line]
-    names = [name for name in ("contrastive", "grouping", "logit_scale") if name in lines[0]]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained")
-    for axis, name in zip(axes, names):
-        axis.plot([line["images"] / 1000 for line in lines], [line[name] for line in lines], color=PALETTE[0], lw=1.4)
-        axis.set(title="multiplier s" if name == "logit_scale" else f"{name} loss", xlabel="thousand images seen")
+    titles = dict(contrastive="contrastive loss", grouping="grouping loss", held_out_loss="loss on held-out images",
+                  logit_scale="multiplier s")
+    shown = {name: [(line["images"] / 1000, line[name]) for line in lines if name in line] for name in titles}
+    shown = {name: points for name, points in shown.items() if points}
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3), layout="constrained")
+    for axis, (name, points) in zip(axes, shown.items()):
+        axis.plot(*zip(*points), color=PALETTE[0], lw=1.4, marker="o" if len(points) < 10 else None, ms=4)
+        axis.set(title=titles[name], xlabel="thousand images seen")
         axis.grid(alpha=0.25)
     figure.suptitle(model.name)
     save_figure(plt, figure, path)
@@ -909,7 +919,8 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
             raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
         extra = {name: s[name] for name in ("image_root", "caption_fields") if name in s}
         dataset = open_dataset(data, "test", n, model.config.image_size, s["kinds"], **extra)
-        rows, found = scene_metrics(model, dataset.scenes) if data == "scenes" else pair_metrics(model, dataset, n)
+        scenes = getattr(dataset, "scenes", None)
+        rows, found = scene_metrics(model, scenes) if scenes else pair_metrics(model, dataset, n)
         about = {"data": data, "images": len(found["captions"])}
         if any(len(c["long"]) > 1 for c in found["captions"]):
             reads = reading(model, model.merge(found["branches"]), found["captions"])

@@ -435,6 +435,16 @@ def test_a_layout_that_is_wrong_ends_in_a_sentence(name, spoil, words, tmp_path)
     assert "\n" not in str(caught.value)
 
 
+def test_a_broken_picture_that_a_worker_finds_ends_in_the_same_sentence(tmp_path):
+    lay_out("coco", tmp_path)
+    (tmp_path / "val2014/3.png").write_text("x")
+    model = Grey()
+    model.workers = 1
+    with pytest.raises(UserError, match="^image will not decode: .*3.png.*needs all its pictures$") as caught:
+        BENCHMARKS["coco"](model, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 # ---- zero-shot classification on folders and torchvision's sets ------------------------------------------------------
 
 def class_folders(root, n=6):

@@ -358,12 +358,12 @@ def scene_metrics(model: Model, scenes: Scenes) -> tuple[dict, dict]:
         branches.append(part)
         place.add(patches, torch.stack(masks), [facts[i] for i in numbers], [sentences[i] for i in numbers])
     branches = torch.cat(branches)
-    images, rows = model.merge(branches), {}
+    images, short, rows = model.merge(branches), [c["short"] for c in captions], {}
 
-    for name, texts, embedded in (("short", [c["short"] for c in captions], None), ("long", long, None), (
-            "long by sentence", long, torch.stack([F.normalize(e.mean(0), dim=0) for e in sentences]))):
-        of = same_text(texts)
-        rows |= prefixed(name, retrieval(images, model.texts(texts) if embedded is None else embedded, of, of))
+    means = torch.stack([F.normalize(e.mean(0), dim=0) for e in sentences])
+    for name, texts, embedded in (("short", short, model.texts(short)), ("long", long, model.texts(long)),
+                                  ("long by sentence", long, means)):
+        rows |= prefixed(name, retrieval(images, embedded, same_text(texts), same_text(texts)))
     main = torch.tensor([scene.objects[0].kind for scene in facts])
     prompts = [[t.format(article(name), name) for t in SCENE_PROMPTS] for name in names]
     rows |= prefixed("zero-shot", classification(images, class_embeddings(model, prompts), main))

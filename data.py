@@ -1,32 +1,44 @@
-"""From files to batches: tokenizer, sentences, pictures, captions, the texts each method draws, datasets, the order of samples.
+"""From files to batches: tokenizer, sentences, pictures, captions, the texts each method draws, records, order.
 
     tokenizer = load_tokenizer("clip")
     tokens = tokenizer(["a photo of a dog", "a cat"], 77)  # [2, 77]: start, ids, end, zeros
     split_sentences("A dog, approx. 3.5 ft. tall. It runs...")  # ["A dog, approx. 3.5 ft. tall.", "It runs..."]
     image = load_image("dog.png")  # PIL, RGB, upright, on white
+    records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
+    python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
     python data.py --train-bpe assets/scenes.tiktoken    how the small vocabulary of the scenes was made
 """
 
 import argparse
 import base64
+import csv
 import functools
+import gc
+import glob
 import gzip
 import hashlib
 import html
 import http.client
 import importlib.util
 import io
+import itertools
 import json
+import math
 import os
 import random
 import re
 import signal
+import sys
+import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 import warnings
-import zlib
+from array import array
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +48,7 @@ import regex  # tiktoken's own dependency: CLIP's word pattern needs \p{L}, whic
 import tiktoken
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import v2
+from tqdm import tqdm
 
 from scenes import KINDS, PERSPECTIVES, Scenes
 
@@ -339,17 +351,19 @@ def is_abbreviation(name, following):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format for which Pillow starts another program, as it does for EPS
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image has its own, settable limit
 
 
-def load_image(source, size=None, max_pixels=64_000_000):
+def load_image(source, size=None, max_pixels=64_000_000, name=None):
     """A path, bytes or a binary file -> PIL image: RGB, turned upright by its EXIF tag, transparent parts on white.
 
     `size`: the shorter side wanted in the end; a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, where that leaves it.
     Raises BadSample with the reason "image missing", "image too large" (over max_pixels: a small file can fill the
-    memory), "image truncated" or "image will not decode".
+    memory), "image truncated" or "image will not decode", and `name` (else the file's) in its detail.
     """
-    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
+    path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
+    name = name or path
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
@@ -387,37 +401,88 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+ASPECT = 0.8  # a random crop is 0.8 to 1.25 times as wide as high
+
+
+def crop_box(width, height, least=1.0, rng=None):
+    """(left, top, right, bottom) of what to keep of a picture: the middle square; with `rng` a random rectangle of at
+    least the share `least` of the area (the random resized crop of 1409.4842), or, in a picture too long for that, the
+    greatest of that aspect at a random place."""
+    if rng is None:
+        side = min(width, height)
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(least, 1), math.exp(rng.uniform(-1, 1) * math.log(ASPECT))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            break
+    else:
+        w, h = min(width, height / ASPECT), min(height, width / ASPECT)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, left + w, top + h
+
+
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
+
+# Where each kind of text is found, by the names that published files use: DreamLIP's columns (SV ShareGPT4V, IB
+# InstructBLIP, LLA LLaVA-1.5), img2dataset's and Holistic CLIP's "caption", re-captioning's own. Of "raw" and "caption"
+# the first name found counts; short and long captions are taken from all. `--caption-fields` names others.
+FIELDS = {
+    "caption": ("caption",),  # a string, or a list of M texts, the raw caption first
+    "raw": ("raw", "raw_caption"),
+    "short": ("short", "shortSV_captions", "shortIB_captions", "shortLLA_captions"),
+    "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption"),
+    **{name: (name,) for name in PERSPECTIVES if name != "raw"},
+}
+
 
 @dataclass
 class Captions:
     """The texts of one image. A method never finds one missing: what the data lacks is made of what it has."""
 
     raw: str  # the caption found with the image
-    short: str | None  # a model's one-sentence caption
-    long: list[str]  # the sentences of a long caption
+    short: list[str]  # one-sentence captions, one a model
+    long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
 
 
-def read_captions(row: dict) -> Captions:
-    """From {"raw", "short", "long", "details", ...} (re-captioning's names; "long" a string or a list of sentences), or
-    {"caption": a string, or a list of M texts} (Holistic CLIP's files), or both. Raises BadSample if there is no text."""
+def read_fields(text: str) -> dict:
+    """"raw=title,long=a+b" -> FIELDS with these names instead. Raises UserError."""
+    fields = dict(FIELDS)
+    for part in filter(None, text.split(",")):
+        kind, _, names = part.partition("=")
+        if kind.strip() not in fields or not names.strip():
+            raise UserError(f"--caption-fields: {part!r} is not like long=field or long=field+field, with one of "
+                            + ", ".join(fields))
+        fields[kind.strip()] = tuple(name.strip() for name in names.split("+"))
+    return fields
+
+
+def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
+    """A row of a data file -> its texts, found by the names in `fields`. What is under "captions" (re-captioning's
+    records) wins over the same names outside. A text may be a string or a list of its sentences.
+    Raises BadSample, with `name` as its detail, if there is no text."""
     inner = row.get("captions")
-    named = {k: clean_field(v) for k, v in {**row, **(inner if isinstance(inner, dict) else {})}.items()
-             if k in (*PERSPECTIVES, "short", "long") and clean_field(v)}
-    listed = clean_field(row.get("caption")) or []
-    raw = " ".join(named.get("raw", listed[:1]) or named.get("short", []) or next(iter(named.values()), [])[:1])
+    row = {**row, **inner} if isinstance(inner, dict) else row
+    found = {kind: [texts for field in names if (texts := clean_field(row.get(field)))]
+             for kind, names in fields.items()}
+    listed = found["caption"][0] if found["caption"] else []
+    anything = [*found["raw"], listed[:1], *found["short"], *(texts[:1] for kind in found.values() for texts in kind)]
+    raw = " ".join(next(filter(None, anything), []))
     if not raw:
-        raise BadSample("no caption", str(row.get("image", row.get("key", ""))))
-    long = named.get("long") or listed[1:] or listed or [raw]
+        raise BadSample("no caption", name or str(row.get("image", row.get("key", ""))))
+    long = [text for texts in found["long"] for text in texts] or listed[1:] or listed or [raw]
     long = [sentence for text in long for sentence in split_sentences(text)] or [raw]
-    perspectives = [" ".join(named[name]) for name in PERSPECTIVES if name in named and name != "raw"] or listed[1:]
-    return Captions(raw, " ".join(named["short"]) if "short" in named else None, long, [raw, *perspectives])
+    perspectives = [" ".join(found[kind][0]) for kind in PERSPECTIVES if kind != "raw" and found[kind]] or listed[1:]
+    return Captions(raw, [" ".join(texts) for texts in found["short"]], long, [raw, *perspectives])
+
+
+LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged file
 
 
 def clean_field(value) -> list[str]:
     texts = value if isinstance(value, list) else [value]
-    return [t.strip() for t in texts if isinstance(t, str) and t.strip()]
+    return [t.strip()[:LONGEST_TEXT] for t in texts if isinstance(t, str) and t.strip()]
 
 
 def text_slots(s) -> list[str]:
@@ -429,15 +494,16 @@ def text_slots(s) -> list[str]:
 def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
     """The T texts of one image for one step, in the order of text_slots.
 
-    Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short caption, the raw one unless it has a slot of its own, and
-    with `whole_caption` all sentences as one text: without replacement while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
+    Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short captions, the raw one unless it has a
+    slot of its own, and with `whole_caption` all sentences as one text: without replacement while they last. Long texts
+    (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
     """
-    pool = c.long + [c.short] * bool(s.short_caption and c.short) + [c.raw] * (not s.raw_caption) + [" ".join(c.long)] * s.whole_caption
+    pool = c.long + c.short * s.short_caption + [c.raw] * (not s.raw_caption) + [" ".join(c.long)] * s.whole_caption
 
     def sub(k):
         if s.sampling == "first":  # the ablation: the same K texts every time
             return [pool[i % len(pool)] for i in range(k)]
-        return rng.sample(pool, k) if k <= len(pool) else rng.sample(pool, len(pool)) + rng.choices(pool, k=k - len(pool))
+        return rng.sample(pool, min(k, len(pool))) + rng.choices(pool, k=max(0, k - len(pool)))
 
     def long():
         n = s.long_sentences or len(c.long)
@@ -450,6 +516,516 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
     return texts + perspectives + sub(slots.count("perspective") - len(perspectives))
 
 
+# ---- records: where the samples are in the files ---------------------------------------------------------------------
+
+# A sample is a span of bytes in a file: of a tar the members with its key, of a CSV its row, of JSON lines its line.
+# All that stays in memory is one SPAN a sample, in files under ~/.cache that are mapped, so that the workers and the
+# ranks of a machine share one copy; the span is read and parsed when the sample is wanted. So any sample is reached at
+# once: the order is free, the same for any number of workers, and a run goes on where it was. (webdataset streams a tar
+# from its start; its order depends on the number of workers, and it cannot go on in mid-epoch.)
+SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
+INDEX_VERSION = 1  # of the indices kept: raise it when a scan_ function changes
+LARGE = 1 << 24  # bytes of files that are scanned in several processes
+LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
+
+
+@dataclass
+class Record:
+    key: str
+    image: bytes | Path
+    row: dict  # its texts, as read_captions takes them
+
+
+class BadCount(dict):
+    """{reason: the first few details} of bad samples; `counts` has the numbers, `seen` that of all samples met."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.seen = Counter(), 0
+
+    def add(self, bad: BadSample):
+        self.counts[bad.reason] += 1
+        details = self.setdefault(bad.reason, [])
+        if len(details) < 5 and bad.detail not in details:
+            details.append(bad.detail)
+
+    def merge(self, other: "BadCount"):
+        self.counts.update(other.counts)
+        self.seen += other.seen
+        for reason, details in other.items():
+            self[reason] = (self.get(reason, []) + details)[:5]
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def report(self) -> str:
+        return "; ".join(f"{n} × {reason}: {', '.join(self[reason][:3])}{' ...' if n > 3 else ''}"
+                         for reason, n in self.counts.most_common())
+
+    def over(self, share: float, total: int | None = None, seen: int | None = None) -> bool:
+        """Whether more than this share is bad, of at least 200 seen; `total` and `seen` may be those of all ranks."""
+        total, seen = self.total if total is None else total, self.seen if seen is None else seen
+        return seen >= 200 and total > share * seen
+
+    def check(self, share: float):
+        """Raises UserError where that is so."""
+        if self.over(share):
+            raise UserError(f"{self.total} of {self.seen} samples are bad, over --max-bad {share:g}: mend the data or "
+                            f"raise the limit ({self.report()})")
+
+
+def hashed(key: str | bytes) -> int:
+    key = key if isinstance(key, bytes) else key.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def parse_json(content: bytes, name: str) -> dict:
+    try:
+        row = json.loads(content.decode("utf-8-sig", errors="replace"))
+        if isinstance(row, dict):
+            return row
+    except (ValueError, RecursionError):
+        pass
+    raise BadSample("JSON does not parse", name)
+
+
+IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "path", "url", "image_url")
+
+
+def image_field(row: dict, otherwise: str | None = None) -> str:
+    """The path or URL of a row's image: under the first of the usual names, else under `otherwise`."""
+    by_name = {name.lower(): value for name, value in reversed(row.items())}
+    image = next((by_name[name] for name in IMAGE_FIELDS if name in by_name), row.get(otherwise))
+    if not isinstance(image, str) or not image.strip():
+        raise BadSample("no image named", str(row.get("key", ""))[:80])
+    return image.strip()
+
+
+# Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
+# with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
+
+def tar_members(read, end):
+    """(key, extension, start, data, size) of every file in a tar: where its headers and its content begin, in bytes.
+
+    `read(offset, n)` gives bytes. Headers are parsed by the standard library's TarInfo, one by one, because its TarFile
+    and webdataset both give up a shard at the first damaged header: here the key is None, the extension says what is
+    wrong, and the next whole header is looked for. The key is the name, with its folder, up to the first dot.
+    """
+    at, start, name, last = 0, None, None, 0
+    while at < end:
+        block = read(at, 512)
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if info.size < 0:
+                raise tarfile.InvalidHeaderError
+        except tarfile.HeaderError:
+            following = next_header(read, at + 512, end)
+            if following is None and block.count(0) == 512:  # the mark of the end
+                return
+            yield None, "tar damaged", at, at, 0
+            if following is None:
+                return
+            at, start, name = following, None, None
+            continue
+        start, data = at if start is None else start, at + 512
+        at = data + (info.size + 511) // 512 * 512 * (info.isreg() or info.type in b"LxgK")
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            name = read(data, min(info.size, 1 << 16)).rstrip(b"\0")
+        elif info.type == tarfile.XHDTYPE:
+            path = re.search(rb"(?:^|\n)\d+ path=(.*?)\n\d*", read(data, min(info.size, 1 << 16)), re.S)
+            name = path[1] if path else name
+        elif info.type not in b"gK":
+            full = (os.fsdecode(name) if name else info.name).removeprefix("./")
+            folder, slash, base = full.rpartition("/")
+            stem, _, extension = base.partition(".")
+            if info.isreg() and stem:  # a name that begins with a dot is a system's own
+                yield folder + slash + stem, extension.lower(), start, data, info.size
+            start, name, last = None, None, data + info.size
+    if last <= end:
+        yield None, "tar cut off", at, at, 0
+
+
+def next_header(read, at, end):
+    """The next offset, in steps of 512 bytes, that holds a tar header, or None."""
+    while at < end:
+        piece = read(at, 1 << 20)
+        for place in range(0, len(piece), 512) if b"ustar" in piece else ():
+            if piece[place + 257:place + 262] == b"ustar":
+                try:
+                    tarfile.TarInfo.frombuf(piece[place:place + 512], "utf-8", "surrogateescape")
+                    return at + place
+                except tarfile.HeaderError:
+                    pass
+        at += 1 << 20
+    return None
+
+
+def scan_tar(path):
+    def sample():
+        key, what, start, _, _ = group[0]
+        stop = group[-1][3] + group[-1][4]
+        if key is None:
+            return BadSample(what, f"{path.name} at byte {start}")
+        if stop > end:
+            return BadSample("tar cut off", f"{path.name} in {key}")
+        if not any(extension in SUFFIXES for _, extension, *_ in group):
+            return BadSample("no image", f"{path.name}/{key}")
+        return start, stop - start, key, key
+
+    with open(path, "rb") as file:
+        descriptor, end, group = file.fileno(), os.fstat(file.fileno()).st_size, []
+        for member in tar_members(lambda offset, n: os.pread(descriptor, n, offset), end):
+            if group and (member[0] != group[0][0] or any(member[1] == other[1] for other in group)):
+                yield sample()
+                group = []
+            group.append(member)
+        if group:
+            yield sample()
+
+
+def parse_tar(content, records, n):
+    file = records.files[n]
+    key, image, text, row = "", None, {}, {}
+    for key_found, extension, _, data, size in tar_members(lambda offset, n: content[offset:offset + n], len(content)):
+        if extension in SUFFIXES and image is None:
+            key, image = key_found, content[data:data + size]
+        elif extension == "txt":
+            text = {"caption": content[data:data + size].decode("utf-8-sig", errors="replace")}
+        elif extension == "json":
+            row = parse_json(content[data:data + size], f"{file.name}/{key_found}.json")
+    if image is None:
+        raise BadSample("no image", f"{file.name}/{key}")
+    return Record(key, image, text | {name: value for name, value in row.items() if value})
+
+
+def row_key(row: dict, otherwise: str | None = None) -> str:
+    key = row.get("key")
+    return key if isinstance(key, str) and key else image_field(row, otherwise)
+
+
+def scan_lines(path):
+    start = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            if line.strip():
+                where = f"{path.name} line {number}"
+                try:
+                    row = parse_json(line, where)
+                    key = row_key(row)
+                    yield start, len(line), key, key if row.get("key") == key else line  # a picture may have several
+                except BadSample as bad:
+                    torn = bad.reason == "JSON does not parse" and not line.endswith(b"\n")
+                    yield BadSample("last line torn" if torn else bad.reason, where)
+            start += len(line)
+
+
+def parse_lines(content, records, n):
+    row = parse_json(content, records.files[n].name)
+    return Record(row_key(row), records.locate(n, image_field(row)), row)
+
+
+def csv_row(file, path):
+    """The next row of a CSV open in binary mode -> its cells (None if it does not parse), and the lines it takes."""
+    taken = []
+
+    def lines():
+        while line := file.readline(LONGEST):
+            taken.append(line)
+            yield line.decode(errors="replace")
+
+    return csv_cells(lines(), path, strict=True), taken
+
+
+def csv_cells(lines, path, strict=False):
+    try:
+        return next(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=strict), [])
+    except csv.Error:
+        return None
+
+
+@functools.lru_cache(maxsize=None)
+def csv_names(path, _stamp):
+    with open(path, "rb") as file:
+        return [name.strip(" \ufeff") for name in csv_row(file, path)[0] or [""]]
+
+
+def scan_csv(path):
+    """The csv module finds where a row ends, since a quoted cell may hold line breaks. A quote that is never closed
+    swallows the rows below it, until something is not strictly CSV: then only the first line is given up."""
+    names = csv_names(path, stamp(path))
+    with open(path, "rb") as file:
+        lines = csv_row(file, path)[1]  # the header
+        start, number = sum(map(len, lines)), len(lines) + 1
+        while (found := csv_row(file, path))[1]:
+            cells, lines = found
+            if cells is None or len(cells) != len(names) and len(lines) > 1:
+                lines = lines[:1]
+                file.seek(start + len(lines[0]))
+                even = lines[0].count(b'"') % 2 == 0  # quotes within quotes, as some write them
+                cells = even and csv_cells([lines[0].decode(errors="replace")], path)
+            content, where = b"".join(lines), f"{path.name} line {number}"
+            if content.strip():
+                try:
+                    if not cells or len(cells) != len(names):
+                        raise BadSample("row does not parse", where)
+                    key = row_key(dict(zip(names, cells)), names[0])
+                    yield start, len(content), key, key if "key" in names else content
+                except BadSample as bad:
+                    yield BadSample(bad.reason, where)
+            start, number = start + len(content), number + len(lines)
+
+
+def parse_csv(content, records, n):
+    names = csv_names(records.files[n], records.stamps[n])
+    lines = io.StringIO(content.decode(errors="replace"), newline="")
+    row = dict(zip(names, csv_cells(lines, records.files[n]) or []))
+    return Record(row_key(row, names[0]), records.locate(n, image_field(row, names[0])), row)
+
+
+def scan_folder(folder):
+    """The pictures below a folder; start and length are those of the path in the list of all paths (`list_folder`)."""
+    start = 0
+    for name in list_folder(folder):
+        key = os.fsdecode(name).rpartition(".")[0]
+        yield start, len(name), key, key
+        start += len(name)
+
+
+def list_folder(folder):
+    names = (os.path.relpath(os.path.join(at, name), folder) for at, _, files in os.walk(folder) for name in files
+             if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."))
+    return sorted(map(os.fsencode, names))
+
+
+def parse_folder(content, records, n):
+    path, row = records.files[n] / os.fsdecode(content), {}
+    with suppress(FileNotFoundError):
+        row = {"caption": path.with_suffix(".txt").read_bytes().decode("utf-8-sig", errors="replace")}
+    with suppress(FileNotFoundError):
+        row |= parse_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
+    return Record(os.fsdecode(content).rpartition(".")[0], path, row)
+
+
+READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), ".csv": (scan_csv, parse_csv),
+           ".tsv": (scan_csv, parse_csv), "": (scan_folder, parse_folder)}
+
+
+def captions_path(file: Path) -> Path:
+    """Where the new captions of a file or folder lie: 00000.tar -> 00000.captions.jsonl, set -> set.captions.jsonl."""
+    file = Path(file)
+    name = file.resolve().name if file.is_dir() else file.stem
+    return (file.resolve() if file.is_dir() else file).with_name(f"{name}.captions.jsonl")
+
+
+def expand(pattern: str) -> list[str]:
+    """{00000..00331} and {a,b}, as a shell expands them."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces:
+        return [pattern]
+    first, _, last = braces[1].partition("..")
+    counted = first.isdigit() and last.isdigit()
+    inside = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if counted else braces[1].split(",")
+    return [text for part in inside for text in expand(pattern[:braces.start()] + part + pattern[braces.end():])]
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files, all of one format, that one path of --data stands for. Raises UserError."""
+    if os.path.isdir(pattern):
+        return sorted(Path(pattern).glob("*.tar")) or [Path(pattern)]
+    names = [pattern] if os.path.exists(pattern) else expand(pattern)
+    files = [Path(name) for text in names for name in (sorted(glob.glob(text)) if glob.has_magic(text) else [text])]
+    gone = [file for file in files if not file.is_file()]
+    if gone or not files:
+        raise UserError(f"no file {gone[0] if gone else pattern}" + f" (nor {len(gone) - 1} more)" * (len(gone) > 1) +
+                        ": --data takes 'scenes', .tar shards, .jsonl, .csv or a folder")
+    other = [file for file in files if file.suffix not in READERS or file.suffix != files[0].suffix]
+    if other:
+        raise UserError(f"--data {other[0]}: it takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern "
+                        "stands for files of one format")
+    return files
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """What tells whether a file has changed."""
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
+def index_path(file: Path) -> Path:
+    """Where the index of a file is kept; another once the file has changed."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = "-".join(f"{x:x}" for x in (hashed(str(file.resolve())), *stamp(file), INDEX_VERSION))
+    return Path(os.environ.get("MINILIP_CACHE") or Path(cache, "minilip"), name)
+
+
+def load_index(file: Path):
+    """-> (spans, BadCount), the spans mapped; None if no whole index is kept."""
+    try:
+        path, bad = index_path(file), BadCount()
+        with open(path, "rb") as kept:
+            head = kept.readline()
+            n, details, counts, bad.seen = json.loads(head)
+        if path.stat().st_size == len(head) + n * SPAN.itemsize:
+            bad.update(details)
+            bad.counts.update(counts)
+            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def make_index(file: Path):
+    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept or the file goes on
+    changing."""
+    if load_index(file):
+        return None  # another process was faster
+    path, columns, bad, known = index_path(file), (array("Q"), array("L"), array("Q")), BadCount(), set()
+    sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
+    try:
+        for found in READERS[file.suffix if file.is_file() else ""][0](file):
+            bad.seen += 1
+            if isinstance(found, BadSample):
+                bad.add(found)
+                continue
+            start, length, key, identity = found
+            if length > LONGEST:
+                bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
+            elif (identity := hashed(identity)) in known and not sidecar:
+                bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
+            else:
+                known.add(identity)
+                for column, value in zip(columns, (start, length, hashed(key))):
+                    column.append(value)
+    except OSError as error:
+        bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
+    spans = np.empty(len(columns[0]), SPAN)
+    for name, column in zip(SPAN.names, columns):
+        spans[name] = column
+    if sidecar:
+        spans.sort(order="key", kind="stable")  # its lines are looked up by key
+    if file.is_file():  # the time of a folder does not tell whether what is below it has changed
+        keep_index(path, json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
+    return None if load_index(file) else (spans, bad)
+
+
+def keep_index(path: Path, content: bytes):
+    """Whole or not at all, in place of older ones of the same file; where it cannot be written, it is not kept."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
+            if old != path:
+                old.unlink(missing_ok=True)
+
+
+def read_indices(files: list[Path]) -> list:
+    """(spans, BadCount) of every file; those not known yet are scanned, in parallel where that takes long."""
+    new = [file for file in files if not load_index(file)]
+    start = len(new) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    new = new[start:] + new[:start]  # the ranks of a machine begin at different files, and meet what others have done
+    progress = functools.partial(tqdm, desc="indexing", total=len(new), unit="file", delay=2, leave=False)
+    if sum(file.stat().st_size for file in new) <= LARGE:
+        made = dict(zip(new, map(make_index, progress(new))))
+    else:  # in other processes even if it is one file, so that what scanning takes of memory is given back
+        processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        with ProcessPoolExecutor(min(processes, len(new))) as pool:
+            made = dict(zip(new, progress(pool.map(make_index, new))))
+    return [made.get(file) or load_index(file) for file in files]
+
+
+@functools.lru_cache(maxsize=512)
+def opened(file, _stamp):
+    return open(file, "rb", buffering=0)
+
+
+def read_span(file: Path, stamp: tuple, start: int, length: int) -> bytes:
+    """By pread, which moves no position: so processes forked from this one may share an open file."""
+    content = os.pread(opened(file, stamp).fileno(), length, start)
+    if len(content) < length:
+        raise BadSample("file cut off", f"{file} at byte {start}")
+    return content
+
+
+class Records:
+    """All samples of one path of --data: a file, {00000..00331}.tar, *.tar, a folder of shards or of pictures.
+
+    records[i] -> Record, read from its file and joined with the sidecar of new captions, where there is one; raises
+    BadSample. `bad`: what the index had to leave out. `image_root`: where the images of CSV and JSON lines lie, else
+    beside the file.
+    """
+
+    def __init__(self, path: str, image_root: str | None = None):
+        self.path, self.root = str(path), Path(image_root) if image_root else None
+        self.files, self.bad = find_files(self.path), BadCount()
+        _, self.parse = READERS[self.files[0].suffix if self.files[0].is_file() else ""]
+        self.stamps, self.spans = [stamp(file) for file in self.files], []
+        for spans, bad in read_indices(self.files):
+            self.spans.append(spans)
+            self.bad.merge(bad)
+        self.first = np.cumsum([0, *map(len, self.spans)])  # the number of each file's first sample, and that of all
+        self.listing = b"".join(list_folder(self.files[0])) if self.parse is parse_folder else None
+        self.sidecars = [path if path.is_file() else None for path in map(captions_path, self.files)]
+        there = [path for path in self.sidecars if path]
+        indices = dict(zip(there, read_indices(there)))
+        self.sidecars = [path and (path, stamp(path), indices[path][0]) for path in self.sidecars]
+        for _, bad in indices.values():
+            bad.seen = 0  # no samples, but what is said of them
+            self.bad.merge(bad)
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def file_of(self, i: int) -> int:
+        return int(np.searchsorted(self.first, i, "right")) - 1
+
+    def locate(self, n: int, image: str) -> Path:
+        """The image that a row of file n names: below the root; of a URL the last part counts."""
+        name = urllib.parse.urlsplit(image).path.rpartition("/")[2] if "://" in image else image
+        return (self.root or self.files[n].parent) / name
+
+    def name(self, i: int) -> str:
+        """Of a sample, for a message, whatever is wrong with it."""
+        n = self.file_of(i)
+        try:
+            return f"{self.files[n].name}: {self[i].key}"
+        except BadSample:
+            return f"{self.files[n].name} at byte {self.spans[n][i - self.first[n]]['start']}"
+
+    def keys(self) -> np.ndarray:
+        """The hash of every sample's key: uint64 [N]."""
+        return np.concatenate([spans["key"] for spans in self.spans])
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        n = self.file_of(i)
+        file, (start, length, key) = self.files[n], self.spans[n][i - self.first[n]].tolist()
+        try:
+            content = self.listing[start:start + length] if self.listing is not None else read_span(
+                file, self.stamps[n], start, length)
+            record = self.parse(content, self, n)
+            if self.sidecars[n]:
+                captions = record.row.get("captions")
+                record.row["captions"] = (captions if isinstance(captions, dict) else {}) | self._new_captions(n, key)
+        except OSError as error:
+            raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
+        return record
+
+    def _new_captions(self, n: int, key: int) -> dict:
+        """What the lines of file n's sidecar say of a key, given by its hash; of two that name a field the later."""
+        path, stamp, spans = self.sidecars[n]
+        first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
+        found = {}
+        for start, length, _ in spans[first:last].tolist():
+            captions = parse_json(read_span(path, stamp, start, length), path.name).get("captions")
+            found |= captions if isinstance(captions, dict) else {}
+        return found
+
+
 # ---- datasets --------------------------------------------------------------------------------------------------------
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -457,21 +1033,26 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    mean, std = (255 * torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return images.float().sub_(mean).div_(std)
 
+
+# A dataset: len; key(i); name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
+# [3,S,S], Captions), or BadSample raised; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
 
 class SceneImages:
-    """Scenes as (image uint8 [3,S,S], captions, samples found bad: none here). Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
+    """Embedded scenes. Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
 
     def __init__(self, split: str, n: int, size: int, kinds: int):
-        self.scenes, self.train = Scenes(split, n, size, kinds), split == "train"
+        self.scenes, self.train, self.size, self.bad = Scenes(split, n, size, kinds), split == "train", size, BadCount()
 
     def __len__(self):
         return len(self.scenes)
 
     def key(self, i):
         return f"scene-{self.scenes.split}-{i}"
+
+    name = key
 
     def __getitem__(self, i, rng=None):
         scene = self.scenes.scene(i)
@@ -482,176 +1063,360 @@ class SceneImages:
             top, left = rng.randint(0, 2 * reach), rng.randint(0, 2 * reach)
             image = pad[top:top + image.shape[0], left:left + image.shape[1]]
         c = scene.captions
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), Captions(
-            c["raw"], c["short"], c["long"], [c[name] for name in PERSPECTIVES]), []
+        perspectives = [c[name] for name in PERSPECTIVES]
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return image, Captions(c["raw"], [c["short"]], c["long"], perspectives)
+
+    def order(self, rng, window):
+        return rng.permutation(len(self))
 
 
 CACHE = 512 << 20  # bytes of decoded pictures that a data-loading process may keep
+HELD_OUT = 5000  # samples held out for validation, or a tenth where that is less
 
 
-class JsonLines:
-    """Pictures beside a JSON-lines file of {"image": path relative to the file, "caption": text or list, named captions ...}.
+class Pictures:
+    """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
-    A line that cannot be used is left out and counted in `bad` (reason -> list of what); a picture that turns out broken only when
-    it is decoded is replaced by the next one. `part`: "train", "validation" (every tenth by the hash of the path), or "all".
-    """
+    def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.8, fields: dict = FIELDS):
+        self.records, self.size, self.train, self.fields, self.crop = records, size, part == "train", fields, crop
+        self.bad = records.bad
+        held_out = records.keys() < np.uint64(min(0.1, HELD_OUT / max(1, len(records))) * 2**64)
+        wanted = {"train": ~held_out, "validation": held_out, "all": np.ones(len(records), bool)}[part]
+        self.rows = np.flatnonzero(wanted).astype(np.int32 if len(records) < 2**31 else np.int64)
+        self.cache = {} if len(self) * 3 * (2 * size) ** 2 < CACHE else None  # a small set is decoded once
+        self._try_a_few(part)
 
-    def __init__(self, path: str, size: int, part: str = "all", crop: float = 0.8):
-        self.path, self.root, self.rows, self.bad, self.train = Path(path), Path(path).parent, [], {}, part == "train"
-        try:
-            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a caption may hold U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path} ({error}): --data takes 'scenes' or a JSON-lines file") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    self._add(line, number, part)
-                except BadSample as bad:
-                    self.count(bad)
-        if not self.rows:
-            raise UserError(f"{path} has no usable line for {part}" + (f" ({self.report()})" if self.bad else "") +
-                            ': each line must be like {"image": "dog.jpg", "caption": "a dog"}')
-        resize = [v2.RandomResizedCrop(size, scale=(crop, 1), ratio=(0.8, 1.25), interpolation=v2.InterpolationMode.BICUBIC)] if self.train else [
-            v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
-        self.transform, self.size = v2.Compose([*resize, v2.PILToTensor()]), size
-        self.cache = {} if len(self.rows) * 3 * (2 * size) ** 2 < CACHE else None  # a small set is decoded once
-
-    def _add(self, line, number, part):
-        try:
-            row = json.loads(line)
-            image = row["image"]
-            if not isinstance(image, str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise BadSample("line does not parse", f"line {number}") from None
-        validation = zlib.crc32(image.encode()) % 10 == 0
-        if part == "all" or validation == (part == "validation"):
-            captions = read_captions(row)
-            if not (self.root / image).is_file():
-                raise BadSample("image missing", image)
-            self.rows.append((image, captions))
-
-    def count(self, bad: BadSample):
-        self.bad.setdefault(bad.reason, []).append(bad.detail)
-
-    def report(self) -> str:
-        return "; ".join(f"{len(what)} × {reason}: {', '.join(what[:3])}{' ...' if len(what) > 3 else ''}" for reason, what in self.bad.items())
+    def _try_a_few(self, part):
+        """A wrong image root or name of a field shows at once: not one of some samples can be used."""
+        if len(self.records) and not len(self):
+            raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
+                            "take more data, or --eval-images 0")
+        failed = BadCount()
+        for i in np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist():
+            try:
+                self[i]
+                return
+            except BadSample as bad:
+                failed.add(bad)
+        tried = f", none of {failed.total} tried ({failed.report()})" if failed else ""
+        left_out = f" (left out: {self.bad.report()})" if self.bad else ""
+        raise UserError(f"--data {self.records.path} has no usable sample for {part}{tried}{left_out}: check "
+                        "--image-root and --caption-fields, or look at it with python data.py --look")
 
     def __len__(self):
         return len(self.rows)
 
     def key(self, i):
-        return self.rows[i][0]
+        return self.records[int(self.rows[i])].key
 
-    def _picture(self, image):
-        if self.cache is None:
-            return load_image(self.root / image, self.size)
-        if image not in self.cache:
-            picture = load_image(self.root / image, 2 * self.size)
-            shrink = min(picture.size) / (2 * self.size)
-            self.cache[image] = picture if shrink <= 1 else picture.resize([round(x / shrink) for x in picture.size], Image.Resampling.BICUBIC)
-        return self.cache[image]
+    def name(self, i):
+        return self.records.name(int(self.rows[i]))
 
     def __getitem__(self, i, rng=None):
-        found_bad = []
-        for step in range(min(len(self), 100)):
-            image, captions = self.rows[(i + step) % len(self)]
-            try:
-                picture = self._picture(image)
-            except BadSample as bad:
-                found_bad.append(bad)
-                continue
-            with torch.random.fork_rng(devices=[]):  # torchvision draws its crop from torch's generator
-                torch.manual_seed(rng.getrandbits(63) if rng else 0)
-                return self.transform(picture), captions, found_bad
-        raise UserError(f"{len(found_bad)} pictures of {self.path} in a row will not decode, the first {found_bad[0]}")
+        number = int(self.rows[i])
+        record = self.records[number]
+        name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
+        captions = read_captions(record.row, self.fields, name)
+        picture = self._picture(i, record.image, name)
+        box = crop_box(*picture.size, *((self.crop, rng) if self.train else ()))
+        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1), captions
+
+    def _picture(self, i, source, name):
+        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECT)) if self.train else self.size  # for the least crop
+        if self.cache is None:
+            return load_image(source, enough, name=name)
+        if i not in self.cache:
+            picture = load_image(source, 2 * self.size, name=name)
+            shrink = max(1, min(picture.size) / (2 * self.size))
+            size = [max(1, round(x / shrink)) for x in picture.size]
+            self.cache[i] = picture if shrink == 1 else picture.resize(size, Image.Resampling.BICUBIC)
+        return self.cache[i]
+
+    def order(self, rng, window):
+        """Single samples in any order, where each is a file of its own or all are in one; shards so that reading them
+        stays nearly sequential."""
+        if self.records.parse is not parse_tar or len(self.records.files) == 1:
+            return rng.permutation(len(self))
+        return shard_order(np.diff(np.searchsorted(self.rows, self.records.first)), rng, window)
 
 
-def open_dataset(data: str, part: str, n: int, size: int, kinds: int):
-    """"scenes" (part: train, validation or test; n of them) or the path of a JSON-lines file (n is ignored)."""
-    if data == "scenes":
+class Sets:
+    """Several datasets as one."""
+
+    def __init__(self, parts: list):
+        self.parts, self.size, self.bad = parts, parts[0].size, BadCount()
+        self.first = np.cumsum([0, *map(len, parts)])
+        for part in parts:
+            self.bad.merge(part.bad)
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def _find(self, i):
+        part = int(np.searchsorted(self.first, i, "right")) - 1
+        return self.parts[part], i - int(self.first[part])
+
+    def key(self, i):
+        part, i = self._find(i)
+        return part.key(i)
+
+    def name(self, i):
+        part, i = self._find(i)
+        return part.name(i)
+
+    def __getitem__(self, i, rng=None):
+        part, i = self._find(i)
+        return part.__getitem__(i, rng)
+
+
+def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.8, image_root: str | None = None,
+                 caption_fields: str = ""):
+    """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes. Raises UserError."""
+    def open_one(path):
+        if path != "scenes":
+            records = Records(path, image_root)
+            return Pictures(records, size, "validation" if part == "test" else part, crop, read_fields(caption_fields))
         try:
             return SceneImages(part, n, size, kinds)
         except ValueError as error:
             raise UserError(f"--kinds: {error}") from None
-    if not Path(data).is_file():
-        raise UserError(f"no file {data}: --data takes 'scenes' or a JSON-lines file")
-    return JsonLines(data, size, "validation" if part == "test" else part)
+
+    parts = [open_one(path) for path in ([data] if isinstance(data, str) else data)]
+    return parts[0] if len(parts) == 1 else Sets(parts)
 
 
 # ---- the order of samples, and batches -------------------------------------------------------------------------------
 
-class TrainingTexts(torch.utils.data.Dataset):
-    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], samples found bad. All randomness comes from (seed, epoch, index), so a sample is
-    the same whichever worker or rank draws it, and after a restart."""
-
-    def __init__(self, dataset, tokenizer, settings):
-        self.dataset, self.tokenizer, self.settings = dataset, tokenizer, settings
-
-    def __getitem__(self, where):
-        epoch, index = where
-        rng = random.Random(f"{self.settings.seed} {epoch} {index}")
-        try:
-            image, captions, bad = self.dataset.__getitem__(index, rng)
-        except UserError as error:  # raised in a worker it would arrive as a page of traceback, so it travels as a sample
-            return error
-        return image, self.tokenizer(draw_texts(captions, self.settings, rng), self.settings.context), bad
+TOGETHER = 8  # shards read at a time
 
 
-def collate(samples):
-    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the longest text of the batch, list of BadSample."""
-    for error in samples:
-        if isinstance(error, UserError):
-            return error
-    images, tokens, bad = zip(*samples)
-    tokens = torch.stack(tokens)
-    return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), [b for found in bad for b in found]
+def shard_order(counts, rng, window: int) -> np.ndarray:
+    """Numbers of the samples of shards with these counts, in the order they are read: shards in random order, some of
+    them together and in turn, then all shuffled within windows of so many samples."""
+    first, order = np.cumsum([0, *counts]), []
+    files = rng.permutation(len(counts))
+    for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
+        numbers = np.concatenate([np.arange(first[file], first[file + 1]) for file in some])
+        turns = np.concatenate([(np.arange(counts[file]) + rng.random()) / max(1, counts[file]) for file in some])
+        order.append(numbers[np.argsort(turns)])
+    order = np.concatenate(order)
+    for start in range(0, len(order), window):
+        rng.shuffle(order[start:start + window])
+    return order
+
+
+class Order:
+    """The endless stream of samples: order(position) -> (epoch, index), a function of the seed alone.
+
+    Without weights an epoch has every sample of every set once, the sets mixed evenly. With weights a block of 1,000
+    samples has so many of each set, in a random pattern, and each set goes through epochs of its own.
+    """
+
+    def __init__(self, dataset, seed: int, window: int, weights=()):
+        parts, self.seed, self.window = getattr(dataset, "parts", [dataset]), seed, window
+        first = np.cumsum([0, *map(len, parts)]).tolist()
+        if weights and (len(weights) != len(parts) or min(weights) <= 0):
+            raise UserError(f"--data-weights: there must be one above 0 for each of the {len(parts)} paths of --data")
+        together = list(zip(parts, first))
+        self.streams = [[one] for one in together] if weights else [together]
+        self.lengths = [sum(len(part) for part, _ in stream) for stream in self.streams]
+        shares = np.cumsum([0, *weights]) / sum(weights) if weights else np.array([0, 1])
+        self.quotas = np.maximum(1, np.diff(np.round(1000 * shares).astype(int)))  # of a block, for each stream
+        self.block, self.known = -1, {}
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        block, place = divmod(position, int(self.quotas.sum()))
+        if block != self.block:
+            self.block, stream = block, np.repeat(np.arange(len(self.quotas)), self.quotas)
+            if len(stream) > 1:
+                np.random.default_rng((self.seed, block)).shuffle(stream)
+            turn = np.empty(len(stream), int)  # how many of its stream came before, in this block
+            turn[np.argsort(stream, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
+            self.pattern = stream.tolist(), turn.tolist()
+        stream, turn = (column[place] for column in self.pattern)
+        epoch, place = divmod(block * int(self.quotas[stream]) + turn, self.lengths[stream])
+        if self.known.get(stream, (None, None))[0] != epoch:
+            self.known[stream] = epoch, self._epoch(stream, epoch)
+        return epoch, int(self.known[stream][1][place])
+
+    def _epoch(self, stream, epoch):
+        rng = np.random.default_rng((self.seed, epoch, stream) if stream else (self.seed, epoch))
+        orders = [part.order(rng, self.window) + first for part, first in self.streams[stream]]
+        if len(orders) == 1:
+            return orders[0]
+        when = np.concatenate([(np.arange(len(order)) + rng.random(len(order))) / len(order) for order in orders])
+        return np.concatenate(orders)[np.argsort(when)]
 
 
 class Steps(torch.utils.data.Sampler):
-    """Which (epoch, index) make up each step's local batch: permutations of the data set, one an epoch, cut into global batches, of
-    which this rank takes its share. Starts at any step without walking there."""
+    """The (epoch, index) pairs of each step's local batch: the stream cut into global batches, of which this rank takes
+    its share. Starts at any step without walking there."""
 
-    def __init__(self, n: int, batch: int, first: int, last: int, seed: int, rank: int = 0, world: int = 1):
-        self.n, self.batch, self.first, self.last, self.seed, self.rank, self.world = n, batch, first, last, seed, rank, world
+    def __init__(self, order, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
+        self.order, self.batch, self.first, self.last, self.rank, self.world = order, batch, first, last, rank, world
 
     def __len__(self):
         return self.last - self.first
 
     def __iter__(self):
-        local, known = self.batch // self.world, None
+        local = self.batch // self.world
         for step in range(self.first, self.last):
             start = step * self.batch + self.rank * local
-            where = []
-            for position in range(start, start + local):
-                epoch, place = divmod(position, self.n)
-                if known != epoch:
-                    known, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n)
-                where.append((epoch, int(order[place])))
-            yield where
+            yield [self.order(position) for position in range(start, start + local)]
 
 
-def leave_signals(_worker):
-    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does not."""
+class TrainingTexts(torch.utils.data.Dataset):
+    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None; of a bad sample a black image, empty texts
+    and the BadSample, so that the batch keeps its size and the order does not depend on what is found to be bad.
+
+    All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
+    a restart. `at` [workers, 2], shared by the processes, holds what each worker is reading.
+    """
+
+    def __init__(self, dataset, tokenizer, settings):
+        self.dataset, self.tokenizer, self.settings = dataset, tokenizer, settings
+        self.at = torch.full((max(1, settings.workers), 2), -1).share_memory_()
+
+    def __getitem__(self, where):
+        epoch, index = where
+        worker = torch.utils.data.get_worker_info()
+        self.at[worker.id if worker else 0] = torch.tensor(where)
+        rng, context = random.Random(f"{self.settings.seed} {epoch} {index}"), self.settings.context
+        try:
+            image, captions = self.dataset.__getitem__(index, rng)
+        except BadSample as bad:
+            image = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
+            return image, self.tokenizer([""] * len(text_slots(self.settings)), context), bad
+        return image, self.tokenizer(draw_texts(captions, self.settings, rng), context), None
+
+
+def collate(samples):
+    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the batch's longest text, good [B] (bool), the BadSamples."""
+    images, tokens, bad = zip(*samples)
+    tokens, good = torch.stack(tokens), torch.tensor([b is None for b in bad])
+    return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), good, [*filter(None, bad)]
+
+
+def begin_worker(_number):
+    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does
+    not. Its garbage collector leaves alone what was there before the fork, or it would copy all that memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()
 
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
-    steps = Steps(len(dataset), settings.batch, first, last, settings.seed, rank, world)
-    workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=leave_signals) if settings.workers else {}
-    return torch.utils.data.DataLoader(TrainingTexts(dataset, tokenizer, settings), batch_sampler=steps, collate_fn=collate,
-                                       pin_memory=torch.cuda.is_available(), **workers)
+    """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
+    order = Order(dataset, settings.seed, settings.shuffle_buffer, settings.data_weights)
+    samples, workers = TrainingTexts(dataset, tokenizer, settings), {}
+    if settings.workers:
+        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=begin_worker)
+    loader = torch.utils.data.DataLoader(
+        samples, batch_sampler=Steps(order, settings.batch, first, last, rank, world), collate_fn=collate,
+        pin_memory=torch.cuda.is_available(), **workers)
+    return watched(loader, samples)
+
+
+def watched(loader, samples):
+    """The loader's batches; a worker's death becomes one sentence that names the samples at hand."""
+    batches = iter(loader)
+    if samples.settings.workers:  # else PyTorch raises from a signal handler, anywhere in the main program
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker was about to hand over a batch
+        if "DataLoader worker (pid" not in str(error) and (isinstance(error, RuntimeError) or "Caught" in str(error)):
+            raise
+        at = [samples.dataset.name(index) for _, index in samples.at.tolist() if index >= 0]
+        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}) while they were reading "
+                        f"{', '.join(at)}: if memory ran out, lower --workers; else look at these samples") from None
+
+
+# ---- a look at data --------------------------------------------------------------------------------------------------
+
+def look(path, image_root, fields, tokenizer, n, sheet):
+    """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
+    records, bad, shown = Records(path, image_root), BadCount(), []
+    print(f"{path}: {len(records.files)} file{'s' * (len(records.files) > 1)}, {len(records):,} samples"
+          + (f"; left out: {records.bad.report()}" if records.bad else ""))
+    sizes, lengths = [], {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
+    for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
+        try:
+            record = records[i]
+            c, picture = read_captions(record.row, fields, record.key), load_image(record.image, name=record.key)
+        except BadSample as error:
+            bad.add(error)
+            continue
+        sizes.append(picture.size)
+        for found, texts in zip(lengths.values(), ([c.raw], c.short, c.long, [" ".join(c.long)])):
+            found += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+        if len(shown) < 24:
+            picture.thumbnail((256, 256))
+            shown.append((record.key, picture, c))
+    print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
+    if sizes:
+        print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
+    for kind, found in lengths.items():
+        if found:
+            print(f"\n{kind}: {len(found):,}, tokens: mean {np.mean(found):.0f}, median {np.median(found):.0f}, "
+                  f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
+            width = max(found) // 12 + 1
+            counts = np.bincount(np.array(found) // width)
+            for i in range(min(found) // width, len(counts)):
+                bar = "█" * math.ceil(50 * counts[i] / max(counts))
+                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
+    if sheet and shown:
+        contact_sheet(sheet, shown)
+        print(f"\nwrote {sheet}")
+
+
+def contact_sheet(path, shown):
+    """Draws (key, picture, Captions) triples into a picture file, three in a row."""
+    import textwrap
+    import matplotlib.pyplot as plt
+    rows = math.ceil(len(shown) / 3)
+    figure, axes = plt.subplots(rows, 6, figsize=(19, 2.5 * rows), width_ratios=(1, 1.6) * 3, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for (key, picture, c), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
+        left.imshow(picture)
+        texts = [key[-44:], f"RAW {c.raw}", *(f"SHORT {text}" for text in c.short), "LONG " + " | ".join(c.long)]
+        lines = [line for text in texts for line in textwrap.wrap(text, 46)]
+        text = "\n".join(lines[:12] + ["..."] * (len(lines) > 12))
+        right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def learn_vocabulary(path, size):
+    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
+    captions = [scenes.scene(i).captions for i in range(len(scenes))]
+    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), size)
+    Path(path).parent.mkdir(exist_ok=True)
+    save_tiktoken(path, ranks)
+    print(f"{len(ranks)} tokens in {path}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-bpe", metavar="FILE", required=True, help="learn the scenes' vocabulary and write it in tiktoken's format")
-    parser.add_argument("--vocab", type=int, default=1024)
-    options = parser.parse_args()
-    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
-    captions = [scenes.scene(i).captions for i in range(len(scenes))]
-    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), options.vocab)
-    Path(options.train_bpe).parent.mkdir(exist_ok=True)
-    save_tiktoken(options.train_bpe, ranks)
-    print(f"{len(ranks)} tokens in {options.train_bpe}")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--look", metavar="DATA", help="print counts, bad samples and lengths of captions")
+    task.add_argument("--train-bpe", metavar="FILE", help="learn the scenes' vocabulary, in tiktoken's format")
+    parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
+    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
+    parser.add_argument("--image-root", help="where the image paths in .csv and .jsonl begin")
+    parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
+    parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
+    parser.add_argument("--vocab", type=int, default=1024, help="size of the vocabulary to learn")
+    try:
+        options = parser.parse_args()
+        if options.train_bpe:
+            learn_vocabulary(options.train_bpe, options.vocab)
+        else:
+            look(options.look, options.image_root, read_fields(options.caption_fields),
+                 load_tokenizer(options.tokenizer), options.look_images, options.sheet)
+    except UserError as error:
+        sys.exit(f"error: {error}")

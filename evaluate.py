@@ -34,7 +34,7 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import MEAN, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset
+from data import MEAN, BadCount, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset
 from losses import group_patches
 from model import CLIP, CLIPConfig, from_state_dict, resized, to_open_clip
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, Scenes, article, held_out
@@ -426,10 +426,11 @@ def pair_metrics(model: Model, dataset, n: int) -> tuple[dict, dict]:
             return torch.zeros(3, model.config.image_size, model.config.image_size, dtype=torch.uint8), bad
 
     branches, captions = model.images(Samples(min(n, len(dataset)), sample))
-    bad = [c for c in captions if isinstance(c, BadSample)]
+    good, bad = [i for i, c in enumerate(captions) if not isinstance(c, BadSample)], BadCount()
+    for found in (c for c in captions if isinstance(c, BadSample)):
+        bad.add(found)
     if bad:
-        print(f"pictures passed over: {len(bad)}, the first {bad[0]}")
-    good = [i for i, c in enumerate(captions) if not isinstance(c, BadSample)]
+        print(f"passed over: {bad.report()}")
     branches, captions = branches[good], [captions[i] for i in good]
     images, raw, long = model.merge(branches), [c.raw for c in captions], [" ".join(c.long) for c in captions]
     rows = prefixed("short", retrieval(images, model.texts(raw), same_text(raw), same_text(raw)))
@@ -914,14 +915,14 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
     if benchmarks:
         rows, about = run_benchmarks(model, benchmarks), {}
     else:
+        where = {} if data else {name: s[name] for name in ("image_root", "caption_fields") if name in s}
         data, n = data or s.get("data"), n or s.get("eval_images") or 1000
         if not data:
             raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
-        extra = {name: s[name] for name in ("image_root", "caption_fields") if name in s}
-        dataset = open_dataset(data, "test", n, model.config.image_size, s["kinds"], **extra)
+        dataset = open_dataset(data, "test", n, model.config.image_size, s["kinds"], **where)
         scenes = getattr(dataset, "scenes", None)
         rows, found = scene_metrics(model, scenes) if scenes else pair_metrics(model, dataset, n)
-        about = {"data": data, "images": len(found["captions"])}
+        about = {"data": data if isinstance(data, str) else " ".join(data), "images": len(found["captions"])}
         if any(len(c["long"]) > 1 for c in found["captions"]):
             reads = reading(model, model.merge(found["branches"]), found["captions"])
     report = about | dict(branch=branch, image_size=model.config.image_size, reading=reads, metrics={
@@ -932,7 +933,7 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
     print(run_table(model.name, rows))
     if not benchmarks:
         drawn = draw_run(model, found, reads) if figures and model.folder else []
-        print(f"{about['images']} held-out images of {data}"
+        print(f"{about['images']} held-out images of {about['data']}"
               + (f"; figures in {model.folder}: {', '.join(drawn)}" if drawn else ""))
     return dict(name=model.name, settings=s, metrics=rows, reading=reads)
 
@@ -1039,7 +1040,7 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files, ours or released ones")
     parser.add_argument("--benchmark", nargs="+", metavar="NAME:PATH", default=[], help=f"of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--data", help="evaluate on this instead of the run's own data: scenes, or pairs")
+    parser.add_argument("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
     parser.add_argument("--images", type=int, help="held-out images to use")
     parser.add_argument("--branch", default="mean", help="mean, max, or the number of a branch")
     parser.add_argument("--image-size", type=int, help="another resolution: position embeddings are interpolated")

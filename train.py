@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from csrc import fused
-from data import Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
+from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CLIP, CLIPConfig, config_from
 
@@ -45,7 +45,12 @@ class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
     size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, else small
-    data: str = "scenes"  # "scenes", or a JSON-lines file of {"image": path, "caption": text or list, ...}
+    data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
+    data_weights: tuple[float, ...] = ()  # share of each path of --data among the samples; left away: by their sizes
+    image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
+    caption_fields: str = ""  # "raw=title,long=a+b": names of the fields that hold each kind of text
+    max_bad: float = 0.05  # share of bad samples over which the run stops
+    shuffle_buffer: int = 10_000  # samples of shards are shuffled within windows of so many
     kinds: int = 24  # kinds of object in the scenes
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
     crop: float = 0.8  # least share of a picture that a random crop keeps (not for scenes)
@@ -108,7 +113,7 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.3, whole_caption=True)
+SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=True)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
@@ -117,7 +122,7 @@ SIZES = {
                  images=8_000, batch=32, lr=2e-3, kinds=12),
     "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
                  text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
-                 images=100_000, batch=32, lr=1e-3, kinds=24),
+                 images=150_000, batch=32, lr=1e-3, kinds=24),
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),
@@ -157,6 +162,7 @@ def parse_flags(argv=None) -> dict:
             types = (*typing.get_args(hints[field.name]), hints[field.name])
             choices = CHOICES.get(field.name)
             parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
+                                nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
                                 choices=list(choices) if choices else None, help=help)
     return vars(parser.parse_args(argv))
 
@@ -174,17 +180,21 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     for row in (SIZES[size], METHODS[method], flags, dict(device=device, size=size)):
         for name, value in row.items():
             setattr(s, name, value)
+    s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
         s.pool = "average" if small else "class"
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
+    native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+    fast = native.get(device.split(":")[0], bool)()  # whether the device multiplies bfloat16 by itself
     if s.precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
         s.precision = "bf16" if fast else "fp32"
+    if device == "cpu" and not fast and "images" not in flags:  # an older processor takes 1.5 times as long an image
+        s.images = s.images * 2 // 3
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
-    if s.tokenizer == "auto" and s.data == "scenes":
+    if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
     return s
@@ -193,15 +203,15 @@ def resolve(flags: dict, world: int = 1) -> Settings:
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
     for name in ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "keep",
-                 "max_skipped"):
+                 "max_skipped", "shuffle_buffer"):
         if getattr(s, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
     for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema",
                  "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1 or not 0 <= s.beta2 < 1:
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup and --crop from 0 to 1")
+    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 <= s.warmup <= 1 and 0 < s.crop <= 1 and 0 <= s.max_bad <= 1):
+        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop and --max-bad from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -233,14 +243,24 @@ def check_device(device: str):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def join_group(s: Settings):
+def join_group(s: Settings, rank: int, world: int):
     """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts, which talk of what is no tensor of the
     model's. A process that dies closes its connections, and so is noticed by the others at the next step."""
-    backend = "gloo"
+    backend, store = "gloo", None
     if s.device.startswith("cuda"):
         s.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(s.device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=s.timeout_minutes))
+    timeout = timedelta(minutes=s.timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def restarts() -> int:
+    """How often torchrun has started this machine's processes again, because one of them had died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def is_chief() -> bool:
@@ -258,17 +278,18 @@ def agree(*values: float) -> list[float]:
 
 @contextmanager
 def together():
-    """A UserError that any process raises in this block is raised by all of them at its end."""
-    errors = [None]
+    """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
+    mine, errors = None, []
     try:
         yield
     except UserError as error:
-        errors = [error]
+        mine, errors = error, [error]
     if distributed():
-        mine, errors = errors[0], [None] * dist.get_world_size()
+        errors = [None] * dist.get_world_size()
         dist.all_gather_object(errors, mine)
-    for error in filter(None, errors):
-        raise error
+    first = next((rank for rank, error in enumerate(errors) if error), None)
+    if first is not None:
+        raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
 
 
 @contextmanager
@@ -286,8 +307,18 @@ def signals_caught():
 
 # ---- the loss of a step ----------------------------------------------------------------------------------------------
 
-def method_loss(out: dict, s: Settings) -> tuple[torch.Tensor, dict]:
-    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns."""
+def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
+    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
+
+    `good` [B] (bool; None: all are): the embeddings of bad samples become 0. So they have no gradient, and are a
+    negative at right angles.
+    """
+    if good is not None:
+        out = dict(out)
+        for name in ("branches", "patches", "summaries", "token_embeddings"):
+            if out.get(name) is not None:
+                which = good.repeat_interleave(len(out[name]) // len(good))  # token_embeddings has the texts in a row
+                out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
     slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
     texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
     long = [t for t, slot in enumerate(slots) if slot != "raw"]
@@ -313,7 +344,7 @@ def embed(network, images, tokens, s: Settings) -> dict:
         return network(normalize(images), tokens, s.grouping == "token")
 
 
-def backward(network, images, tokens, s: Settings):
+def backward(network, images, tokens, s: Settings, good=None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts.
 
     In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
@@ -321,7 +352,7 @@ def backward(network, images, tokens, s: Settings):
     memory is one part's.
     """
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, images, tokens, s), s)
+        loss, parts = method_loss(embed(network, images, tokens, s), s, good)
         loss.backward()
     else:
         chunks = list(zip(images.chunk(s.accumulate), tokens.chunk(s.accumulate)))
@@ -330,7 +361,7 @@ def backward(network, images, tokens, s: Settings):
         names = [k for k, value in embedded[0].items() if value is not None and k not in ("logit_scale", "ends")]
         leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
         leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
-        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s)
+        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good)
         loss.backward()
         scale = leaves.pop("logit_scale").grad
         grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if leaf.grad is not None}
@@ -358,13 +389,17 @@ class State:
     best: float = math.inf  # least held-out loss
 
 
-def prepare(s: Settings) -> tuple[State, torch.nn.Module]:
-    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+def build(s: Settings) -> CLIP:
+    """The model with the weights a run begins with. Raises UserError."""
     torch.manual_seed(s.seed)
     try:
-        model = CLIP(config_from(s))
+        return CLIP(config_from(s))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
+    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
     blocks = [*model.visual.blocks, *model.text.blocks]
     for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
         if s.compile:
@@ -451,6 +486,15 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     return norm
 
 
+def to_device(batch, s: Settings):
+    """A loader's batch -> images, tokens and good on the device; good is None where all samples are good."""
+    images, tokens, good, _ = batch
+    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
+        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
+    images, tokens = images.to(s.device, non_blocking=True), tokens.to(s.device, non_blocking=True)
+    return images, tokens, None if good.all() else good.to(s.device, non_blocking=True)
+
+
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
     values = torch.stack([loss, *parts.values()])
@@ -462,22 +506,19 @@ def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
                 skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item())
 
 
-def held_out_loader(dataset, tokenizer, s: Settings, rank: int, world: int):
-    """Batches of held-out images, always the same ones; None if there are none or too few to share out."""
-    n = min(len(dataset), s.eval_images)
-    batch = min(s.batch, n // world * world)
-    if batch and s.eval_steps:
-        return training_loader(dataset, tokenizer, dataclasses.replace(s, batch=batch), 0, n // batch, rank, world)
-
-
 @torch.no_grad()
-def held_out_loss(network, state: State, batches, s: Settings) -> float:
-    """The mean of the method's loss over batches of held-out samples, by the averaged weights if there are any."""
+def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> float:
+    """The mean of the method's loss over always the same held-out images, by the averaged weights if there are any."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    n = max(world, min(len(dataset), s.eval_images))  # fewer images than processes: some are seen twice
+    s = dataclasses.replace(s, batch=min(s.batch, n // world * world))
     swap_average(state)
-    total = sum(method_loss(embed(network, *to_device(batch, s), s), s)[0] for batch in batches)
+    total = torch.zeros((), device=s.device)
+    for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
+        images, tokens, good = to_device(batch, s)
+        total += method_loss(embed(network, images, tokens, s), s, good)[0]
     swap_average(state)
-    mean, processes = agree(total.item() / len(batches), 1)
-    return mean / processes
+    return agree(total.item())[0] / world / (n // s.batch)
 
 
 def swap_average(state: State):
@@ -488,18 +529,11 @@ def swap_average(state: State):
         a.copy_(kept)
 
 
-def to_device(batch, s: Settings):
-    images, tokens, _ = batch
-    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
-        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images.to(s.device, non_blocking=True), tokens.to(s.device, non_blocking=True)
-
-
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
-def run_folder(s: Settings) -> Path:
-    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
-    Raises UserError."""
+def run_folder(s: Settings, again: bool = False) -> Path:
+    """Where this run writes: a new folder, or with --resume, and when torchrun starts it `again`, the one it goes on
+    in. Raises UserError."""
     if s.resume not in ("no", "auto"):
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
@@ -507,7 +541,6 @@ def run_folder(s: Settings) -> Path:
     base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
     numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
     taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
-    again = restarted()
     started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
     if started and (again or s.resume == "auto"):
         return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
@@ -517,11 +550,6 @@ def run_folder(s: Settings) -> Path:
         return base
     numbers = [int(p.name[len(base.name) + 1:] or 1) for p in taken]
     return base.with_name(f"{base.name}-{max(numbers) + 1}") if taken else base
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process again, because one of the group had died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -610,11 +638,13 @@ def whole(x):
     return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
 
 
+@torch.no_grad()
 def restore(state: State, content: dict):
-    """Makes the state that of a checkpoint's contents, sharded as the state is."""
-    def like(p, x):
-        x = x.to(p.device)
-        return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+    """Makes the state that of a checkpoint's contents."""
+    def like(p, x):  # sharded as p is, or of p's strides: the fused AdamW goes by places in memory
+        if isinstance(p, DTensor):
+            return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+        return torch.empty_like(p).copy_(x)
 
     state.model.load_state_dict({k: like(p, content["model"][k]) for k, p in state.model.state_dict().items()})
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -627,9 +657,10 @@ def restore(state: State, content: dict):
     state.step, state.best = content["step"], content["best"]
 
 
-MAY_CHANGE = ("size", "device", "precision", "compile", "fused", "grad_checkpointing", "fsdp", "workers", "accumulate",
-              "timeout_minutes", "max_skipped", "out", "resume", "save_minutes", "save_steps", "keep", "eval_steps",
-              "eval_images", "log_every")  # on resuming; `size` because the settings it stands for are compared
+MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
+    "size", "device", "precision", "compile", "fused", "grad_checkpointing", "fsdp", "workers", "accumulate",
+    "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "keep", "eval_steps",
+    "eval_images", "log_every")
 
 
 def compare_settings(s: Settings, before: dict, folder: Path):
@@ -666,102 +697,138 @@ def append(path: Path, row: dict):
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+def open_data(s: Settings, flags: dict):
+    """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
+    tokenizer = load_tokenizer(s.tokenizer)
+    s.vocab = tokenizer.vocab_size
+    options, scenes = (s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields), s.data == ("scenes",)
+    dataset = open_dataset(s.data, "train", s.images, *options)
+    if dataset.bad and is_chief():
+        print(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
+    dataset.bad.check(s.max_bad)
+    # opened here, so that a set without held-out images ends the run before the training
+    held_out = open_dataset(s.data, "validation", s.eval_images, *options) if s.eval_images else None
+    if not scenes and "images" not in flags:
+        s.images = min(s.images, 30 * len(dataset))
+    if not scenes and len(dataset) < s.batch:
+        raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
+                        "choose a smaller --batch")
+    return tokenizer, dataset, held_out
+
+
+def of_all_processes(bad: BadCount) -> BadCount:
+    parts = [bad]
+    if distributed():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, bad)
+    total = BadCount()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def until_error(batches):
+    """The batches; a UserError that ends them comes as the last, for all processes to hear of."""
+    try:
+        yield from batches
+    except UserError as error:
+        yield error
+
+
 def train(flags: dict) -> Path:
     """Trains as the flags say and returns the run's folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
-        join_group(s)
+        join_group(s, rank, world)
     chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
+    again = agree(restarts())[0] > 0
     with together():
-        tokenizer = load_tokenizer(s.tokenizer)
-        s.vocab = tokenizer.vocab_size
-        dataset = open_dataset(s.data, "train", s.images, s.image_size, s.kinds)
-        # without held-out pictures it ends here, not after the training
-        held_out = open_dataset(s.data, "validation", s.eval_images, s.image_size, s.kinds) if s.eval_images else []
-        if s.data != "scenes" and "images" not in flags:
-            s.images = min(s.images, 30 * len(dataset))
-        if len(dataset) < s.batch and s.data != "scenes":
-            raise UserError(f"{s.data} has {len(dataset)} training images, fewer than a batch of {s.batch}: choose a "
-                            "smaller --batch")
-        place = [None]
-        if chief:
-            folder = run_folder(s)
-            place = [(folder, newest_whole(folder))]
+        tokenizer, dataset, held_out = open_data(s, flags)
+        model = build(s)
+        place = [(folder := run_folder(s, again), newest_whole(folder))] if chief else [None]
     if world > 1:
         dist.broadcast_object_list(place)
     folder, newest = place[0]
     steps = max(1, s.images // s.batch)
-    state, network = prepare(s)
+    state, network = prepare(model, s)
     if newest:
-        content = load_checkpoint(newest)
-        compare_settings(s, content["settings"], folder)
+        with together():
+            content = load_checkpoint(newest)
+            compare_settings(s, content["settings"], folder)
         restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
     if chief:
         open_folder(folder, s, state.step)
-    if getattr(dataset, "bad", None):
-        say(f"left out of {s.data}: {dataset.report()}")
-    say(f"{s.method} on {s.data}: {len(dataset)} images, {steps} steps of {s.batch}; "
+    say(f"{s.method} on {' '.join(s.data)}: {len(dataset)} images, {steps} steps of {s.batch}; "
         f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f} M parameters, {s.device}, {s.precision}, "
         f"{world} process{'es' * (world > 1)}, {s.workers} workers; run folder {folder}")
-    changed = [f for f in dataclasses.fields(s) if getattr(s, f.name) != f.default]
-    say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in changed))
+    say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)
+                         if getattr(s, f.name) != f.default))
 
-    first, bad = state.step, {}
-    samples = training_loader(dataset, tokenizer, s, first, steps, rank, world)
-    evaluation = held_out_loader(held_out, tokenizer, s, rank, world)
+    first, bad = state.step, BadCount()
+    loader = until_error(training_loader(dataset, tokenizer, s, first, steps, rank, world))
     saved, mark = time.monotonic(), (first, time.monotonic())
     with signals_caught() as caught, tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1,
                                           dynamic_ncols=True) as bar:
-        for batch in samples:
-            late = time.monotonic() - saved > 60 * s.save_minutes
-            stop, due, failed = agree(bool(caught), chief and late, isinstance(batch, UserError))
-            if failed:
-                with together():
-                    if isinstance(batch, UserError):
-                        raise batch
-            if stop or due or s.save_steps and state.step > first and state.step % s.save_steps == 0:
+        for batch in loader:
+            failed = isinstance(batch, UserError)
+            if not failed:
+                bad.seen += len(batch[0])
+                for sample in batch[3]:
+                    bad.add(sample)
+            late = chief and time.monotonic() - saved > 60 * s.save_minutes
+            stop, late, failed, n_bad, n_seen = agree(bool(caught), late, failed, bad.total, bad.seen)
+            due = late or s.save_steps and state.step % s.save_steps == 0
+            if stop or due and state.step > first:
                 save(folder, state, s)
                 saved = time.monotonic()
             if stop:
                 say(f"stopped at step {state.step} of {steps}; go on with: --resume {folder}")
                 raise SystemExit(130)
+            if failed or bad.over(s.max_bad, n_bad, n_seen):
+                bad = of_all_processes(bad)
+                with together():
+                    if isinstance(batch, UserError):
+                        raise batch
+                    bad.check(s.max_bad)
 
-            images, tokens = to_device(batch, s)
-            loss, parts = backward(network, images, tokens, s)
+            images, tokens, good = to_device(batch, s)
+            loss, parts = backward(network, images, tokens, s, good)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
-            for b in batch[2]:
-                bad.setdefault(b.reason, set()).add(b.detail)
 
-            evaluating = evaluation and (state.step % s.eval_steps == 0 or state.step == steps)
-            if evaluating or state.step % s.log_every == 0 or state.step == steps:
-                row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr)
+            last = state.step == steps
+            evaluating = held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+            if evaluating or last or state.step % s.log_every == 0:
                 rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
+                row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
+                           bad=int(n_bad), images_per_s=rate)
                 if evaluating:
-                    row["held_out_loss"] = held_out_loss(network, state, evaluation, s)
+                    row["held_out_loss"] = held_out_loss(network, state, held_out, tokenizer, s)
                     if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
                         state.best = row["held_out_loss"]
                 mark = (state.step, time.monotonic())
                 if chief:
-                    append(folder / "metrics.jsonl", dict(row, images_per_s=rate))
+                    append(folder / "metrics.jsonl", row)
                     bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in parts) + f", {rate:.0f} images/s")
                 if row["skipped_in_a_row"] >= s.max_skipped:
                     save(folder, state, s)
-                    raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, had a loss or "
-                                    "gradient that is NaN or infinite, and were skipped: try a lower --lr, more "
-                                    f"--warmup, or --precision fp32; the last good weights are in {folder}")
+                    with together():
+                        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, were skipped, "
+                                        "for their loss or gradient was NaN or infinite: try a lower --lr, more "
+                                        f"--warmup, or --precision fp32; the last good weights are in {folder}")
             bar.update()
 
     if state.step > first and not save(folder, state, s):
-        raise UserError(f"the trained weights could not be written to {folder}: make room there and --resume {folder}")
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
     if state.skipped[0]:
         say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
+    bad = of_all_processes(bad)
     if bad:
-        say("pictures passed over: " + "; ".join(
-            f"{len(what)} × {reason}: {', '.join(sorted(what)[:3])}" for reason, what in bad.items()))
+        say(f"passed over: {bad.report()}")
     if world > 1:
         dist.destroy_process_group()
     if chief:
@@ -772,18 +839,18 @@ def train(flags: dict) -> Path:
     return folder
 
 
-def lost_process(error: RuntimeError) -> bool:
-    """Whether the error is that another process is gone, or silent for too long."""
-    return distributed() and bool(re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I))
+def main():
+    try:
+        train(parse_flags())
+    except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
+        sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except RuntimeError as error:
+        gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
+        if not gone or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
+                 "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_flags())
-    except UserError as error:  # all processes raise it; one of each machine prints it
-        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-    except RuntimeError as error:
-        if not lost_process(error):
-            raise
-        sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
-                 "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+    main()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -36,10 +35,17 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def torchrun(script, flags, *options):
+    """Runs a script as two processes -> what subprocess.run gives."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    return subprocess.run([sys.executable, *launcher, str(script), *command_line(flags)],
+                          capture_output=True, text=True, timeout=240)
+
+
 def command_line(flags):
     return [text for name, value in flags.items() for text in (
         [f"--{'' if value else 'no-'}{name.replace('_', '-')}"] if isinstance(value, bool)
-        else [f"--{name.replace('_', '-')}", str(value)])]
+        else [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])])]
 
 
 def fresh(s):
@@ -70,7 +76,7 @@ ABLATIONS = [
         dict(corner_tokens=0), dict(corner_mask=False), dict(text_attention="bidirectional"),
         dict(text_attention="bidirectional", corner_mask=False),
         dict(long_texts=2, long_sentences=3), dict(raw_caption=False))),
-    # Holistic CLIP: one to one, one to many, many to many with class tokens and MLPs, more and fewer branches than texts
+    # Holistic CLIP: one to one, one to many, many to many (class tokens, MLPs), more and fewer branches than texts
     *(dict(method="holistic", **flags) for flags in (
         dict(branches=1, perspectives=1), dict(branches=1), dict(branch_type="mlp"),
         dict(branch_type="mlp", branch_layers=1, vision_depth=2, pool="class"),
@@ -236,21 +242,32 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path)
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
-    dict(method="dreamlip", negatives="batch"), dict(method="dreamlip", corner_tokens=2, branches=3, accumulate=2),
-    dict(method="holistic", branch_type="mlp", branch_layers=1, perspectives=3), dict(method="sparc", negatives="batch")], ids=str)
+    dict(method="dreamlip", negatives="batch"),
+    dict(method="dreamlip", corner_tokens=2, branches=3, accumulate=2, grad_checkpointing=True),
+    dict(method="dreamlip", ema=0.5, accumulate=2, grad_checkpointing=True, fsdp=True, save_steps=2),
+    dict(method="holistic", branch_type="mlp", branch_layers=1, perspectives=3, fsdp=True),
+    dict(method="sparc", negatives="batch")], ids=str)
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(flags, tmp_path):
-    # A large eps and no clipping: Adam would otherwise hide a wrong factor, and blow rounding up where gradients vanish.
-    flags = {**RUN, **flags, "images": 48, "lr": 0.1, "eps": 0.1, "clip_grad": 0.0, "weight_decay": 0.0, "precision": "fp32"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"),
-                           *command_line({**flags, "out": tmp_path / "two"})], capture_output=True, text=True, timeout=120)
+    # A large eps and no clipping: Adam would else hide a wrong factor, and blow rounding up where gradients vanish.
+    flags = {**RUN, "images": 48, "lr": 0.1, "eps": 0.1, "clip_grad": 0.0, "weight_decay": 0.0, "precision": "fp32",
+             **flags}
+    done = torchrun(ROOT / "train.py", {**flags, "out": tmp_path / "two"})
     assert done.returncode == 0, done.stderr[-3000:]
-    one, lines = fit(tmp_path / "one", **{k: v for k, v in flags.items() if k not in RUN}, images=48)
+    flags = {name: value for name, value in flags.items() if name not in ("fsdp", "grad_checkpointing")}
+    one, lines = fit(tmp_path / "one", **flags)
     two = torch.load(tmp_path / "two/checkpoint.pt", weights_only=True)
-    others = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
-    assert len(others) == 3 and [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], abs=2e-5)
+    others = read_lines(tmp_path / "two/metrics.jsonl")
+    assert len(others) == 3
+    assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], abs=2e-5)
     assert max((one["model"][name] - two["model"][name]).abs().max() for name in one["model"]) < 1e-5
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one["average"] or [], two["average"] or [], strict=True))
     start = fresh(train.resolve(flags))
     assert (start.visual.proj - one["model"]["visual.proj"]).abs().max() > 1e-3  # they did move
+    if "save_steps" in flags:  # the sharded run's checkpoint of step 2 is one that a single process goes on from
+        (tmp_path / "two/checkpoint.pt").unlink()
+        (tmp_path / "two/finished").unlink()
+        again, _ = fit(tmp_path / "two", **flags, resume="auto")
+        assert max((one["model"][name] - again["model"][name]).abs().max() for name in one["model"]) < 1e-5
 
 
 # ---- interruption and resumption -------------------------------------------------------------------------------------
@@ -276,7 +293,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def same_run(folder, uninterrupted):
-    checkpoint, lines = torch.load(folder / "checkpoint.pt", weights_only=True), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    checkpoint, lines = torch.load(folder / "checkpoint.pt", weights_only=True), read_lines(folder / "metrics.jsonl")
     whole, all_lines = uninterrupted
     assert all(torch.equal(whole["model"][name], checkpoint["model"][name]) for name in whole["model"])
     assert all(torch.equal(a, b) for a, b in zip(whole["average"], checkpoint["average"], strict=True))
@@ -286,14 +303,14 @@ def same_run(folder, uninterrupted):
 
 
 @pytest.mark.parametrize("sent, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(sent, workers, tmp_path, monkeypatch, uninterrupted):
+def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+        sent, workers, tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
         patch.setattr(train, "backward", at_call(5, lambda: os.kill(os.getpid(), sent)))
         with pytest.raises(SystemExit) as caught:
             fit(tmp_path / "run", **LONG, workers=workers)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     assert caught.value.code not in (0, None) and not (tmp_path / "run/finished").exists()
+    assert signal.getsignal(sent) in (signal.SIG_DFL, signal.default_int_handler)
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 5
     fit(tmp_path / "run", **LONG, workers=workers, resume=str(tmp_path / "run"))
     assert len(same_run(tmp_path / "run", uninterrupted)) == 12
@@ -305,7 +322,7 @@ import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import conftest, train, test_train
 saved, save = [], train.save
-train.save = lambda *a: saved.append(1) or len(saved) > 4 or save(*a)  # a checkpoint after each of the first four steps
+train.save = lambda *a: saved.append(1) or len(saved) > 4 or save(*a)  # one after each of the first four steps
 train.backward = test_train.at_call(8, lambda: os.kill(os.getpid(), signal.SIGKILL))
 test_train.fit({str(tmp_path / 'run')!r}, **{{**test_train.LONG, 'save_minutes': 1e-9}})
 """
@@ -317,13 +334,6 @@ test_train.fit({str(tmp_path / 'run')!r}, **{{**test_train.LONG, 'save_minutes':
     assert [line["step"] for line in lines] == list(range(1, 13))
 
 
-def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
-    train.save(tmp_path / "checkpoint.pt", {"a": 1})
-    with pytest.raises(Exception):
-        train.save(tmp_path / "checkpoint.pt", {"a": lambda: 0})  # cannot be pickled: torch.save dies half-way
-    assert torch.load(tmp_path / "checkpoint.pt") == {"a": 1}
-
-
 def test_runs_are_numbered_and_never_overwrite_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -333,13 +343,14 @@ def test_runs_are_numbered_and_never_overwrite_one_another(tmp_path, monkeypatch
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-FIELDS = {field.name: field for field in dataclasses.fields(train.Settings)}
+FIELDS = {field.name: field for field in dataclasses.fields(train.Settings) if field.name != "vocab"}  # the tokenizer's
 
 
 def test_every_setting_is_a_flag_with_a_help_text(monkeypatch):
     parsers = []
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: parsers.append(self) or argparse.Namespace())
+        patch.setattr(argparse.ArgumentParser, "parse_args",
+                      lambda self, *_: parsers.append(self) or argparse.Namespace())
         train.parse_flags([])
     actions = {action.dest: action for action in parsers[0]._actions}
     assert [name for name in FIELDS if "--" + name.replace("_", "-") not in actions[name].option_strings] == []
@@ -348,7 +359,8 @@ def test_every_setting_is_a_flag_with_a_help_text(monkeypatch):
 
 def test_flags_come_back_typed_and_only_those_given():
     assert train.parse_flags([]) == {}
-    given = dict(method="sparc", lr=0.5, batch=7, raw_caption=False, corner_mask=True, threshold=0.25, data="x.jsonl")
+    given = dict(method="sparc", lr=0.5, batch=7, raw_caption=False, corner_mask=True, threshold=0.25,
+                 data=["x.jsonl", "scenes"])
     assert train.parse_flags(command_line(given)) == given
 
 
@@ -363,7 +375,7 @@ def test_rows_of_methods_and_sizes_name_only_settings_of_the_right_type_and_flag
 
 
 def test_the_model_s_settings_are_settings_of_the_run():
-    assert {f.name for f in dataclasses.fields(CLIPConfig)} <= set(FIELDS)
+    assert {f.name for f in dataclasses.fields(CLIPConfig)} <= {*FIELDS, "vocab"}
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -375,9 +387,10 @@ def files(tmp_path_factory):
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
     (folder / "empty.jsonl").write_text("")
-    for name, image, caption in (("good", "red.png", "red"), ("undecodable", "broken.png", "red"), ("no_captions", "red.png", " "), ("no_images", "gone.png", "red")):
+    for name, image, caption in (("good", "red.png", "red"), ("undecodable", "broken.png", "red"),
+                                 ("no_captions", "red.png", " "), ("no_images", "gone.png", "red")):
         (folder / f"{name}.jsonl").write_text(json.dumps({"image": image, "caption": caption}) + "\n")
-    lines = [json.dumps({"image": "broken.png", "caption": "x"})] * 40 + [json.dumps({"image": f"./{'./' * i}broken.png", "caption": "x"}) for i in range(40)]
+    lines = [json.dumps({"image": "./" * i + "broken.png", "caption": "x"}) for i in [0] * 40 + list(range(1, 41))]
     (folder / "all_broken.jsonl").write_text("\n".join(lines))
     fit(folder / "clip", method="clip", images=16)
     (folder / "damaged").mkdir()
@@ -401,31 +414,42 @@ def command(script, arguments, monkeypatch, capsys):
 
 BASE = command_line({**RUN, "images": 16})
 MISTAKES = [
-    ("train.py", "--data {f}/gone.jsonl", "gone.jsonl"), ("train.py", "--data {f}", "--data"), ("train.py", "--data {f}/empty.jsonl", "empty.jsonl"),
-    ("train.py", "--data {f}/no_captions.jsonl", "no caption"), ("train.py", "--data {f}/no_images.jsonl", "gone.png"), ("train.py", "--data {f}/red.png", "red.png"),
+    ("train.py", "--data {f}/gone.jsonl", "gone.jsonl"), ("train.py", "--data {f}", "--data"),
+    ("train.py", "--data {f}/empty.jsonl", "empty.jsonl"), ("train.py", "--data {f}/no_captions.jsonl", "no caption"),
+    ("train.py", "--data {f}/no_images.jsonl", "gone.png"), ("train.py", "--data {f}/red.png", "red.png"),
     ("train.py", "--data {f}/good.jsonl", "--batch"), ("train.py", "--data {f}/all_broken.jsonl", "will not decode"),
     ("train.py", "--data {f}/all_broken.jsonl --workers 1", "will not decode"),
-    ("train.py", "--unknown 3", "--unknown"), ("train.py", "--method best", "dreamlip"), ("train.py", "--batch many", "many"), ("train.py", "--size huge", "nano"),
-    ("train.py", "--batch 0", "--batch"), ("train.py", "--accumulate 0", "--accumulate"), ("train.py", "--images -1", "--images"), ("train.py", "--sub-captions -1", "--sub-captions"),
-    ("train.py", "--kinds 5", "kinds"), ("train.py", "--device toaster", "toaster"), ("train.py", "--seed -1", "--seed"), ("train.py", "--beta2 2", "--beta2"),
-    ("train.py", "--eps -1", "--eps"), ("train.py", "--patch 0", "--patch"), ("train.py", "--vision-heads 0", "--vision-heads"), ("train.py", "--context 0", "--context"),
-    ("train.py", "--tokenizer gone", "gone"), ("train.py", "--tokenizer {f}/gone.tiktoken", "gone.tiktoken"), ("train.py", "--tokenizer {f}/red.png", "red.png"),
-    ("train.py", "--resume {f}/gone", "gone"), ("train.py", "--resume {f}/nothing", "nothing"), ("train.py", "--resume {f}/damaged", "damaged"),
-    ("train.py", "--resume {f}/foreign", "foreign"), ("train.py", "--resume {f}/clip --method clip --size tiny", "vision_width (64 there, 128 here)"),
-    ("train.py", "--resume {f}/clip --method clip --lr 1", "lr (0.002 there, 1.0 here)"), ("train.py", "--out {f}/clip", "holds a run already"),
-    ("evaluate.py", "{f}/gone", "gone"), ("evaluate.py", "{f}/nothing", "nothing"), ("evaluate.py", "{f}/damaged", "damaged"), ("evaluate.py", "{f}/foreign", "foreign"),
-    ("evaluate.py", "{f}/clip --branch 1", "--branch 1"), ("evaluate.py", "{f}/clip --branch best", "--branch best"), ("evaluate.py", "{f}/clip --data {f}/gone.jsonl", "gone.jsonl"),
-    ("evaluate.py", "{f}/clip --unknown", "--unknown"), ("evaluate.py", "{f}/clip --images -1", "--images"), ("evaluate.py", "{f}/clip --device toaster", "toaster"),
+    ("train.py", "--unknown 3", "--unknown"), ("train.py", "--method best", "dreamlip"),
+    ("train.py", "--batch many", "many"), ("train.py", "--size huge", "nano"), ("train.py", "--batch 0", "--batch"),
+    ("train.py", "--vocab 9", "--vocab"),
+    ("train.py", "--accumulate 0", "--accumulate"), ("train.py", "--images -1", "--images"),
+    ("train.py", "--sub-captions -1", "--sub-captions"), ("train.py", "--kinds 5", "kinds"),
+    ("train.py", "--device toaster", "toaster"), ("train.py", "--seed -1", "--seed"),
+    ("train.py", "--beta2 2", "--beta2"), ("train.py", "--eps -1", "--eps"), ("train.py", "--patch 0", "--patch"),
+    ("train.py", "--vision-heads 0", "--vision-heads"), ("train.py", "--context 0", "--context"),
+    ("train.py", "--tokenizer gone", "gone"), ("train.py", "--tokenizer {f}/gone.tiktoken", "gone.tiktoken"),
+    ("train.py", "--tokenizer {f}/red.png", "red.png"), ("train.py", "--resume {f}/gone", "gone"),
+    ("train.py", "--resume {f}/nothing", "nothing"), ("train.py", "--resume {f}/damaged", "damaged"),
+    ("train.py", "--resume {f}/foreign", "foreign"),
+    ("train.py", "--resume {f}/clip --method clip --size tiny", "vision_width (64 there, 128 here)"),
+    ("train.py", "--resume {f}/clip --method clip --lr 1", "lr (0.002 there, 1.0 here)"),
+    ("train.py", "--out {f}/clip", "holds a run already"), ("evaluate.py", "{f}/gone", "gone"),
+    ("evaluate.py", "{f}/nothing", "nothing"), ("evaluate.py", "{f}/damaged", "damaged"),
+    ("evaluate.py", "{f}/foreign", "foreign"), ("evaluate.py", "{f}/clip --branch 1", "--branch 1"),
+    ("evaluate.py", "{f}/clip --branch best", "--branch best"),
+    ("evaluate.py", "{f}/clip --data {f}/gone.jsonl", "gone.jsonl"), ("evaluate.py", "{f}/clip --unknown", "--unknown"),
+    ("evaluate.py", "{f}/clip --images -1", "--images"), ("evaluate.py", "{f}/clip --device toaster", "toaster"),
 ]
 
 
-@pytest.mark.parametrize("script, arguments, named", MISTAKES, ids=[f"{script} {arguments}" for script, arguments, _ in MISTAKES])
+@pytest.mark.parametrize("script, arguments, named", MISTAKES, ids=[" ".join(mistake[:2]) for mistake in MISTAKES])
 def test_a_mistake_ends_in_one_line_that_names_it(script, arguments, named, files, tmp_path, monkeypatch, capsys):
     arguments = arguments.format(f=files).split()
     base = BASE + (["--out", str(tmp_path / "run")] if "--out" not in arguments else []) if script == "train.py" else []
     code, printed = command(script, [*base, *arguments], monkeypatch, capsys)
     errors = [line for line in re.split(r"[\r\n]+", printed) if line.startswith("error:")]
-    assert code != 0 and len(errors) == 1 and named in errors[0] and "Traceback" not in printed and "usage:" not in printed, printed[-1500:]
+    assert code != 0 and len(errors) == 1 and named in errors[0], printed[-1500:]
+    assert "Traceback" not in printed and "usage:" not in printed
     assert printed.rstrip().endswith(errors[0])
 
 
@@ -433,9 +457,10 @@ def test_pictures_that_will_not_decode_are_passed_over_counted_and_listed(files,
     lines = [{"image": "red.png", "caption": f"red {i}"} for i in range(20)] + [{"image": "broken.png", "caption": "x"}]
     (files / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, metrics = fit(tmp_path / "run", method="clip", data=str(files / "mixed.jsonl"), tokenizer="scenes", images=64)
-    assert len(metrics) == 4 and re.search(r"1 × image will not decode: .*broken\.png", capsys.readouterr().out)
+    assert len(metrics) == 4 and re.search(r"3 × image will not decode: .*broken\.png", capsys.readouterr().out)
 
 
 def test_a_real_command_line_prints_its_one_line_and_no_more(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", "gone.jsonl"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", "gone.jsonl"],
+                          capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode != 0 and re.fullmatch(r"error: .*gone\.jsonl.*\n", done.stderr) and not done.stdout

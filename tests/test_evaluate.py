@@ -605,6 +605,28 @@ def test_the_averaged_weights_are_the_ones_evaluated(tmp_path):
     assert not all(torch.equal(p, checkpoint["model"][name]) for name, p in clip.named_parameters())
 
 
+def test_a_run_whose_weights_are_not_those_of_its_settings_ends_in_a_sentence(runs, tmp_path):
+    content = torch.load(runs / "clip-0/checkpoint.pt", weights_only=True)
+    del content["model"]["text.proj"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="weights and settings do not fit") as caught:
+        Model(tmp_path, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_will_not_decode_are_passed_over_counted_and_said(runs, tmp_path, capsys):
+    content = (runs / "captions.jsonl").read_text()
+    (tmp_path / "captions.jsonl").write_text(content)
+    for i in range(60):
+        (tmp_path / f"{i}.png").write_bytes((runs / f"{i}.png").read_bytes() if i % 2 else b"x")
+    score = dict(n=99, figures=False, device="cpu")
+    whole, _ = (evaluate_run(runs / "pictures", data=[str(folder / "captions.jsonl")], **score)
+                for folder in (runs, tmp_path))
+    said = capsys.readouterr().out
+    bad, images = re.search(r"passed over: (\d+)", said), re.findall(r"(\d+) held-out images", said)
+    assert int(bad[1]) > 0 and int(images[0]) == int(images[1]) + int(bad[1]) and whole["metrics"]
+
+
 @pytest.mark.parametrize("branch", ["mean", "max", "0", "4"])
 def test_a_branch_or_their_mean_or_max_can_be_evaluated(branch, runs):
     rows = evaluate_run(runs / "scenes", n=40, branch=branch, figures=False, device="cpu")["metrics"]

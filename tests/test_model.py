@@ -243,8 +243,10 @@ def test_causal_text_does_not_see_the_future(corners):
 
 # ---- padding and batches ---------------------------------------------------------------------------------------------
 
-KINDS_OF_TEXT = [dict(), dict(corner_tokens=2), dict(corner_tokens=2, corner_mask=False), dict(text_attention="bidirectional"),
-                 dict(text_attention="bidirectional", corner_tokens=2), dict(text_attention="bidirectional", corner_tokens=2, corner_mask=False)]
+KINDS_OF_TEXT = [dict(), dict(corner_tokens=2), dict(corner_tokens=2, corner_mask=False),
+                 dict(text_attention="bidirectional"), dict(text_attention="bidirectional", corner_tokens=2),
+                 dict(text_attention="bidirectional", corner_tokens=2, corner_mask=False),
+                 dict(text_attention="bidirectional", corner_tokens=2, text_style="bert")]
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)
@@ -386,6 +388,7 @@ def test_mlp_branches_share_all_but_the_second_linear_layer_of_the_last_layers()
     (dict(text_heads=3), "--text-heads"), (dict(pool="max"), "class, average"), (dict(branch_type="head"), "class, mlp"), (dict(text_attention="full"), "causal, bidirectional"),
     (dict(activation="relu"), "gelu, quickgelu"), (dict(branches=0), "--branches"), (dict(corner_tokens=-1), "--corner-tokens"), (dict(branch_layers=-1), "--branch-layers"),
     (dict(context=0), "--context"), (dict(embed=0), "--embed"), (dict(vision_depth=0), "--vision-depth"), (dict(patch=0), "--patch"), (dict(stem="conv", patch=6, image_size=18), "--stem patch"), (dict(stem="pool"), "patch, conv"), (dict(vision_heads=0), "--vision-heads"),
+    (dict(text_style="bert"), "--text-attention bidirectional"), (dict(vision_style="resnet"), "clip, timm"), (dict(text_style="gpt"), "clip, bert"),
     (dict(text_heads=0), "--text-heads"), (dict(branches=3, branch_type="mlp", branch_layers=0), "--branch-layers")], ids=str)
 def test_settings_that_cannot_go_together_get_one_sentence_naming_the_flag(settings, named):
     with pytest.raises(ValueError) as caught:
@@ -393,10 +396,11 @@ def test_settings_that_cannot_go_together_get_one_sentence_naming_the_flag(setti
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "holistic mlp", "holistic M < H"])
+@pytest.mark.parametrize("method", [*train.METHODS, "holistic mlp", "holistic M < H", "lotlip bert"])
 def test_every_parameter_gets_a_gradient_with_every_method(method):
     name, *variant = method.split()
-    extra = {"mlp": dict(branch_type="mlp", branch_layers=2, vision_depth=3), "M": dict(branches=3, perspectives=2)}.get(variant[0] if variant else "", {})
+    extra = {"mlp": dict(branch_type="mlp", branch_layers=2, vision_depth=3), "M": dict(branches=3, perspectives=2),
+             "bert": dict(text_style="bert", vision_style="timm", text_attention="bidirectional", text_depth=2)}.get(variant[0] if variant else "", {})
     s = train.resolve({"method": name, "size": "nano", **extra})
     s.vocab = 40
     torch.manual_seed(0)

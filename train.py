@@ -11,6 +11,7 @@ all. A run that ends before its time goes on with `--resume auto`; under torchru
 import argparse
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import math
@@ -830,6 +831,8 @@ def train(flags: dict) -> Path:
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:
+        del network  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
+        gc.collect()
         dist.destroy_process_group()
     if chief:
         (folder / "finished").touch()

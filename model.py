@@ -2,14 +2,18 @@
 
     CLIP                 pre-LN ViT, class token, causal text transformer read at the end-of-text token (2103.00020)
     corner tokens        more summary tokens at the text's end, blind to one another (LoTLIP, 2410.05249, section 3.2)
-    branches             H mutually blind class tokens, or H parallel MLPs in the last layers (Holistic CLIP, 2412.00440, section 3.2)
+    branches             H mutually blind class tokens, or H parallel MLPs in the last layers (Holistic CLIP,
+                         2412.00440, section 3.2)
     patch embeddings     the final patch tokens through the class token's LayerNorm and projection (DreamLIP, SPARC)
 
-With one branch and no corner tokens it is CLIP, weight for weight: load_open_clip and to_open_clip translate state dicts.
+With one branch and no corner tokens it is CLIP, weight for weight. `from_state_dict` reads what others released
+(open_clip, OpenAI, DreamLIP, Holistic CLIP, LoTLIP), `to_open_clip` writes what open_clip reads, `resized` changes the
+resolution.
 Attention masks are boolean, True where a query may look at a key.
 """
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -30,12 +34,15 @@ class CLIPConfig:
     context: int = 77  # longest text in tokens, both end tokens counted
     vocab: int = 49408  # tokens in the vocabulary (training takes the tokenizer's)
     embed: int = 512  # width D of the shared embedding space
-    stem: str = "patch"  # patch embedding: one linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
+    stem: str = "patch"  # a linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
+    vision_style: str = "clip"  # or "timm", LoTLIP's: no LayerNorm before the first block
     activation: str = "gelu"  # or "quickgelu", for OpenAI's weights
     pool: str = "class"  # image embedding from the "class" token (the papers) or as the "average" of the patches
     branches: int = 1  # H image embeddings (Holistic CLIP)
     branch_type: str = "class"  # H "class" tokens, or H parallel "mlp"s in the last `branch_layers` layers
     branch_layers: int = 3  # layers with parallel mlps
+    branch_mask: bool = True  # False: class tokens see one another, by 1 in the logit more (Holistic CLIP's code)
+    text_style: str = "clip"  # or "bert", LoTLIP's: LayerNorm after each sum and on the input, a pooling layer
     text_attention: str = "causal"  # CLIP's, or "bidirectional" with the first token as [CLS] (LoTLIP's)
     corner_tokens: int = 0  # C (LoTLIP)
     corner_mask: bool = True  # False: summary tokens see one another (LoTLIP's ablation)
@@ -47,6 +54,7 @@ class QuickGELU(nn.Module):
 
 
 ACTIVATIONS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
+NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # what each adds to the variance in its LayerNorms
 
 
 class Attention(nn.Module):
@@ -56,27 +64,41 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
+    def split(self, x: Tensor) -> Tensor:
+        """x [B,N,W] -> queries, keys, values [3, B, heads, N, W/heads]."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         B, N, W = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
-        if x.device.type == "cpu":  # where PyTorch's attention is several times slower in bfloat16 than in float32
+        q, k, v = self.split(x)
+        if q.dtype == torch.bfloat16 and q.is_cpu:  # PyTorch's attention is several times slower there than in float32
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
 
+    def weights(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Who looks how much at whom, [B, heads, N, N], rows summing to 1: for figures, forward never stores them."""
+        q, k, _ = self.split(x)
+        if causal:
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1)
+
 
 class Block(nn.Module):
-    """A pre-LN transformer block whose MLP may end in several parallel layers, one a branch (Holistic CLIP's MLP variant).
+    """A pre-LN transformer block whose MLP may end in several parallel layers, one a branch (Holistic CLIP's MLPs).
 
     x [S,B,N,W] -> [H,B,N,W], where S is 1 before the first branching block and H after it; H = 1 in an ordinary block.
     """
 
-    def __init__(self, width: int, heads: int, activation: str, branches: int = 1):
+    def __init__(self, width: int, heads: int, activation: str, branches: int = 1, eps: float = 1e-5):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width, heads)
-        self.ln_2, self.fc = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.ln_1, self.attn = nn.LayerNorm(width, eps), Attention(width, heads)
+        self.ln_2, self.fc = nn.LayerNorm(width, eps), nn.Linear(width, 4 * width)
         self.act = ACTIVATIONS[activation]()
         self.proj = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(branches))
 
@@ -89,25 +111,39 @@ class Block(nn.Module):
         return torch.stack([x[s] + proj(hidden[s]) for s, proj in zip(streams, self.proj)])
 
 
-def blocks(width, depth, heads, activation, branches=1, branch_layers=0):
-    return nn.ModuleList(Block(width, heads, activation, branches if i >= depth - branch_layers else 1) for i in range(depth))
+class PostNormBlock(Block):
+    """BERT's block (1810.04805): a LayerNorm after each sum instead of before each layer. x [1,B,N,W] -> the same."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        x = self.ln_1(x + self.attn(x.flatten(0, 1), mask, causal).view_as(x))
+        return self.ln_2(x + self.proj[0](self.act(self.fc(x))))
+
+
+def blocks(width, depth, heads, activation, style, branches=1, branch_layers=0):
+    kind = PostNormBlock if style == "bert" else Block
+    return nn.ModuleList(kind(width, heads, activation, branches if i >= depth - branch_layers else 1, NORM_EPS[style])
+                         for i in range(depth))
 
 
 class VisionTransformer(nn.Module):
     def __init__(self, c: CLIPConfig):
         super().__init__()
-        W, scale = c.vision_width, c.vision_width ** -0.5
+        W, scale, eps = c.vision_width, c.vision_width ** -0.5, NORM_EPS[c.vision_style]
         tokens = c.branches if c.branch_type == "class" else 1
         forks = c.branches if c.branch_type == "mlp" else 1
+        P = (c.image_size // c.patch) ** 2
         self.pool, self.patch, self.heads = c.pool, c.patch, c.vision_heads
-        self.patch_embedding = nn.Conv2d(3, W, c.patch, c.patch, bias=False) if c.stem == "patch" else conv_stem(W, c.patch)
+        self.patch_embedding = (nn.Conv2d(3, W, c.patch, c.patch, bias=False) if c.stem == "patch" else
+                                conv_stem(W, c.patch))
         self.class_embedding = nn.Parameter(scale * torch.randn(tokens, W))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (c.image_size // c.patch) ** 2, W))  # row 0: class tokens
-        self.ln_pre = nn.LayerNorm(W)
-        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, forks, min(c.branch_layers, c.vision_depth))
-        self.ln_post = nn.LayerNorm(W)
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + P, W))  # row 0: class tokens
+        self.ln_pre = nn.LayerNorm(W, eps) if c.vision_style == "clip" else nn.Identity()
+        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks,
+                             min(c.branch_layers, c.vision_depth))
+        self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
-        self.register_buffer("mask", class_token_mask(tokens, len(self.positional_embedding) - 1) if tokens > 1 else None, persistent=False)
+        mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""
@@ -126,8 +162,9 @@ class VisionTransformer(nn.Module):
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """3x3 convolutions: one of stride 2 for each halving of the resolution, doubling the channels, and from the second on one of stride 1
-    behind it; then a 1x1 to the width. Small models learn shapes from it in a fraction of the images that linear patches need (2106.14881)."""
+    """3x3 convolutions: one of stride 2 for each halving of the resolution, doubling the channels, and from the second
+    on one of stride 1 behind it; then a 1x1 to the width. Small models learn shapes from it in a fraction of the images
+    that linear patches need (2106.14881)."""
     halvings = patch.bit_length() - 1
     channels = [3] + [max(8, width * 3 // 4 // 2 ** (halvings - 1 - i)) for i in range(halvings)]
     layers = []
@@ -136,29 +173,37 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
 
 
-def class_token_mask(tokens: int, patches: int) -> Tensor:
-    """Class tokens do not look at one another: each at itself and the patches, patches at everything. [T+P, T+P]"""
+def class_token_mask(tokens: int, patches: int, blind: bool = True) -> Tensor:
+    """Class tokens do not look at one another: each at itself and the patches, patches at everything. [T+P, T+P], bool.
+
+    Holistic CLIP's code makes this mask a float before PyTorch sees it, so that instead of -inf a 1 is added to those
+    logits, and its released weights have learned with that (`blind=False`: what is added, float).
+    """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool)
     mask[:tokens, :tokens] = torch.eye(tokens, dtype=torch.bool)
-    return mask
+    return mask if blind else (~mask).float()
 
 
 class TextTransformer(nn.Module):
     def __init__(self, c: CLIPConfig):
         super().__init__()
         W = c.text_width
+        eps, bert = NORM_EPS[c.text_style], c.text_style == "bert"
         self.causal, self.corner_mask = c.text_attention == "causal", c.corner_mask
         self.token_embedding = nn.Embedding(c.vocab, W)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, W))
         self.corner_embedding = nn.Parameter(0.02 * torch.randn(c.corner_tokens, W)) if c.corner_tokens else None
-        self.blocks = blocks(W, c.text_depth, c.text_heads, c.activation)
-        self.ln_final = nn.LayerNorm(W)
+        self.ln_pre = nn.LayerNorm(W, eps) if bert else nn.Identity()
+        self.blocks = blocks(W, c.text_depth, c.text_heads, c.activation, c.text_style)
+        self.ln_final = nn.Identity() if bert else nn.LayerNorm(W, eps)
+        self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [N,L] -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token embeddings [N,L,D], not yet of unit norm.
+        """tokens [N,L] -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token embeddings [N,L,D], not
+        yet of unit norm.
 
-        Corner tokens stand in the last C places of the sequence; who sees whom is the mask's affair, not the order's."""
+        Corner tokens stand in the last C places; who sees whom is the mask's affair, not the order's."""
         N, L = tokens.shape
         end = tokens.argmax(-1)  # the end-of-text token has the greatest id
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
@@ -168,10 +213,10 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
         plain_causal = self.causal and C == 0  # padding stands behind every text, so the causal mask hides it too
         mask = None if plain_causal else text_mask(end, L, C, self.causal, self.corner_mask)[:, None]
-        x = x[None]
+        x = self.ln_pre(x)[None]
         for block in self.blocks:
             x = block(x, mask, plain_causal)
-        x = self.ln_final(x[0]) @ self.proj  # [N, L+C, D]
+        x = self.pooler(self.ln_final(x[0])) @ self.proj  # [N, L+C, D]
         summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
         return torch.cat([summary[:, None], x[:, L:]], 1), x[:, :L]
 
@@ -179,13 +224,15 @@ class TextTransformer(nn.Module):
 def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
     """Who sees whom among L text places and C corner places: [N, L+C, L+C], True where row may look at column.
 
-    Summary tokens are the end-of-text token (causal) or the first one, [CLS] (bidirectional), and the corners. In a causal encoder the
-    corners come between the text and its end. `blind` (LoTLIP, section 3.2): no summary token sees another, no ordinary token sees a corner.
+    Summary tokens are the end-of-text token (causal) or the first one, [CLS] (bidirectional), and the corners. In a
+    causal encoder the corners come between the text and its end. `blind` (LoTLIP, section 3.2): no summary token sees
+    another, no ordinary token sees a corner.
     """
     place = torch.arange(L + C, device=end.device)
     end, corner = end[:, None], place >= L
     if causal:
-        order = torch.where(corner, end + place - L, torch.where(place < end, place, place + C))  # [N, L+C]: text, corners, end, padding
+        # [N, L+C], each place's turn: text, corners, end, padding
+        order = torch.where(corner, end + place - L, torch.where(place < end, place, place + C))
         mask = order[:, None, :] <= order[:, :, None]
     else:
         mask = (corner | (place <= end))[:, None, :].expand(-1, L + C, -1)  # everything but padding
@@ -229,21 +276,23 @@ class CLIP(nn.Module):
         return F.normalize(branches.float(), dim=-1), F.normalize(patches.float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32. L may be less than the context."""
+        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
         summaries, token_embeddings = self.text(tokens)
         return F.normalize(summaries.float(), dim=-1), F.normalize(token_embeddings.float(), dim=-1)
 
     def encode_texts(self, tokens: Tensor, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """encode_text for texts of mixed length: those of up to 16, 32, 64 ... tokens together, cut to the longest of their bucket, so that
-        little padding is computed.
+        """encode_text for texts of mixed length: those of up to 16, 32, 64 ... tokens together, cut to the longest of
+        their bucket, so that little padding is computed.
 
-        tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D] (zeros behind a bucket's longest text) if asked for.
+        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (zeros behind a bucket's longest
+        text).
         """
         if not self.bucketed:
             return self.encode_text(tokens)
         length, order = (tokens.argmax(-1) + 1).sort()
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
-        ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist() + [len(length)]
+        ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist()
+        ends.append(len(length))
         summaries, embeddings = [], []
         for start, end in zip([0, *ends], ends):
             if end > start:
@@ -254,7 +303,8 @@ class CLIP(nn.Module):
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
     def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False) -> dict[str, Tensor]:
-        """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (for DDP, one call a step)."""
+        """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
+        for DDP)."""
         branches, patches = self.encode_image(images)
         summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens=with_tokens)
         return {
@@ -267,75 +317,197 @@ class CLIP(nn.Module):
         }
 
 
+POSITIVE = ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
+            "text_heads", "context", "embed", "branches")
+CHOICES = dict(stem=("patch", "conv"), pool=("class", "average"), branch_type=("class", "mlp"),
+               text_attention=("causal", "bidirectional"), activation=tuple(ACTIVATIONS), vision_style=("clip", "timm"),
+               text_style=("clip", "bert"))
+
+
 def check(c: CLIPConfig):
     """Raises ValueError with one sentence where settings cannot go together."""
-    for name in ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads", "context", "embed", "branches"):
+    for name in POSITIVE:
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     if c.image_size % c.patch:
-        raise ValueError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another --image-size")
+        raise ValueError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
+                         f"--image-size")
     if c.stem == "conv" and c.patch & (c.patch - 1):
-        raise ValueError(f"the convolutional stem halves the resolution, so the patch size must be a power of two, not {c.patch}: use --stem patch")
+        raise ValueError(f"the convolutional stem halves the resolution, so the patch size must be a power of two, not "
+                         f"{c.patch}: use --stem patch")
     if c.pool == "average" and c.branch_type == "class" and c.branches > 1:
-        raise ValueError(f"{c.branches} class-token branches would all have the same average of the patches: use --pool class or --branch-type mlp")
+        raise ValueError(f"{c.branches} class-token branches would all have the same average of the patches: use "
+                         f"--pool class or --branch-type mlp")
     for width, heads, tower in ((c.vision_width, c.vision_heads, "vision"), (c.text_width, c.text_heads, "text")):
         if width % heads:
-            raise ValueError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or --{tower}-heads")
-    for name, choices in (("stem", ("patch", "conv")), ("pool", ("class", "average")), ("branch_type", ("class", "mlp")), ("text_attention", ("causal", "bidirectional")),
-                          ("activation", tuple(ACTIVATIONS))):
+            raise ValueError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or "
+                             f"--{tower}-heads")
+    for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise ValueError(f"no {name} {getattr(c, name)!r}: choose from {', '.join(choices)}")
+    if c.text_style == "bert" and c.text_attention == "causal":
+        raise ValueError("BERT's text encoder sees both ways: add --text-attention bidirectional")
     if c.branches > 1 and c.branch_type == "mlp" and c.branch_layers == 0:
         raise ValueError("parallel MLPs need layers to stand in: --branch-layers must be at least 1")
     if c.corner_tokens < 0 or c.branch_layers < 0:
         raise ValueError("--corner-tokens and --branch-layers cannot be negative")
 
 
-# open_clip's names (and OpenAI's) beside ours. Everything else has the same name in both.
-
-def _open_clip_name(name: str) -> str:
-    vision = name.startswith("visual.")
-    name = name.removeprefix("text.") if not vision else name
-    for ours, theirs in ((".blocks.", ".transformer.resblocks."), ("blocks.", "transformer.resblocks."), (".attn.qkv.", ".attn.in_proj_"),
-                         (".attn.out.", ".attn.out_proj."), (".fc.", ".mlp.c_fc."), (".proj.0.", ".mlp.c_proj."), ("patch_embedding", "conv1")):
-        if ours in name and theirs not in name:
-            name = name.replace(ours, theirs, 1)
-    return "text_projection" if name == "proj" else name
-
-
-def to_open_clip(model: CLIP) -> dict[str, Tensor]:
-    """State dict in open_clip's names, for a model with one branch and no corner tokens (else ValueError)."""
-    c = model.config
-    if c.branches > 1 or c.corner_tokens or c.text_attention != "causal" or c.stem != "patch":
-        raise ValueError("open_clip's CLIP has linear patches, one branch, no corner tokens and causal text: this model has no place there")
-    state = {_open_clip_name(name): value.detach().clone() for name, value in model.state_dict().items()}
-    state["visual.class_embedding"] = state["visual.class_embedding"][0]
-    return state
-
-
-def load_open_clip(state: dict[str, Tensor], **overrides) -> CLIP:
-    """A CLIP with the weights of an open_clip (or OpenAI, then pass activation="quickgelu") ViT state dict; sizes are read off the shapes."""
-    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
-    if "visual.conv1.weight" not in state or "text_projection" not in state:
-        raise ValueError("this is not the state dict of an open_clip ViT with its own text transformer")
-    vision_width, _, patch, _ = state["visual.conv1.weight"].shape
-    context, text_width = state["positional_embedding"].shape
-
-    def depth(prefix):
-        return 1 + max(int(name[len(prefix):].split(".")[0]) for name in state if name.startswith(prefix))
-
-    settings = dict(
-        image_size=patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5), patch=patch,
-        vision_width=vision_width, vision_depth=depth("visual.transformer.resblocks."), vision_heads=vision_width // 64,
-        text_width=text_width, text_depth=depth("transformer.resblocks."), text_heads=text_width // 64,
-        context=context, vocab=len(state["token_embedding.weight"]), embed=state["text_projection"].shape[1])
-    model = CLIP(CLIPConfig(**(settings | overrides)))
-    renamed = {name: state[_open_clip_name(name)] for name in model.state_dict()}
-    renamed["visual.class_embedding"] = renamed["visual.class_embedding"].reshape(1, -1)
-    model.load_state_dict(renamed)
-    return model
-
-
 def config_from(settings) -> CLIPConfig:
     """The model's part of a larger settings object."""
     return CLIPConfig(**{f.name: getattr(settings, f.name) for f in fields(CLIPConfig)})
+
+
+# ---- other people's checkpoints --------------------------------------------------------------------------------------
+
+# Our names beside theirs: the parts of a tensor's name that differ. What is not listed is called the same.
+OPEN_CLIP = ((".blocks.", ".transformer.resblocks."), (".attn.qkv.", ".attn.in_proj_"),
+             (".attn.out.", ".attn.out_proj."), (".fc.", ".mlp.c_fc."), (".proj.0.", ".mlp.c_proj."),
+             ("visual.patch_embedding", "visual.conv1"), ("text.proj", "text.text_projection"))
+TIMM = (("visual.", "visual.trunk."), (".attn.out.", ".attn.proj."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2."),
+        (".fc.", ".mlp.fc1."), (".proj.0.", ".mlp.fc2."), (".ln_post.", ".norm."),
+        (".patch_embedding.", ".patch_embed.proj."), (".class_embedding", ".cls_token"),
+        (".positional_embedding", ".pos_embed"))
+BERT = ((".blocks.", ".transformer.encoder.layer."), (".attn.out.", ".attention.output.dense."),
+        (".ln_1.", ".attention.output.LayerNorm."), (".attn.", ".attention.self."), (".fc.", ".intermediate.dense."),
+        (".proj.0.", ".output.dense."), (".ln_2.", ".output.LayerNorm."), (".pooler.0.", ".transformer.pooler.dense."),
+        (".ln_pre.", ".transformer.embeddings.LayerNorm."))
+NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
+               "text.transformer.embeddings.position_ids")
+HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
+
+
+def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
+    """A CLIP with the weights of a released state dict: open_clip's or OpenAI's ViTs, DreamLIP's (open_clip's layout),
+    Holistic CLIP's (several class tokens, or parallel MLPs) or LoTLIP's (timm ViT and BERT).
+
+    Sizes are read off the shapes; `overrides` are CLIPConfig's fields that shapes do not tell, above all
+    activation="quickgelu" (OpenAI's weights and those trained on from them) and the numbers of heads. An image_size
+    other than the released one interpolates the position embeddings. Raises ValueError if it is none of these layouts.
+    """
+    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    openai = "input_resolution" in state  # OpenAI's files say it in numbers beside the weights
+    state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
+    image_size = overrides.pop("image_size", None)
+    try:
+        if "visual.conv1.weight" in state:
+            settings, state = _read_open_clip(state)
+        elif {"visual.trunk.cls_token", "text.transformer.embeddings.word_embeddings.weight"} <= state.keys():
+            settings, state = _read_lotlip(state, overrides.get("corner_tokens", 2), overrides.get("context"))
+        else:
+            raise ValueError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
+        patch, vision_width = state["visual.patch_embedding.weight"].shape[-1], len(state["visual.ln_post.weight"])
+        text_width, embed = state["text.proj"].shape
+    except KeyError as error:
+        raise ValueError(f"{error} is missing: half a checkpoint, or another architecture") from None
+    settings |= dict(
+        image_size=patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5), patch=patch,
+        vision_width=vision_width, vision_depth=_count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=vision_width // HEAD_WIDTH.get(vision_width, 64) or 1, text_width=text_width,
+        text_depth=_count(state, r"text\.blocks\.(\d+)\."), text_heads=text_width // 64 or 1,
+        context=len(state["text.positional_embedding"]), vocab=len(state["text.token_embedding.weight"]), embed=embed,
+        activation="quickgelu" if openai else "gelu")
+    model = CLIP(CLIPConfig(**(settings | overrides)))
+    wanted = model.state_dict()
+    wrong = [name for name in wanted.keys() | state.keys()
+             if name not in wanted or name not in state or wanted[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors are missing, unknown or of another shape than such a model's, among "
+                         f"them {min(wrong)}: half a checkpoint, or another architecture")
+    model.load_state_dict(state)
+    return resized(model, image_size) if image_size else model
+
+
+def _count(state, pattern) -> int:
+    return 1 + max((int(found[1]) for found in map(re.compile(pattern).match, state) if found), default=-1)
+
+
+def _read_open_clip(state):
+    """State dict in open_clip's names -> settings, state dict in ours."""
+    ours = {}
+    for name, value in state.items():
+        if name != "logit_scale":
+            name = name if name.startswith("visual.") else "text." + name.removeprefix("text.")
+            for mine, theirs in OPEN_CLIP:
+                name = name.replace(theirs, mine)
+        ours[re.sub(r"\.c_proj\.(\d+)\.", r".proj.\1.", name)] = value  # Holistic CLIP's parallel MLPs
+    tokens = ours["visual.class_embedding"].view(-1, len(ours["visual.ln_post.weight"]))
+    ours["visual.class_embedding"] = tokens
+    if len(tokens) > 1:  # Holistic CLIP's class tokens have a position each; ours share row 0
+        positions = ours["visual.positional_embedding"]
+        ours["visual.class_embedding"] = tokens + positions[:len(tokens)]
+        ours["visual.positional_embedding"] = torch.cat([0 * positions[:1], positions[len(tokens):]])
+    forked = [name for name in ours if re.match(r"visual\.blocks\.\d+\.proj\.1\.weight", name)]
+    if not forked:
+        return dict(branches=len(tokens), branch_mask=len(tokens) == 1), ours
+    return dict(branches=_count(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\."), branch_type="mlp",
+                branch_layers=len(forked)), ours
+
+
+def _read_lotlip(state, corners: int, context: int | None, sep: int = 102):
+    """State dict of LoTLIP's release -> settings, state dict in our names.
+
+    timm's ViT has a bias on its patches and no projection: the bias joins the positions, the projection is an identity.
+    BERT reads [CLS], the corners, the text, all of token type 0: type and position join the corners and our positions.
+    Ours knows a text's end by the greatest id, so the vocabulary gets [SEP] once more, as its last row (evaluate.py's
+    tokenizer ends so).
+    """
+    ours = {"logit_scale": state["logit_scale"]}
+    for name, value in state.items():
+        for mine, theirs in TIMM if name.startswith("visual.") else BERT if name.startswith("text.") else ():
+            name = name.replace(theirs, mine)
+        ours[name] = value
+    take, pre = ours.pop, "text.transformer.embeddings."
+    words, positions = take(pre + "word_embeddings.weight"), take(pre + "position_embeddings.weight")
+    positions = positions + take(pre + "token_type_embeddings.weight")[:1]
+    end = corners + (context or 128 - corners)  # the release reads 128 tokens, corners among them
+    ours["text.token_embedding.weight"] = torch.cat([words[:len(words) - corners], words[sep:sep + 1]])
+    ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:end]])
+    if corners:
+        ours["text.corner_embedding"] = words[len(words) - corners:] + positions[1:1 + corners]
+    for block in range(_count(ours, r"text\.blocks\.(\d+)\.")):
+        for what in ("weight", "bias"):
+            parts = [take(f"text.blocks.{block}.attn.{part}.{what}") for part in ("query", "key", "value")]
+            ours[f"text.blocks.{block}.attn.qkv.{what}"] = torch.cat(parts)
+    ours["text.proj"] = take("text.proj.weight").mT
+    ours["visual.proj"] = torch.eye(len(ours["visual.ln_post.weight"]))
+    ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
+    first, grid = ours["visual.positional_embedding"][0].tensor_split([1])
+    ours["visual.positional_embedding"] = torch.cat([first, grid + take("visual.patch_embedding.bias")])
+    return dict(vision_style="timm", text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
+
+
+def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
+    """State dict in open_clip's names and open_clip's model config, for a model with one branch and no corner tokens
+    (else ValueError). The average of the patches is open_clip's pool_type "avg"."""
+    c = model.config
+    if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
+        raise ValueError("open_clip's CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
+                         "text: this model has no place there")
+    state = {}
+    for name, value in model.state_dict().items():
+        for mine, theirs in OPEN_CLIP:
+            name = name.replace(mine, theirs)
+        state[name.removeprefix("text.")] = value.detach().clone()
+    state["visual.class_embedding"] = state["visual.class_embedding"][0]
+    config = dict(
+        embed_dim=c.embed, quick_gelu=c.activation == "quickgelu",
+        vision_cfg=dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
+                        head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok"),
+        text_cfg=dict(context_length=c.context, vocab_size=c.vocab, width=c.text_width, layers=c.text_depth,
+                      heads=c.text_heads))
+    return state, config
+
+
+def resized(model: CLIP, image_size: int) -> CLIP:
+    """The model for images of another size: the grid of position embeddings is interpolated (bicubic, antialiased: as
+    in open_clip). Raises ValueError if the size is no multiple of the patch."""
+    if image_size == model.config.image_size:
+        return model
+    other, state = CLIP(replace(model.config, image_size=image_size)), model.state_dict()
+    first, grid = state["visual.positional_embedding"].tensor_split([1])
+    side = model.config.image_size // model.config.patch
+    grid = F.interpolate(grid.view(1, side, side, -1).permute(0, 3, 1, 2), size=(image_size // model.config.patch,) * 2,
+                         mode="bicubic", antialias=True)
+    other.load_state_dict(state | {"visual.positional_embedding": torch.cat([first, grid[0].flatten(1).mT])})
+    return other.train(model.training)

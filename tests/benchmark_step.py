@@ -2,6 +2,7 @@
 
     python tests/benchmark_step.py                                  size tiny on the CPU
     python tests/benchmark_step.py --size base-16 --batch 512       on a GPU; --compile compiles all of them
+    python tests/benchmark_step.py --anatomy                        where the time of a real step on scenes goes
 
 Rows:   ours       train.py's step: texts without padding, fused losses
         padded     ours, but every text padded to the context, attention and losses by stored matrices
@@ -13,20 +14,21 @@ import argparse
 import statistics
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from csrc import fused  # noqa: E402
-from data import normalize  # noqa: E402
+from data import load_tokenizer, normalize, open_dataset, training_loader  # noqa: E402
 from model import CLIP, config_from  # noqa: E402
 
 
@@ -77,6 +79,59 @@ def timed(step, batch, device) -> float:
     return time.perf_counter() - start
 
 
+def anatomy(s, steps: int = 30):
+    """Prints where the time of training steps on scenes goes: each part waits for the one before, so nothing overlaps."""
+    spent, started = Counter(), {}
+
+    def now():
+        if s.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed_call(name, function):
+        def call(*args, **kwargs):
+            start = now()
+            result = function(*args, **kwargs)
+            spent[name] += now() - start
+            return result
+        return call
+
+    tokenizer = load_tokenizer("scenes")
+    s.vocab = tokenizer.vocab_size
+    dataset = open_dataset("scenes", "train", 100_000, s.image_size, s.kinds)
+    state, network = train.prepare(train.build(s), s)
+    for name, tower in (("image tower", state.model.visual), ("text tower", state.model.text)):
+        tower.register_forward_pre_hook(lambda *_, name=name: started.update({name: now()}))
+        tower.register_forward_hook(lambda *_, name=name: spent.update({name: now() - started[name]}))
+    used = padded = flops = 0
+    batches = iter(training_loader(dataset, tokenizer, s, 0, steps + 5))
+    with mock.patch.object(train, "method_loss", timed_call("losses", train.method_loss)), \
+            mock.patch.object(torch.Tensor, "backward", timed_call("backward", torch.Tensor.backward)):
+        for step in range(-5, steps):
+            if step == 0:  # warm
+                spent.clear()
+                whole = now()
+            batch = timed_call("data", next)(batches)
+            images, tokens, good = timed_call("copies", train.to_device)(batch, s)
+            with FlopCounterMode(display=False) if step == -1 else nullcontext() as counter:
+                train.backward(network, images, tokens, s, good)
+            flops = counter.get_total_flops() if step == -1 else flops
+            timed_call("optimiser", train.update)(state, 0.0, s)
+            used, padded = used + (tokens.argmax(-1) + 1).sum().item(), padded + tokens.shape[0] * tokens.shape[1] * s.context
+    whole = now() - whole
+    spent["the rest (buckets, normalising, Python)"] = whole - sum(spent.values())
+    a = torch.randn(2048, 2048, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    ceiling = max(2 * 2048 ** 3 / (timed(lambda: a @ a, (), s.device)) for _ in range(20))
+    print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {torch.get_num_threads()} threads: "
+          f"{s.batch * steps / whole:.0f} images/s, {1000 * whole / steps:.1f} ms a step")
+    for name, seconds in spent.most_common():
+        print(f"    {name:40} {1000 * seconds / steps:8.2f} ms {100 * seconds / whole:5.1f}%")
+    print(f"    texts take {100 * used / padded:.0f}% of the tokens they would take padded to {s.context}; {flops / 1e9:.1f} GFLOP a step, "
+          f"{100 * flops * steps / whole / ceiling:.0f}% of this device's matrix products ({ceiling / 1e9:.0f} GFLOP/s measured)")
+    if s.device.startswith("cuda"):
+        print(f"    peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny", choices=train.SIZES)
@@ -85,7 +140,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--anatomy", action="store_true")
+    parser.add_argument("--method", default="dreamlip", choices=train.METHODS, help="for --anatomy")
     options = parser.parse_args()
+    if options.anatomy:
+        return anatomy(train.resolve(dict(size=options.size, method=options.method, batch=options.batch, precision=options.precision)))
     s = train.resolve(dict(size=options.size, method="dreamlip", batch=options.batch, sub_captions=options.k, raw_caption=False, stem="patch",
                            pool="class", grouping="none", context=77, vocab=49408, precision=options.precision))
     compiled = torch.compile if options.compile else lambda model: model

@@ -1,4 +1,5 @@
-"""The towers are open_clip's CLIP where they should be, and the parts the papers add see, share and branch as they define."""
+"""The towers are open_clip's CLIP where they should be, and the parts the papers add see, share and branch as they
+define."""
 import dataclasses
 import math
 
@@ -10,9 +11,10 @@ from open_clip.model import CLIP as OpenCLIP
 
 import train
 from data import text_slots
-from model import CLIP, CLIPConfig, class_token_mask, load_open_clip, text_mask, to_open_clip
+from model import CLIP, CLIPConfig, class_token_mask, from_state_dict, text_mask, to_open_clip
 
-SMALL = dict(image_size=16, patch=4, vision_width=16, vision_depth=2, vision_heads=2, text_width=16, text_depth=2, text_heads=2, context=12, vocab=40, embed=8)
+SMALL = dict(image_size=16, patch=4, vision_width=16, vision_depth=2, vision_heads=2, text_width=16, text_depth=2,
+             text_heads=2, context=12, vocab=40, embed=8)
 
 
 def small(seed=0, **settings):
@@ -69,13 +71,15 @@ SHAPES = [
 def reference(shape, quick, seed=0):
     torch.manual_seed(seed)
     width, layers, head = shape["vision"]
-    theirs = OpenCLIP(shape["embed"], dict(image_size=shape["image"], patch_size=shape["patch"], width=width, layers=layers, head_width=head),
-                      dict(context_length=shape["context"], vocab_size=shape["vocab"], width=shape["text"][0], layers=shape["text"][1], heads=shape["text"][2]),
-                      quick_gelu=quick).eval()
+    vision = dict(image_size=shape["image"], patch_size=shape["patch"], width=width, layers=layers, head_width=head)
+    text = dict(context_length=shape["context"], vocab_size=shape["vocab"], width=shape["text"][0],
+                layers=shape["text"][1], heads=shape["text"][2])
+    theirs = OpenCLIP(shape["embed"], vision, text, quick_gelu=quick).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    return theirs, dict(vision_heads=width // head, text_heads=shape["text"][2], activation="quickgelu" if quick else "gelu")
+    return theirs, dict(vision_heads=width // head, text_heads=shape["text"][2],
+                        activation="quickgelu" if quick else "gelu")
 
 
 @pytest.mark.parametrize("quick", [False, True], ids=["gelu", "quickgelu"])
@@ -83,43 +87,49 @@ def reference(shape, quick, seed=0):
 @torch.no_grad()
 def test_features_are_open_clips_on_random_weights(shape, quick):
     theirs, overrides = reference(shape, quick)
-    ours = load_open_clip(theirs.state_dict(), **overrides).eval()
+    ours = from_state_dict(theirs.state_dict(), **overrides).eval()
     images = pictures(4, shape["image"])
     tokens = texts(3, shape["context"], 7, 5, vocab=shape["vocab"], width=shape["context"])
     branches, patches = ours.encode_image(images)
     summaries, embeddings = ours.encode_text(tokens)
-    assert branches.shape == (4, 1, shape["embed"]) and patches.shape == (4, (shape["image"] // shape["patch"]) ** 2, shape["embed"])
+    patch_count = (shape["image"] // shape["patch"]) ** 2
+    assert branches.shape == (4, 1, shape["embed"]) and patches.shape == (4, patch_count, shape["embed"])
     assert summaries.shape == (4, 1, shape["embed"]) and embeddings.shape == (4, shape["context"], shape["embed"])
-    assert same(branches[:, 0], theirs.encode_image(images, normalize=True)) and same(summaries[:, 0], theirs.encode_text(tokens, normalize=True))
+    assert same(branches[:, 0], theirs.encode_image(images, normalize=True))
+    assert same(summaries[:, 0], theirs.encode_text(tokens, normalize=True))
     assert torch.equal(ours.logit_scale, theirs.logit_scale)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s['image']}px")
 def test_a_state_dict_goes_to_open_clips_names_and_back_with_nothing_lost(shape):
     theirs, overrides = reference(shape, False)
-    ours = load_open_clip(theirs.state_dict(), **overrides)
-    assert ours.config == CLIPConfig(image_size=shape["image"], patch=shape["patch"], vision_width=shape["vision"][0], vision_depth=shape["vision"][1],
-                                     text_width=shape["text"][0], text_depth=shape["text"][1], context=shape["context"], vocab=shape["vocab"],
-                                     embed=shape["embed"], **overrides)
-    state = to_open_clip(ours)
+    ours = from_state_dict(theirs.state_dict(), **overrides)
+    assert ours.config == CLIPConfig(
+        image_size=shape["image"], patch=shape["patch"], vision_width=shape["vision"][0],
+        vision_depth=shape["vision"][1], text_width=shape["text"][0], text_depth=shape["text"][1],
+        context=shape["context"], vocab=shape["vocab"],
+        embed=shape["embed"], **overrides)
+    state, _ = to_open_clip(ours)
     missing = {name for name in theirs.state_dict() if name not in state}
-    assert missing <= {"attn_mask"} and all(torch.equal(value, theirs.state_dict()[name]) for name, value in state.items())
+    assert missing <= {"attn_mask"}
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in state.items())
     other, _ = reference(shape, False, seed=1)
     other.load_state_dict(state, strict=True)
     assert same(other.encode_image(pictures(2, shape["image"])), theirs.encode_image(pictures(2, shape["image"])), 0)
-    back = load_open_clip(state, **overrides)
+    back = from_state_dict(state, **overrides)
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), ours.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("settings", [dict(branches=2), dict(corner_tokens=1), dict(text_attention="bidirectional"), dict(stem="conv")])
+@pytest.mark.parametrize("settings", [dict(branches=2), dict(corner_tokens=1), dict(text_attention="bidirectional"),
+                                      dict(stem="conv")])
 def test_what_clip_does_not_have_is_not_written_in_its_names(settings):
-    with pytest.raises(ValueError, match="open_clip's CLIP has .*one branch, no corner tokens and causal text"):
+    with pytest.raises(ValueError, match="open_clip.s CLIP has .*one branch, no corner tokens and causal text: this"):
         to_open_clip(CLIP(CLIPConfig(**SMALL, **settings)))
 
 
 def test_a_foreign_state_dict_is_refused():
     with pytest.raises(ValueError, match="not the state dict of an open_clip ViT"):
-        load_open_clip({"conv1.weight": torch.zeros(1)})
+        from_state_dict({"conv1.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("size, name", [("base-32", "ViT-B-32"), ("base-16", "ViT-B-16"), ("large-14", "ViT-L-14")])
@@ -130,7 +140,7 @@ def test_the_last_three_sizes_are_clips(size, name):
         s.vocab = 49408
         ours = CLIP(train.config_from(s))
     shapes = {k: v.shape for k, v in theirs.state_dict().items() if k != "attn_mask"}
-    assert {k: v.shape for k, v in to_open_clip(ours).items()} == shapes
+    assert {k: v.shape for k, v in to_open_clip(ours)[0].items()} == shapes
     assert [b.attn.heads for b in (ours.visual.blocks[0], ours.text.blocks[0])] == [
         t.resblocks[0].attn.num_heads for t in (theirs.visual.transformer, theirs.transformer)]
     assert ours.config.pool == "class"
@@ -158,7 +168,8 @@ def test_a_class_token_sees_every_patch_and_itself_and_patches_see_everything():
 
 
 def may_see(q, k, end, L, C, causal, blind):
-    """methods.md, LoTLIP 1, sentence by sentence, for places 0..L-1 of the text (its end token at `end`) and L..L+C-1 the corners.
+    """methods.md, LoTLIP 1, sentence by sentence, for places 0..L-1 of the text (its end token at `end`) and
+    L..L+C-1 the corners.
     None where nothing is said (padding as the one that looks)."""
     corner, pad = (lambda p: p >= L), (lambda p: end < p < L)
     summary = lambda p: corner(p) or p == (end if causal else 0)
@@ -168,13 +179,15 @@ def may_see(q, k, end, L, C, causal, blind):
         return None
     if pad(k):
         return False  # "Padding is invisible."
-    if causal:  # "the summary tokens stand at the END (after the text, corners then end-of-text) under the same mutual blindness"
+    if causal:  # "the summary tokens stand at the END (after the text, corners then end-of-text) under the same mutual
+        # blindness"
         line = [*range(end), *range(L, L + C), end]
         return line.index(k) < line.index(q) and not (blind and summary(q) and summary(k))
     if not blind:
         return True
     if corner(k):
-        return False  # "the columns of ... every corner token are visible only to themselves"; "ordinary tokens see ... no corner"
+        return False  # "the columns of ... every corner token are visible only to themselves"; "ordinary tokens
+        # see ... no corner"
     if k == 0:
         return not corner(q)  # "[CLS] also to the ordinary text tokens"; "[CLS] and the corners do not see one another"
     return True  # "[CLS] and the corners see all ordinary text tokens"
@@ -220,7 +233,8 @@ def test_corners_see_every_word(attention):
 @pytest.mark.parametrize("attention, seers", [("causal", [[1, 2], [2]]), ("bidirectional", [[0, 1, 2]] * 2)])
 def test_without_the_corner_mask_summary_tokens_see_one_another(attention, seers):
     tokens, settings = texts(12), dict(corner_tokens=2, text_attention=attention, corner_mask=False)
-    before, summary = first_layer(small(**settings), "text", tokens), [12, 13, 11 if attention == "causal" else 0]  # corner 0, corner 1, end or [CLS]
+    before = first_layer(small(**settings), "text", tokens)
+    summary = [12, 13, 11 if attention == "causal" else 0]  # corner 0, corner 1, end or [CLS]
     for c, who in enumerate(seers):
         changed = small(**settings)
         with torch.no_grad():
@@ -243,8 +257,10 @@ def test_causal_text_does_not_see_the_future(corners):
 
 # ---- padding and batches ---------------------------------------------------------------------------------------------
 
-KINDS_OF_TEXT = [dict(), dict(corner_tokens=2), dict(corner_tokens=2, corner_mask=False), dict(text_attention="bidirectional"),
-                 dict(text_attention="bidirectional", corner_tokens=2), dict(text_attention="bidirectional", corner_tokens=2, corner_mask=False)]
+KINDS_OF_TEXT = [dict(), dict(corner_tokens=2), dict(corner_tokens=2, corner_mask=False),
+                 dict(text_attention="bidirectional"), dict(text_attention="bidirectional", corner_tokens=2),
+                 dict(text_attention="bidirectional", corner_tokens=2, corner_mask=False),
+                 dict(text_attention="bidirectional", corner_tokens=2, text_style="bert")]
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)
@@ -259,7 +275,9 @@ def test_a_texts_embeddings_change_with_neither_padding_nor_batch_mates(settings
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT[::2], ids=str)
-@pytest.mark.parametrize("width, lengths", [(70, (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63)), (70, (9, 70, 9)), (70, (5, 3)), (12, (12, 3)), (1, (1,)), (40, (40, 39, 17, 16))])
+@pytest.mark.parametrize("width, lengths", [
+    (70, (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63)), (70, (9, 70, 9)), (70, (5, 3)), (12, (12, 3)), (1, (1,)),
+    (40, (40, 39, 17, 16))])
 @torch.no_grad()
 def test_texts_in_buckets_are_embedded_as_without(width, lengths, settings):
     model = small(context=70, **settings)
@@ -269,12 +287,14 @@ def test_texts_in_buckets_are_embedded_as_without(width, lengths, settings):
         quick, words = model.encode_texts(tokens, with_tokens=with_tokens)
         assert same(quick, summaries)
         if with_tokens:
-            assert words.shape == embeddings.shape and all(same(words[i, :n], embeddings[i, :n]) for i, n in enumerate(lengths))
+            assert words.shape == embeddings.shape
+            assert all(same(words[i, :n], embeddings[i, :n]) for i, n in enumerate(lengths))
         else:
             assert words is None
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3), dict(branches=3, branch_type="mlp", branch_layers=1)], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3),
+                                      dict(branches=3, branch_type="mlp", branch_layers=1)], ids=str)
 @torch.no_grad()
 def test_an_image_is_embedded_alike_alone_and_in_a_batch(settings):
     model = small(**settings)
@@ -282,7 +302,8 @@ def test_an_image_is_embedded_alike_alone_and_in_a_batch(settings):
         assert same(a[2:3], b)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3, corner_tokens=2), dict(branches=2, branch_type="mlp", pool="average")], ids=str)
+@pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3, corner_tokens=2),
+                                      dict(branches=2, branch_type="mlp", pool="average")], ids=str)
 @torch.no_grad()
 def test_all_embeddings_are_of_unit_norm_and_of_the_promised_shapes(settings):
     model, H, C = small(**settings), settings.get("branches", 1), settings.get("corner_tokens", 0)
@@ -314,19 +335,21 @@ def attend(x, attn, sees):
 
 
 def unfolded(image, c):
-    return torch.stack([image[:, r:r + c.patch, l:l + c.patch].flatten() for r in range(0, c.image_size, c.patch) for l in range(0, c.image_size, c.patch)])
+    places = range(0, c.image_size, c.patch)
+    return torch.stack([image[:, r:r + c.patch, l:l + c.patch].flatten() for r in places for l in places])
 
 
 @torch.no_grad()
 def vision(model, image):
     """One image [3,S,S] -> branches [H,D], patches [P,D], before the projection's normalisation."""
     v, c = model.visual, model.config
-    if c.stem == "conv":  # 3x3 convolutions, each followed by GELU, as many of stride 2 as the resolution is to be halved; then a 1x1
+    if c.stem == "conv":  # 3x3 convolutions, each followed by GELU, one of stride 2 for each halving; then a 1x1
         *layers, last = [layer for layer in v.patch_embedding if hasattr(layer, "weight")]
         for layer in layers:
             image = F.conv2d(image[None], layer.weight, layer.bias, stride=layer.stride, padding=1)[0]
             image = image * 0.5 * (1 + torch.erf(image / math.sqrt(2)))
-        assert [layer.stride for layer in layers].count((2, 2)) == math.log2(c.patch) and image.shape[1] == c.image_size // c.patch
+        assert [layer.stride for layer in layers].count((2, 2)) == math.log2(c.patch)
+        assert image.shape[1] == c.image_size // c.patch
         patches = image.flatten(1).T @ last.weight.flatten(1).T + last.bias
     else:
         patches = unfolded(image, c) @ v.patch_embedding.weight.flatten(1).T
@@ -335,21 +358,26 @@ def vision(model, image):
     T = len(classes)
     streams = [layer_norm(torch.cat([classes, patches]), v.ln_pre)]
     for depth, block in enumerate(v.blocks):
-        streams = [x + attend(layer_norm(x, block.ln_1), block.attn, lambda q, k: q >= T or k >= T or q == k) for x in streams]
+        sees = lambda q, k: q >= T or k >= T or q == k  # noqa: E731
+        streams = [x + attend(layer_norm(x, block.ln_1), block.attn, sees) for x in streams]
         forks = c.branches if c.branch_type == "mlp" and depth >= c.vision_depth - c.branch_layers else 1
         if forks > len(streams):  # "at the first of these layers, after the shared attention, the stream splits in H"
             streams = streams * forks
         hidden = [layer_norm(x, block.ln_2) @ block.fc.weight.T + block.fc.bias for x in streams]
-        hidden = [h * 0.5 * (1 + torch.erf(h / math.sqrt(2))) for h in hidden]  # "the MLP's first linear layer stays shared"
-        streams = [x + h @ block.proj[i % forks].weight.T + block.proj[i % forks].bias for i, (x, h) in enumerate(zip(streams, hidden))]
+        # "the MLP's first linear layer stays shared"
+        hidden = [h * 0.5 * (1 + torch.erf(h / math.sqrt(2))) for h in hidden]
+        second = [block.proj[i % forks] for i in range(len(streams))]
+        streams = [x + h @ proj.weight.T + proj.bias for x, h, proj in zip(streams, hidden, second)]
     streams = [layer_norm(x, v.ln_post) @ v.proj for x in streams]
     summaries = [x[T:].mean(0, keepdim=True) if c.pool == "average" else x[:T] for x in streams]
     return torch.cat(summaries), sum(x[T:] for x in streams) / len(streams)
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(pool="average", stem="conv"), dict(branches=3), dict(branches=3, branch_type="mlp", branch_layers=1), dict(branches=2, branch_type="mlp", branch_layers=2),
-    dict(branches=2, branch_type="mlp", branch_layers=2, pool="average"), dict(branches=3, branch_type="mlp", branch_layers=9)], ids=str)
+    dict(), dict(pool="average", stem="conv"), dict(branches=3), dict(branches=3, branch_type="mlp", branch_layers=1),
+    dict(branches=2, branch_type="mlp", branch_layers=2),
+    dict(branches=2, branch_type="mlp", branch_layers=2, pool="average"),
+    dict(branches=3, branch_type="mlp", branch_layers=9)], ids=str)
 @torch.no_grad()
 def test_class_branches_mlp_branches_and_average_pooling_are_what_the_loops_say(settings):
     model = small(vision_depth=3, **settings).double()
@@ -357,7 +385,8 @@ def test_class_branches_mlp_branches_and_average_pooling_are_what_the_loops_say(
     branches, patches = model.encode_image(images)
     for i, image in enumerate(images):
         summary, cells = vision(model, image)
-        assert same(branches[i].double(), F.normalize(summary, dim=-1), 2e-6) and same(patches[i].double(), F.normalize(cells, dim=-1), 2e-6)
+        assert same(branches[i].double(), F.normalize(summary, dim=-1), 2e-6)
+        assert same(patches[i].double(), F.normalize(cells, dim=-1), 2e-6)
 
 
 @pytest.mark.parametrize("kind", ["class", "mlp"])
@@ -376,27 +405,38 @@ def test_branches_of_equal_weights_give_equal_embeddings_and_otherwise_differ(ki
 
 def test_mlp_branches_share_all_but_the_second_linear_layer_of_the_last_layers():
     one, three = (small(branches=H, branch_type="mlp", branch_layers=1).state_dict() for H in (1, 3))
-    assert {name for name in three if name not in one} == {f"visual.blocks.1.proj.{h}.{what}" for h in (1, 2) for what in ("weight", "bias")}
+    own = {f"visual.blocks.1.proj.{h}.{what}" for h in (1, 2) for what in ("weight", "bias")}
+    assert {name for name in three if name not in one} == own
 
 
 # ---- settings and gradients ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, named", [
-    (dict(image_size=18), "--image-size"), (dict(pool="average", branches=2), "--branch-type mlp"), (dict(vision_heads=3), "--vision-heads"),
-    (dict(text_heads=3), "--text-heads"), (dict(pool="max"), "class, average"), (dict(branch_type="head"), "class, mlp"), (dict(text_attention="full"), "causal, bidirectional"),
-    (dict(activation="relu"), "gelu, quickgelu"), (dict(branches=0), "--branches"), (dict(corner_tokens=-1), "--corner-tokens"), (dict(branch_layers=-1), "--branch-layers"),
-    (dict(context=0), "--context"), (dict(embed=0), "--embed"), (dict(vision_depth=0), "--vision-depth"), (dict(patch=0), "--patch"), (dict(stem="conv", patch=6, image_size=18), "--stem patch"), (dict(stem="pool"), "patch, conv"), (dict(vision_heads=0), "--vision-heads"),
-    (dict(text_heads=0), "--text-heads"), (dict(branches=3, branch_type="mlp", branch_layers=0), "--branch-layers")], ids=str)
+    (dict(image_size=18), "--image-size"), (dict(pool="average", branches=2), "--branch-type mlp"),
+    (dict(vision_heads=3), "--vision-heads"), (dict(text_heads=3), "--text-heads"),
+    (dict(pool="max"), "class, average"), (dict(branch_type="head"), "class, mlp"),
+    (dict(text_attention="full"), "causal, bidirectional"), (dict(activation="relu"), "gelu, quickgelu"),
+    (dict(branches=0), "--branches"), (dict(corner_tokens=-1), "--corner-tokens"),
+    (dict(branch_layers=-1), "--branch-layers"), (dict(vision_heads=0), "--vision-heads"),
+    (dict(context=0), "--context"), (dict(embed=0), "--embed"), (dict(vision_depth=0), "--vision-depth"),
+    (dict(patch=0), "--patch"), (dict(stem="conv", patch=6, image_size=18), "--stem patch"),
+    (dict(stem="pool"), "patch, conv"),
+    (dict(text_style="bert"), "--text-attention bidirectional"), (dict(vision_style="resnet"), "clip, timm"),
+    (dict(text_style="gpt"), "clip, bert"),
+    (dict(text_heads=0), "--text-heads"),
+    (dict(branches=3, branch_type="mlp", branch_layers=0), "--branch-layers")], ids=str)
 def test_settings_that_cannot_go_together_get_one_sentence_naming_the_flag(settings, named):
     with pytest.raises(ValueError) as caught:
         CLIP(CLIPConfig(**{**SMALL, **settings}))
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [*train.METHODS, "holistic mlp", "holistic M < H"])
+@pytest.mark.parametrize("method", [*train.METHODS, "holistic mlp", "holistic M < H", "lotlip bert"])
 def test_every_parameter_gets_a_gradient_with_every_method(method):
     name, *variant = method.split()
-    extra = {"mlp": dict(branch_type="mlp", branch_layers=2, vision_depth=3), "M": dict(branches=3, perspectives=2)}.get(variant[0] if variant else "", {})
+    extra = {"mlp": dict(branch_type="mlp", branch_layers=2, vision_depth=3), "M": dict(branches=3, perspectives=2),
+             "bert": dict(text_style="bert", vision_style="timm", text_attention="bidirectional", text_depth=2)}
+    extra = extra.get(variant[0] if variant else "", {})
     s = train.resolve({"method": name, "size": "nano", **extra})
     s.vocab = 40
     torch.manual_seed(0)
@@ -410,7 +450,8 @@ def test_every_parameter_gets_a_gradient_with_every_method(method):
 
 def test_under_bfloat16_on_the_cpu_attention_is_computed_in_float32(monkeypatch):
     seen, attention = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.dtype) or attention(q, *a, **k))
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, *a, **k: seen.append(q.dtype) or attention(q, *a, **k))
     model, images = CLIP(CLIPConfig(image_size=16, patch=4, vision_width=32, vision_heads=2)), torch.randn(4, 3, 16, 16)
     exact = model.encode_image(images)[0]
     with torch.autocast("cpu", torch.bfloat16):

@@ -32,7 +32,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -60,12 +60,12 @@ PROMPTS = {  # field: (prompt, most tokens of an answer). --prompts FILE.json re
 # ---- cleaning --------------------------------------------------------------------------------------------------------
 
 THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
-MARKERS = re.compile(r"</?[a-z_]\w{0,24}/?>|<\|\w{1,24}\|>|\[/?INST\]|```\w*|`", re.I)
+MARKERS = re.compile(r"</?[a-z_]\w{0,24}/?>|<\|\w{1,24}\|>|\[/?INST\]|```\w*", re.I)
 TURN = re.compile(r"\b(?:USER|ASSISTANT|Human|User|Assistant)\s*:\s*")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\s]*\)")
 LABEL = re.compile(r"(?:\*\*|__)[^*_\n]{1,40}(?::\s*(?:\*\*|__)|(?:\*\*|__)\s*:)\s*")  # **Background:** or **Background**:
 EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
-LIST_ITEM = re.compile(r"\s*(?:>\s*)*(?:[-*•·▪‣+–—]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
+LIST_ITEM = re.compile(r"\s*(?:>\s*)*(?:[-*•·▪‣+–—|]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 HEADING = re.compile(r"#{1,6}\s.*[^.!?]|(?:\*\*|__)[^.!?]+(?:\*\*|__)|[^.!?]{1,80}:")
 OPENER = re.compile(r"""(?:(?:(?:short|long|detailed|brief|image)\s)*(?:caption|description|answer|response|keywords)\s?:\s
     | here(?:'s|’s|\sis|\sare)\s[^:.]{0,80}:\s?
@@ -91,10 +91,10 @@ def clean(answer, field="long", prompt="", finish="stop") -> tuple[str, str | No
     """
     if not isinstance(answer, str) or not answer.strip():
         return "", "empty"
-    text = MARKERS.sub(" ", THOUGHT.sub("", answer.replace("\r", "\n")))
+    text = MARKERS.sub(" ", THOUGHT.sub("", answer.replace("\r", "\n"))).replace("`", "")
     echoed = sentences_of(prompt) | {""}
     if TURN.search(text):
-        text = next((part for part in TURN.split(text) if sentences_of(part) - echoed), text)
+        text = next((part for part in TURN.split(text) if sentences_of(part) - echoed), TURN.sub(" ", text))
     if not is_text(text):
         return text.strip(), "not text" if text.strip() else "empty"
     kept = [open_well(sentence) for sentence in split_sentences("\n".join(bare_lines(text)))]
@@ -136,7 +136,7 @@ def plain(text):
 
 def is_text(text):
     """Not a picture of nothing, a lone address, JSON, HTML, or bytes that went astray."""
-    letters, other = sum(c.isalpha() for c in text), sum(not (c.isalpha() or c.isspace()) for c in text)
+    letters, other = len(re.findall(r"[^\W\d_]", text)), len(re.findall(r"[^\w\s*#|>-]|\d", text))
     astray = text.count("\ufffd") > 2 or re.search(r"[A-Za-z0-9+/=_-]{80}", text) or re.fullmatch(r"\s*\w+://\S+\s*", text)
     return letters > max(1, other) and not astray and not text.lstrip().startswith(("{", "[{", '["', "<!"))
 
@@ -603,7 +603,7 @@ class LocalModel:
             import torch
             from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
         except ImportError as error:
-            raise UserError(f"--model needs transformers ({error}): pip install transformers accelerate") from None
+            raise UserError(f"--model needs transformers ({error}): pip install 'transformers>=5'") from None
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
         self.dtype, self.torch = torch.bfloat16 if gpu else torch.float32, torch
@@ -654,7 +654,8 @@ class LocalModel:
         sampling = {"do_sample": True, "temperature": warm} if warm else {"do_sample": False}
         try:
             inputs = self.processor.apply_chat_template(
-                talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+                talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                processor_kwargs={"padding": True})
             inputs = inputs.to(self.device, self.dtype)
             with self.torch.inference_mode():
                 ids = self.model.generate(**inputs, max_new_tokens=max(q.tokens for q in questions),
@@ -726,6 +727,7 @@ class Job:
     image: object = None  # bytes or a path
     raw: str | None = None
     fields: list = ()  # those to ask for: names of PROMPTS
+    found: dict = field(default_factory=dict)  # what an earlier run found
     bad: BadSample | None = None  # why there is no image
 
 
@@ -786,7 +788,9 @@ def jobs(sets, tally, s, rank, world):
                 try:
                     record = records[first + place]
                     job.key, job.image, job.raw = record.key, record.image, raw_caption(record.row)
-                    job.fields = [f for f in fields if column(f, s.name) not in output.found.get(job.key, ())]
+                    found = output.found.get(job.key, {})
+                    job.found = {column(f, s.name): found[column(f, s.name)] for f in fields if column(f, s.name) in found}
+                    job.fields = [f for f in fields if column(f, s.name) not in job.found]
                 except BadSample as bad:
                     job.key, job.bad = f"sample {place}", bad
                 yield job
@@ -866,9 +870,9 @@ async def recaption(sets, engine, prompts, s, rank=0, world=1) -> tuple[Tally, b
                 found, reasons = {}, dict.fromkeys(job.fields, str(size))
             else:
                 found, reasons = await caption(asked, engine, prompts, tally, s)
-            found = job.output.found.get(job.key, {}) | {column(field, s.name): text for field, text in found.items()}
+            found = job.found | {column(name, s.name): text for name, text in found.items()}
             if reasons:
-                job.output.fail(job.key, found, {column(field, s.name): reason for field, reason in reasons.items()})
+                job.output.fail(job.key, found, {column(name, s.name): reason for name, reason in reasons.items()})
                 tally.lost[next(iter(reasons.values())).split(":")[0]] += 1
             else:
                 captions = ({"raw": job.raw} if job.raw else {}) | found

@@ -408,8 +408,13 @@ class Slot:
             raise
 
     async def _body(self, headers) -> bytes:
-        if headers.get("transfer-encoding", "").lower() != "chunked":
+        if "content-length" in headers:
             return await self.reader.readexactly(min(int(headers["content-length"]), LARGEST))
+        if headers.get("transfer-encoding", "").lower() != "chunked":
+            try:
+                return await self.reader.readexactly(LARGEST)
+            except asyncio.IncompleteReadError as ended:
+                return ended.partial
         parts = []
         while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
             parts.append(await self.reader.readexactly(min(size, LARGEST)))
@@ -563,7 +568,8 @@ class Endpoints:
                               int(usage.get("prompt_tokens") or 0))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise Fault("not an answer", repr(content[:80])) from None
-        message = " ".join(content[:300].decode(errors="replace").split()).replace(self.key or "\0", "***")
+        message = " ".join(content[:300].decode(errors="replace").split())
+        message = re.sub(re.escape(self.key), "***", message, flags=re.I) if self.key else message
         if status in (401, 403):
             raise UserError(f"{slot.endpoint.url} refuses the key (status {status}): put the right one into {self.s.key_env}")
         if status >= 500 or status in (404, 408, 409, 425, 429):

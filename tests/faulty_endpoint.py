@@ -8,7 +8,9 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import random
+import time
 from collections import Counter
 
 FAULTS = ("429", "429 with a date", "500", "503", "drop", "truncated", "garbage", "not http", "silence", "empty", "refusal")
@@ -61,9 +63,14 @@ class Server(asyncio.Protocol):
         if url and random.random() < o.faults:
             fault = random.choice(FAULTS)
             self.stats[fault] += 1
+        if url and time.monotonic() < o.ready:
+            fault = "busy"
+        o.ready = o.ready if o.ready or not url else time.monotonic() + o.busy
         if self.log:
-            self.log.write(json.dumps({"text": text, "fault": fault}) + "\n")
+            self.log.write(json.dumps({"text": text, "fault": fault, "time": time.monotonic()}) + "\n")
             self.log.flush()
+        if self.stats["requests"] == o.dies_after:
+            os._exit(0)
         tokens = 10 if o.blind or not url else 200
         asyncio.get_running_loop().call_later(o.delay, self.answer, text, fault, tokens)
 
@@ -74,6 +81,8 @@ class Server(asyncio.Protocol):
                            "usage": {"prompt_tokens": tokens, "completion_tokens": 12}})
         if fault == "429":
             self.send("{}", "429 Too Many Requests", "Retry-After: 0.1\r\n")
+        elif fault == "busy":
+            self.send("{}", "429 Too Many Requests", f"Retry-After: {self.options.busy}\r\n")
         elif fault == "429 with a date":
             self.send("{}", "429 Too Many Requests", "Retry-After: Sun, 06 Nov 1994 08:49:37 GMT\r\n")
         elif fault in ("500", "503"):
@@ -106,10 +115,13 @@ async def main():
     p.add_argument("--faults", type=float, default=0.0)
     p.add_argument("--status", help="say this to every question, such as '404 Not Found'")
     p.add_argument("--blind", action="store_true", help="a model that takes no notice of pictures")
+    p.add_argument("--busy", type=float, default=0.0, help="for so many seconds from the first picture on, say 429 with Retry-After")
+    p.add_argument("--dies-after", type=int, default=0, help="questions")
     p.add_argument("--key")
     p.add_argument("--models", default="tiny")
     p.add_argument("--log")
     Server.options = p.parse_args()
+    Server.options.ready = 0
     Server.log = Server.options.log and open(Server.options.log, "a")
     server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)

@@ -340,3 +340,241 @@ def test_killed_at_any_moment_and_resumed_all_are_captioned_once_and_none_is_ask
 @pytest.mark.slow
 def test_the_same_of_20_kills(tmp_path, serve):
     killed_and_resumed(tmp_path, serve, kills=20, images=1500)
+
+
+def test_an_endpoint_that_names_a_time_is_left_alone_until_then(tmp_path, serve):
+    log = tmp_path / "log"
+    data = shards(tmp_path / "tars", 12)
+    assert run(data, "--endpoint", serve("--busy", 0.7, "--log", log), "--fields", "short", "--in-flight", 4) == 0
+    times = [line["time"] for line in requests(log) if line["text"] != caption("", "What colour is this?")]
+    assert len(captioned(data)) == 12
+    waits = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert max(waits) >= 0.6 and times.index(times[waits.index(max(waits))]) < 6, "the first requests were told to wait, and did"
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date():
+    assert retry_after({"retry-after": "7"}) == 7 and retry_after({"retry-after": "0.5"}) == 0.5
+    assert 50 < retry_after({"retry-after": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))}) <= 60
+    assert retry_after({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}) == 0
+    assert [retry_after({"retry-after": odd}) for odd in ("soon", "", "-1", "9" * 400 + "e9")].count(None) >= 3 and retry_after({}) is None
+
+
+def test_bodies_in_chunks_and_bodies_that_end_with_the_connection_are_read():
+    async def served(response):
+        async def talk(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(response)
+            writer.close()
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        slot = recaption.Slot(recaption.Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", ""))
+        async with server:
+            return await slot.request("GET", "/models")
+
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\nWiki\r\n6\r\npedia \r\n0\r\nTrailer: x\r\n\r\n"
+    assert asyncio.run(served(chunked))[::2] == (200, b"Wikipedia ")
+    assert asyncio.run(served(b"HTTP/1.0 404 Not Found\r\nX: a: b\r\n\r\nno"))[::2] == (404, b"no")
+    for broken in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+                   b"HTTP/1.1\r\n\r\n", b"SSH-2.0-OpenSSH\r\n\r\n", chunked[:-30]):
+        with pytest.raises(recaption.Fault):
+            asyncio.run(served(broken))
+
+
+def command(flags, expect, **more):
+    """Runs the command in a process of its own -> its output; it must end with this code, and a mistake in one line."""
+    ran = subprocess.run([sys.executable, HERE.parent / "recaption.py", *map(str, flags)], capture_output=True, text=True, timeout=120, **more)
+    assert ran.returncode == expect, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def test_the_key_comes_from_the_environment_and_is_never_printed(tmp_path, serve, monkeypatch, capfd):
+    data, key = shards(tmp_path / "tars", 2), "sk-Very.Secret/1"
+    address = serve("--key", key)
+    monkeypatch.setenv("MY_KEY", key)
+    assert run(data, "--endpoint", address, "--key-env", "MY_KEY") == 0 and len(captioned(data)) == 2
+    run(data, "--endpoint", address, "--key-env", "MY_KEY", "--dry-run", "--model", "tiny")
+    for status in ("400 Bad Request", "500 Broken"):  # the server's message has the key in it
+        with pytest.raises(UserError) as error:
+            run(data, "--endpoint", serve("--status", status), "--key-env", "MY_KEY", "--retries", 1)
+        assert "told to say" in str(error.value) and key.lower() not in str(error.value).lower()
+    out = "".join(capfd.readouterr()) + "".join(path.read_text() for path in Path(data).glob("*.json*"))
+    assert "$MY_KEY" in out and key not in out
+    for wrong in ("sk-other", None):
+        monkeypatch.setenv("MY_KEY", wrong) if wrong else monkeypatch.delenv("MY_KEY")
+        with pytest.raises(UserError, match="MY_KEY"):
+            run(data, "--endpoint", address, "--key-env", "MY_KEY")
+
+
+@pytest.mark.parametrize("server, flags, named", [
+    (None, ["--endpoint", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    (None, ["--endpoint", "http://127.0.0.1:9", "--model", "m"], "127.0.0.1:9"),
+    (None, ["--endpoint", "ftp://host"], "http://"), (None, ["--endpoint", "http://me:pw@host"], "environment"),
+    (None, ["--endpoint", "http://host:none"], "address"), (None, [], "--endpoint"), (None, ["--engine", "scenes"], "scenes"),
+    (["--blind"], [], "vision"), (["--status", "404 Not Found"], [], "--model"), (["--status", "401 No"], [], "OPENAI_API_KEY"),
+    (["--status", "400 No pictures"], [], "vision"), (["--models", "a,b"], [], "a, b"),
+    (["--status", "500 mmproj missing"], ["--retries", "0"], "told to say 500"),
+    ([], ["--fields", "short,colour"], "colour"), ([], ["--fields", "dense"], "--dense"), ([], ["--prompts", "none.json"], "none.json"),
+    ([], ["--tries", "0"], "--tries"), ([], ["--body", "[1]"], "--body"), ([], ["--limit", "-1"], "--limit"),
+    (None, ["--model", "/no/such/model"], "/no/such/model"),
+])
+def test_a_mistake_ends_in_one_sentence_and_writes_nothing(tmp_path, serve, server, flags, named):
+    data = shards(tmp_path / "tars", 1)
+    address = ["--endpoint", serve(*server)] if server is not None else []
+    with pytest.raises(UserError) as error:
+        run(data, *address, *flags)
+    assert named in str(error.value) and "\n" not in str(error.value)
+    assert not captioned(data) and not list(Path(data).glob("*.failed.jsonl"))
+
+
+def test_no_images_a_broken_image_and_a_folder_that_is_read_only(tmp_path, serve):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no images|no usable|picture"):
+        run(tmp_path / "none", "--endpoint", serve())
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    (folder / "3.jpg").write_bytes(b"")
+    (folder / "4.png").write_bytes(jpeg(4)[:-30])
+    assert run(folder, "--endpoint", serve(), "--fields", "short") == 0
+    assert [r["key"] for r in captioned(tmp_path)] == ["0", "1", "2"] or len(captioned(tmp_path)) == 3
+    failed = [json.loads(line) for line in (tmp_path / "pictures.failed.jsonl").read_text().splitlines()]
+    assert {r["key"]: r["bad"]["short"].split(":")[0] for r in failed} == {"3": "image will not decode", "4": "image truncated"}
+    (tmp_path / "pictures.captions.jsonl").unlink()
+    (tmp_path / "pictures.captions.jsonl").symlink_to("/nowhere/at/all")
+    with pytest.raises(UserError, match="cannot write .*pictures.captions.jsonl"):
+        run(folder, "--endpoint", serve(), "--fields", "short")
+
+
+def test_ctrl_c_ends_at_once_and_the_same_command_goes_on(tmp_path, serve):
+    data = shards(tmp_path / "tars", 60)
+    process = get_context("fork").Process(target=quiet, args=([data, "--endpoint", serve("--delay", 0.1), "--fields", "short", "--in-flight", "4"],))
+    process.start()
+    while len(captioned_so_far(data)) < 8:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    rows = captioned(data)
+    assert process.exitcode == 130 and 8 <= len(rows) < 60 and (tmp_path / "tars" / "recaption.json").exists()
+    assert run(data, "--endpoint", serve(), "--fields", "short") == 0
+    assert captioned(data)[:0] == [] and sorted(r["key"] for r in captioned(data)) == [f"{i:04}" for i in range(60)]
+
+
+def test_a_server_that_goes_away_ends_the_run_in_one_sentence_with_all_it_said_kept(tmp_path, serve):
+    data = shards(tmp_path / "tars", 30)
+    with pytest.raises(UserError, match="no endpoint has answered .* goes on"):
+        run(data, "--endpoint", serve("--dies-after", 12), "--fields", "short", "--in-flight", 2, "--patience", 0.5)
+    assert 0 < len(captioned(data)) <= 12 and not list(Path(data).glob("*.failed.jsonl"))
+
+
+# ---- prompts, names, processes ---------------------------------------------------------------------------------------
+
+def test_prompts_of_a_file_names_of_models_and_later_fields_stand_side_by_side(tmp_path, serve):
+    data, address = shards(tmp_path / "tars", 5), serve()
+    (tmp_path / "p.json").write_text(json.dumps({"version": "mine-2", "short": "What is it?", "colours": ["Which colours are there?", 30]}))
+    assert run(data, "--endpoint", address, "--fields", "short") == 0
+    assert run(data, "--endpoint", address, "--fields", "long,short,colours", "--prompts", tmp_path / "p.json") == 0
+    assert run(data, "--endpoint", address, "--fields", "short,long", "--name", "SV", "--dense", 2) == 0
+    assert run(data, "--endpoint", address, "--fields", "short,long,colours", "--prompts", tmp_path / "p.json") == 0, "nothing is left"
+    rows = [r for r in captioned(data) if r["key"] == "0003"]
+    assert [r["prompts"] for r in rows] == [recaption.VERSION, "mine-2", recaption.VERSION] and len(captioned(data)) == 15
+    assert rows[0]["captions"] == {"raw": "raw 3", "short": answer(3)}
+    assert rows[1]["captions"] == {"raw": "raw 3", "long": answer(3, "long"), "colours": caption(url(jpeg(3)), "Which colours are there?")}
+    assert rows[2]["captions"].keys() == {"raw", "shortSV_captions", "longSV_captions", "denseSV_captions"}
+    texts = read_captions(Records(data)[3].row)
+    assert len(texts.short) == 2 and len(texts.long) == 2, "training reads them all"
+    dense = rows[2]["captions"]["denseSV_captions"]
+    assert [part["box"] for part in dense] == [[0, 0, .5, .5], [.5, 0, 1, .5], [0, .5, .5, 1], [.5, .5, 1, 1]]
+    assert len({part["text"] for part in dense}) == 4
+
+
+def test_processes_share_the_work_and_a_second_run_beside_adds_nothing_twice(tmp_path, serve, monkeypatch):
+    data, address = shards(tmp_path / "tars", 60), serve("--delay", 0.01)
+    flags = [data, "--endpoint", address, "--fields", "short", "--in-flight", "4"]
+    processes = []
+    for rank, world in ((0, 2), (1, 2), (0, 1)):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", str(world))
+        processes.append(get_context("fork").Process(target=quiet, args=(flags,)))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(r["key"] for r in captioned(data)) == [f"{i:04}" for i in range(60)]
+
+
+def test_looking_first_a_dry_run_sends_and_writes_nothing_and_a_preview_is_a_picture(tmp_path, serve, capsys):
+    data, address = shards(tmp_path / "tars", 6), serve()
+    run(data, "--endpoint", address, "--dry-run", "--limit", 2, "--model", "tiny", "--dense", 2, "--body", '{"top_p": 0.5, "temperature": null}')
+    out = capsys.readouterr().out
+    bodies = [json.loads(body) for body in re.findall(r"^\{.*?^\}", out, re.M | re.S)]
+    assert len(bodies) == 2 * (2 + 4) and all(b["top_p"] == 0.5 and "temperature" not in b and b["model"] == "tiny" for b in bodies)
+    assert "characters>" in out and len(out) < 10_000 and not captioned(data) and stats(address).get("requests", 0) == 0
+    assert run(data, "--endpoint", address, "--limit", 4, "--dense", 2, "--preview", tmp_path / "p.png") == 0
+    assert len(captioned(data)) == 4 and min(Image.open(tmp_path / "p.png").size) > 200
+    report = json.loads((tmp_path / "tars" / "recaption.json").read_text())
+    assert report["captioned"] == 4 and report["left"] == 2 and report["captions"] == {"short": 4, "long": 4, "dense": 4}
+    assert report["words in a caption"]["short"] == 9 and report["sentences in a caption"]["dense"] == 4
+    assert report["tokens written a second"] > 0 and report["seconds an image"] > 0
+
+
+def test_scenes_go_from_pictures_to_captions_to_a_trained_model(tmp_path):
+    assert run("scenes", "--engine", "scenes", "--out", tmp_path / "s", "--limit", 60, "--fields", "all", "--dense", 2) == 0
+    rows = {r["key"]: r["captions"] for r in captioned(tmp_path)}
+    scene = Scenes("train").scene(7)
+    mine = rows["images/000007.png"]
+    assert len(rows) == 60 and mine["raw"] == scene.captions["raw"] and mine["background"] == scene.captions["background"]
+    for part in mine["dense"]:
+        x0, y0, x1, y1 = part["box"]
+        inside = [o.name for o in scene.objects if x0 <= o.x < x1 and y0 <= o.y < y1]
+        assert any(name in part["text"] for name in inside) or not inside
+    import train
+    folder = train.train({"method": "dreamlip", "size": "nano", "data": str(tmp_path / "s" / "captions.jsonl"), "images": 64, "batch": 16,
+                          "workers": 0, "out": str(tmp_path / "runs"), "tokenizer": "scenes", "device": "cpu"})
+    assert (folder / "evaluation.json").exists()
+
+
+# ---- real servers and models -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("transformers")
+    from tiny_vlm import make
+    folder = tmp_path_factory.mktemp("tiny-vlm")
+    make(folder)
+    return str(folder)
+
+
+def test_against_transformers_serve_over_http(tmp_path, model):
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([Path(sys.executable).with_name("transformers"), "serve", model, "--host", "127.0.0.1", "--port", str(port)],
+                              env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.1)
+        data = shards(tmp_path / "tars", 8)
+        assert run(data, "--endpoint", f"http://127.0.0.1:{port}", "--model", model, "--temperature", 1, "--in-flight", 4, "--tries", 5) == 0
+    finally:
+        server.kill()
+        server.wait()
+    rows, report = captioned(data), json.loads((tmp_path / "tars" / "recaption.json").read_text())
+    assert len(rows) == 8 and report["given up on"] == 0 and report["tokens written a second"] > 0
+    assert all(r["model"] == model and len(r["captions"]["long"].split()) >= 3 for r in rows)
+
+
+def test_a_local_model_captions_in_batches_on_every_process(tmp_path, model, monkeypatch):
+    data = shards(tmp_path / "tars", 9)
+    flags = (data, "--model", model, "--temperature", 1, "--batch", 4, "--tries", 5, "--fields", "short,style")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert run(*flags) == 0
+    rows = captioned(data)
+    assert sorted(r["key"] for r in rows) == [f"{i:04}" for i in range(9)] and all(len(r["captions"]) == 3 for r in rows)
+    report = json.loads((tmp_path / "tars" / "recaption.1.json").read_text())
+    assert report["captioned"] == 4 and report["tokens read a second"] > 0

@@ -859,7 +859,6 @@ def make_index(file: Path):
     if load_index(file):
         return None  # another process was faster
     columns, bad, known = (array("Q"), array("L"), array("Q")), BadCount(), set()
-    sidecar = file.name.endswith(".captions.jsonl")  # an image has a line for each model, or each time, that captioned it
     try:
         for found in READERS[file.suffix if file.is_file() else ""][0](file):
             bad.seen += 1
@@ -869,7 +868,7 @@ def make_index(file: Path):
             start, length, key, identity = found
             if length > LONGEST:
                 bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
-            elif (identity := hashed(identity)) in known and not sidecar:
+            elif (identity := hashed(identity)) in known:
                 bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
             else:
                 known.add(identity)
@@ -880,8 +879,8 @@ def make_index(file: Path):
     spans = np.empty(len(columns[0]), SPAN)
     for name, column in zip(SPAN.names, columns):
         spans[name] = column
-    if sidecar:
-        spans.sort(order="key", kind="stable")  # its lines are looked up by key
+    if file.name.endswith(".captions.jsonl"):
+        spans.sort(order="key")  # its lines are looked up by key
     if file.is_dir():
         return spans, bad  # the time of a folder does not tell whether what is below it has changed
     path = index_path(file)
@@ -978,8 +977,9 @@ class Records:
         record = self.parse(content, self, file)
         if self.sidecars[n]:
             path, when, spans = self.sidecars[n]
-            first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
-            for start, length, _ in spans[first:last].tolist():
+            place = np.searchsorted(spans["key"], np.uint64(key))
+            if place < len(spans) and spans[place]["key"] == key:
+                start, length, _ = spans[place].tolist()
                 new = parse_json(read_span(path, when, start, length), f"{path.name}, {record.key}").get("captions")
                 old = record.row.get("captions")
                 record.row["captions"] = (old if isinstance(old, dict) else {}) | (new if isinstance(new, dict) else {})

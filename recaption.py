@@ -1,15 +1,15 @@
-"""Caption pictures anew with a multimodal model: short, long, perspectives, dense crops, of whatever train.py takes as --data.
+"""Caption pictures anew with a multimodal model: short, long, perspectives, dense crops, of whatever train.py takes.
 
-    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8      the engine: any OpenAI-compatible server will do
+    vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the engine: any OpenAI-compatible server will do
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
-    python recaption.py /data/cc3m --endpoint http://localhost:8000    then all of it; the same command goes on after a stop
-    torchrun --nproc_per_node=8 recaption.py pictures --model llava-hf/llava-onevision-qwen2-7b-ov-hf     without a server
-    python recaption.py scenes --engine scenes --out scenes            embedded scenes with their true captions
+    python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
+    torchrun --nproc_per_node=8 recaption.py pictures --model llava-hf/llava-onevision-qwen2-7b-ov-hf   without a server
+    python recaption.py scenes --engine scenes --out scenes             embedded scenes with their true captions
 
-Beside every x.tar, x.csv, x.jsonl or folder x grows x.captions.jsonl, one line an image, never changed once written:
+Beside every x.tar, x.csv, x.jsonl or folder x grows x.captions.jsonl, a line an image, never changed once written:
     {"key", "size": [w, h], "captions": {"raw", "short", "long", ...}, "model", "prompts": their version}
-train.py reads it from there. What was given up on stands in x.failed.jsonl with the reason and what was good of it; the next
-run asks for the rest.
+train.py reads it from there. What was given up on stands in x.failed.jsonl, with the reason and what was good of it,
+and the next run asks for the rest.
 """
 
 import argparse
@@ -46,14 +46,17 @@ from scenes import Scenes
 
 VERSION = "1"
 PROMPTS = {  # field: (prompt, most tokens of an answer). --prompts FILE.json replaces and adds
-    "short": ("Describe the image in one sentence.", 80),  # short and long: DreamLIP (2403.17007)
+    # these two: DreamLIP (2403.17007)
+    "short": ("Describe the image in one sentence.", 80),
     "long": ("Describe the image in detail, part by part, in eight to ten plain sentences.", 400),
-    "details": ("Describe all details of the image in a few plain sentences.", 250),  # these five: Holistic CLIP (2412.00440)
+    # these five: Holistic CLIP (2412.00440)
+    "details": ("Describe all details of the image in a few plain sentences.", 250),
     "main_object": ("Describe only the main object of the image, in one sentence, and nothing else.", 80),
     "background": ("Describe only the background of the image, in one sentence, without the main object.", 80),
     "style": ("Describe only the style of the image or the feeling it gives, in one sentence.", 80),
     "few_words": ("Name what the image shows in a few words, separated by commas.", 40),
-    "dense": ("This is one part of a larger image. Describe what it shows in one or two plain sentences.", 100),  # DCI (2312.08578)
+    # of every crop of --dense, the idea of DCI (2312.08578)
+    "dense": ("This is one part of a larger image. Describe what it shows in one or two plain sentences.", 100),
 }
 
 
@@ -184,13 +187,13 @@ def loops(text) -> bool:
     return False
 
 
-# ---- the file of captions --------------------------------------------------------------------------------------------
+# ---- the files of captions -------------------------------------------------------------------------------------------
 
 class Lines:
     """An append-only file of JSON lines {"key", "captions": {field: ...}, ...}, which several processes may write to.
 
-    `done`: hash of a key -> its fields. A line is appended under a lock and in one write; whoever holds the lock first reads
-    what others have appended, and cuts off a last line that a killed process left torn. Raises UserError.
+    `done`: hash of a key -> its fields. A line is appended under a lock and in one write; whoever holds the lock first
+    reads what others have appended, and cuts off a last line that a killed process left torn. Raises UserError.
     """
 
     def __init__(self, path: Path):
@@ -198,8 +201,8 @@ class Lines:
         try:
             self.file = open(path, "a+b", buffering=0)
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link or copy "
-                            "the data into one") from None
+            raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link or "
+                            "copy the data into one") from None
         self.append(None)
 
     def has(self, key: int, fields) -> bool:
@@ -222,8 +225,8 @@ class Lines:
                 self.synced = time.monotonic()
             return True
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command goes on "
-                            "there") from None
+            raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command goes "
+                            "on there") from None
         finally:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
@@ -315,7 +318,7 @@ class Answer:
     finish: str | None = "stop"  # "length": cut off at the most tokens
     tokens: int = 0
     prompt_tokens: int = 0
-    error: str = ""  # why there is none: asking again is no use
+    error: str = ""  # why there is none, and asking again is no use
 
 
 def crops(grid: int) -> list[tuple]:
@@ -323,26 +326,26 @@ def crops(grid: int) -> list[tuple]:
 
 
 def pictures(source, side, boxes, as_url) -> tuple:
-    """The bytes or path of an image -> its upright (width, height), and for each box (None: all of it) a PIL image whose longer
-    side is at most `side`, or its JPEG as a data URL. Raises BadSample."""
+    """The bytes or path of an image -> its upright (width, height), and for each box (None: all of it) a PIL image whose
+    longer side is at most `side`, or its JPEG as a data URL. Raises BadSample."""
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if as_url and boxes == [None] and (size := fit_to_send(data, side)):
-            return size, ["data:image/jpeg;base64," + base64.b64encode(data).decode()]
     except OSError as error:
         raise BadSample("image missing", f"{source}, {error.strerror}") from None
+    if as_url and boxes == [None] and (size := fit_to_send(data, side)):
+        return size, [data_url(data)]
     image, found = load_image(data), []
-    for box in boxes:
-        x0, y0, x1, y1 = box or (0, 0, 1, 1)
-        w, h = image.size
-        part = image.crop((int(x0 * w), int(y0 * h), max(int(x1 * w), int(x0 * w) + 1), max(int(y1 * h), int(y0 * h) + 1)))
+    w, h = image.size
+    for x0, y0, x1, y1 in (box or (0, 0, 1, 1) for box in boxes):
+        left, top = int(x0 * w), int(y0 * h)
+        part = image.crop((left, top, max(int(x1 * w), left + 1), max(int(y1 * h), top + 1)))
         part.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2)
-        found.append(jpeg_url(part) if as_url else part)
-    return image.size, found
+        found.append(data_url(jpeg(part)) if as_url else part)
+    return (w, h), found
 
 
 def fit_to_send(data: bytes, side: int):
-    """The size of a JPEG that can go out as it is: upright, grey or RGB, small enough, whole. None for every other one."""
+    """The size of a JPEG that can go out as it is: upright, grey or RGB, small enough, whole. None for every other."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             upright = image.getexif().get(0x0112, 1) == 1
@@ -352,24 +355,51 @@ def fit_to_send(data: bytes, side: int):
         return None
 
 
-def jpeg_url(image) -> str:
+def jpeg(image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-# ---- engines: what answers. Each has a name, a width (images worth having in work at once), and `ask` ------------------
+def data_url(jpeg_bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg_bytes).decode()
+
+
+# ---- engine: chat endpoints over HTTP --------------------------------------------------------------------------------
+
+# asyncio and plain HTTP/1.1, since requests are many, small and all alike: one process keeps hundreds of them in flight
+# at under 1 ms of processor time each. An engine has a name, a width (images worth having in work at once), `retries`,
+# and `ask`: the questions about one image -> their answers.
 
 LARGEST = 1 << 26  # bytes of a response that are read at most
 
 
 class Fault(Exception):
-    """A request that came to nothing and is made again. `wait`: seconds, if the server named them. `blame`: it may lie with the
-    image, so that only so many are allowed; a server that is away or busy is waited for."""
+    """A request that came to nothing and is made again. `wait`: seconds, if the server named them. `blame`: it may lie
+    with the image, which may cost only so many; a server that is away or busy is waited for."""
 
     def __init__(self, cause, detail="", wait=None, blame=True):
         super().__init__(f"{cause}: {detail}" if detail else cause)
         self.cause, self.wait, self.blame = cause, wait, blame
+
+
+class Endpoint:
+    """Where a server is. `rest_until`: no request before this time (of time.monotonic)."""
+
+    def __init__(self, url, key):
+        try:
+            parts = urlsplit(url if "://" in url else "http://" + url)
+            self.host, self.tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
+            self.port = parts.port or (443 if self.tls else 80)
+        except ValueError:
+            raise UserError(f"--endpoint {url!r} is no address: it must be like http://localhost:8000") from None
+        if parts.scheme not in ("http", "https") or not self.host or parts.username or parts.query:
+            raise UserError("--endpoint must be like http://localhost:8000, with the key, if it needs one, in the "
+                            "environment")
+        self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        self.url, self.rest_until = f"{parts.scheme}://{parts.netloc}{self.path}", 0.0
+        self.headers = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        self.headers += f"Authorization: Bearer {key}\r\n" if key else ""
 
 
 class Slot:
@@ -380,37 +410,37 @@ class Slot:
 
     async def request(self, method, path, body=b"") -> tuple[int, dict, bytes]:
         """-> (status, headers in lower case, body). Raises Fault."""
-        e = self.endpoint
+        at = self.endpoint
         try:
             if self.reader is None or self.reader.at_eof():
                 self.close()
-                self.reader, self.writer = await asyncio.open_connection(e.host, e.port, ssl=e.tls)
+                self.reader, self.writer = await asyncio.open_connection(at.host, at.port, ssl=at.tls)
         except OSError as error:
             raise Fault("no connection", error.strerror or str(error), blame=False) from None
+        keep = False
         try:
-            self.writer.write(f"{method} {e.path}{path} HTTP/1.1\r\n{e.headers}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            head = f"{method} {at.path}{path} HTTP/1.1\r\n{at.headers}Content-Length: {len(body)}\r\n\r\n"
+            self.writer.write(head.encode() + body)
             await self.writer.drain()
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             version, status = lines[0].split(" ", 2)[:2]
-            headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+            headers = {name.strip().lower(): text.strip() for name, _, text in (line.partition(":") for line in lines[1:])}
             body = await self._body(headers)
-            if version == "HTTP/1.0" or headers.get("connection", "").lower() == "close":
-                self.close()
+            keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
             return int(status), headers, body
         except (OSError, EOFError) as error:
-            self.close()
             raise Fault("dropped connection", str(error)) from None
         except (ValueError, asyncio.LimitOverrunError) as error:
-            self.close()
             raise Fault("not HTTP", str(error)) from None
-        except BaseException:  # cancelled, by a timeout or by the end of the run: what comes later is no answer to the next
-            self.close()
-            raise
+        finally:
+            if not keep:  # after a timeout as well: what comes late is no answer to the next question
+                self.close()
 
     async def _body(self, headers) -> bytes:
         if "content-length" in headers:
             return await self.reader.readexactly(min(int(headers["content-length"]), LARGEST))
         if headers.get("transfer-encoding", "").lower() != "chunked":
+            headers["connection"] = "close"
             try:
                 return await self.reader.readexactly(LARGEST)
             except asyncio.IncompleteReadError as ended:
@@ -429,27 +459,9 @@ class Slot:
         self.reader = self.writer = None
 
 
-class Endpoint:
-    """Where a server is. `rest_until`: no request before this time (of time.monotonic)."""
-
-    def __init__(self, url, key):
-        try:
-            parts = urlsplit(url if "://" in url else "http://" + url)
-            self.host, self.tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
-            self.port = parts.port or (443 if self.tls else 80)
-        except ValueError:
-            raise UserError(f"--endpoint {url!r} is no address: it must be like http://localhost:8000") from None
-        if parts.scheme not in ("http", "https") or not self.host or parts.username or parts.query:
-            raise UserError("--endpoint must be like http://localhost:8000, with the key, if there is one, in the environment")
-        self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        self.url, self.rest_until = f"{parts.scheme}://{parts.netloc}{self.path}", 0.0
-        self.headers = (f"Host: {parts.netloc}\r\nContent-Type: application/json\r\nAccept: application/json\r\n"
-                        + (f"Authorization: Bearer {key}\r\n" if key else ""))
-
-
 class Endpoints:
-    """OpenAI-compatible servers, `in_flight` requests at each. An image keeps its slot for all its questions, with the picture
-    before the prompt, so that a server that caches prefixes (vLLM, SGLang) reads the picture once.
+    """OpenAI-compatible servers, `in_flight` requests at each. An image keeps its slot for all its questions, with the
+    picture before the prompt, so that a server that caches prefixes (vLLM, SGLang) reads the picture once.
 
     A slot whose request failed rests, longer each time (exponential backoff with jitter), and its image goes on with
     another; an endpoint that names a time (Retry-After) rests as a whole.
@@ -460,47 +472,42 @@ class Endpoints:
     def __init__(self, s, key):
         self.endpoints = [Endpoint(url, key) for url in s.endpoint.split(",")]
         self.name, self.s, self.key, self.retries = s.model, s, key, Counter()
-        self.in_flight = s.in_flight * len(self.endpoints)
-        self.width = self.in_flight + max(16, self.in_flight // 4)  # so that a picture is ready whenever a slot is free
+        in_flight = s.in_flight * len(self.endpoints)
+        self.width = in_flight + max(16, in_flight // 4)  # so that a picture is ready whenever a slot is free
 
     async def start(self):
         """Asks every endpoint once without and once with a picture. Raises UserError."""
         self.slots, self.answered = asyncio.Queue(), time.monotonic()
         slots = [Slot(endpoint) for _ in range(self.s.in_flight) for endpoint in self.endpoints]
-        self.name = self.name or await self._served_model(slots[0])
-        picture = jpeg_url(Image.new("RGB", (224, 224), "red"))
+        if not self.name:
+            reply = await self._at_last(self._fetch, slots[0], "GET", "/models")
+            names = [str(row.get("id")) for row in reply.get("data") or ()] if isinstance(reply, dict) else []
+            if len(names) != 1:
+                raise UserError(f"{slots[0].endpoint.url} serves {', '.join(names[:9]) or 'no model that it lists'}: name "
+                                "one with --model")
+            self.name = names[0]
+        red = data_url(jpeg(Image.new("RGB", (224, 224), "red")))
         for slot in slots[:len(self.endpoints)]:
-            blind, seeing = [await self._try(slot, Question("", "", "What colour is this?", 8, 0.0, p)) for p in (None, picture)]
+            questions = [Question("", "", "What colour is this?", 8, 0.0, picture) for picture in ("", red)]
+            blind, seeing = [await self._at_last(self._answer, slot, question) for question in questions]
             where = f"{slot.endpoint.url} with model {self.name!r}"
             if seeing.error:
                 raise UserError(f"{where} takes no pictures ({seeing.error}): serve a vision-language model, or see --body")
             if 0 < seeing.prompt_tokens <= blind.prompt_tokens:
-                raise UserError(f"{where} leaves pictures out (no more prompt tokens with one than without): serve a vision-language model")
+                raise UserError(f"{where} leaves pictures out (no more prompt tokens with one than without): serve a "
+                                "vision-language model")
         for slot in slots:
             self.slots.put_nowait(slot)
 
-    async def _served_model(self, slot):
-        url = slot.endpoint.url
-        try:
-            status, _, content = await asyncio.wait_for(slot.request("GET", "/models"), self.s.timeout)
-            names = [row["id"] for row in json.loads(content)["data"]] if status == 200 else []
-        except (Fault, asyncio.TimeoutError) as error:
-            raise UserError(f"{url} does not answer ({error}): start the server, or check --endpoint") from None
-        except (ValueError, LookupError, TypeError):
-            names = []
-        if len(names) != 1:
-            raise UserError(f"{url} serves {', '.join(map(str, names[:9])) or 'no model that it lists'}: name one with --model")
-        return names[0]
-
-    async def _try(self, slot, question):
+    async def _at_last(self, call, slot, *arguments):
         for attempt in range(self.s.retries + 1):
             try:
-                return await self._answer(slot, question)
+                return await call(slot, *arguments)
             except Fault as fault:
                 self.retries[fault.cause] += 1
                 if fault.cause in ("no connection", "status 404") or attempt == self.s.retries:
-                    raise UserError(f"{slot.endpoint.url} does not answer as it should ({fault}): check --endpoint, --model and "
-                                    "the server") from None
+                    raise UserError(f"{slot.endpoint.url} does not answer as it should ({fault}): check --endpoint, --model "
+                                    "and the server") from None
                 await asyncio.sleep(fault.wait or backoff(attempt))
 
     async def ask(self, questions: list[Question]) -> list[Answer]:
@@ -539,8 +546,8 @@ class Endpoints:
         now = time.monotonic()
         self.retries[fault.cause] += 1
         if now - self.answered > self.s.patience:
-            raise UserError(f"no endpoint has answered for {self.s.patience:.0f} s (the last: {slot.endpoint.url}, {fault}); what is "
-                            "written stays, and the same command goes on there")
+            raise UserError(f"no endpoint has answered for {self.s.patience:.0f} s (the last: {slot.endpoint.url}, {fault}); "
+                            "what is written stays, and the same command goes on there")
         slot.failures += 1
         if fault.wait is not None:
             slot.endpoint.rest_until = max(slot.endpoint.rest_until, now + fault.wait)
@@ -554,35 +561,42 @@ class Endpoints:
         return {name: value for name, value in body.items() if value is not None}
 
     async def _answer(self, slot, question) -> Answer:
-        """One request. Raises Fault where another may do better, and UserError where none will."""
+        reply = await self._fetch(slot, "POST", "/chat/completions", json.dumps(self.body(question)).encode())
+        if isinstance(reply, str):
+            return Answer(None, error=reply)
         try:
-            request = slot.request("POST", "/chat/completions", json.dumps(self.body(question)).encode())
-            status, headers, content = await asyncio.wait_for(request, self.s.timeout)
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            said = choice["message"].get("content") or choice["message"].get("refusal")
+            if isinstance(said, list):
+                said = "".join(part.get("text", "") for part in said)
+            return Answer(said, choice.get("finish_reason"), int(usage.get("completion_tokens") or 0),
+                          int(usage.get("prompt_tokens") or 0))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise Fault("not an answer", str(reply)[:80]) from None
+
+    async def _fetch(self, slot, method, path, body=b""):
+        """The JSON of one response, or why the request was refused. Raises Fault where another may do better, and
+        UserError where none will."""
+        try:
+            status, headers, content = await asyncio.wait_for(slot.request(method, path, body), self.s.timeout)
         except asyncio.TimeoutError:
-            raise Fault("timeout", f"no answer in {self.s.timeout:.0f} s") from None
+            raise Fault("timeout", f"no answer in {self.s.timeout:g} s") from None
         if status == 200:
             try:
-                reply = json.loads(content)
-                choice, usage = reply["choices"][0], reply.get("usage") or {}
-                return Answer(said(choice["message"]), choice.get("finish_reason"), int(usage.get("completion_tokens") or 0),
-                              int(usage.get("prompt_tokens") or 0))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                return json.loads(content)
+            except (ValueError, RecursionError):
                 raise Fault("not an answer", repr(content[:80])) from None
         message = " ".join(content[:300].decode(errors="replace").split())
         message = re.sub(re.escape(self.key), "***", message, flags=re.I) if self.key else message
         if status in (401, 403):
-            raise UserError(f"{slot.endpoint.url} refuses the key (status {status}): put the right one into {self.s.key_env}")
+            raise UserError(f"{slot.endpoint.url} refuses the key (status {status}): put the right one into the environment "
+                            f"as {self.s.key_env}")
         if status >= 500 or status in (404, 408, 409, 425, 429):
             raise Fault(f"status {status}", message, retry_after(headers), blame=status not in (429, 502, 503))
-        return Answer(None, error=f"status {status}: {message}")
+        return f"status {status}: {message}"
 
     def close(self):
         pass  # a connection ends with the process
-
-
-def said(message):
-    content = message.get("content") or message.get("refusal")
-    return "".join(part.get("text", "") for part in content) if isinstance(content, list) else content
 
 
 def backoff(failures) -> float:
@@ -591,23 +605,26 @@ def backoff(failures) -> float:
 
 def retry_after(headers) -> float | None:
     """Seconds, from a number of them or a date."""
-    value = headers.get("retry-after", "")
+    text = headers.get("retry-after", "")
     try:
-        return max(0.0, float(value) if value[:1].isdigit() else email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        if text[:1].isdigit():
+            return float(text)
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 
 
+# ---- engine: a model of Hugging Face transformers --------------------------------------------------------------------
+
 class LocalModel:
-    """A model of Hugging Face transformers on this process's device, in batches of questions of one field, for their answers
-    are about as long."""
+    """A vision-language model on this process's device, asked in batches of one field, whose answers are about as long."""
 
     as_url = False
 
     def __init__(self, s):
         try:
             import torch
-            from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
+            from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
             raise UserError(f"--model needs transformers ({error}): pip install 'transformers>=5'") from None
         gpu = torch.cuda.is_available()
@@ -616,22 +633,18 @@ class LocalModel:
         try:
             self.processor = AutoProcessor.from_pretrained(s.model)
             self.processor.tokenizer.padding_side = "left"  # so that all answers of a batch start at the same place
-            self.model = AutoModelForImageTextToText.from_pretrained(s.model, dtype=self.dtype).to(self.device).eval()
+            model = AutoModelForImageTextToText.from_pretrained(s.model, dtype=self.dtype)
         except (OSError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"--model {s.model} is no vision-language model that transformers can load: "
                             f"{' '.join(str(error).split())[:200]}") from None
+        self.model = model.to(self.device).eval()
         self.name, self.batch, self.width, self.retries = s.model, s.batch, 2 * s.batch, Counter()
         self.waiting, self.stopping = {}, False  # (field, temperature) -> list of (question, future)
-
-        class Stop(StoppingCriteria):  # Ctrl-C ends a long answer at its next token
-            def __call__(_, ids, scores, **kwargs):
-                return torch.full((len(ids),), self.stopping, device=ids.device)
-        self.stop = [Stop()]
 
     async def start(self):
         self.arrived, self.worker = asyncio.Event(), asyncio.create_task(self._work())
 
-    async def ask(self, questions):
+    async def ask(self, questions: list[Question]) -> list[Answer]:
         futures = [asyncio.get_running_loop().create_future() for _ in questions]
         for question, future in zip(questions, futures):
             self.waiting.setdefault((question.field, question.temperature), []).append((question, future))
@@ -639,50 +652,53 @@ class LocalModel:
         return await asyncio.gather(*futures)
 
     async def _work(self):
-        while True:
-            await self.arrived.wait()
+        while await self.arrived.wait():
             kind = max(self.waiting, key=lambda kind: len(self.waiting[kind]))
             batch, self.waiting[kind] = self.waiting[kind][:self.batch], self.waiting[kind][self.batch:]
             if not any(self.waiting.values()):
                 self.arrived.clear()
             try:
                 answers = await asyncio.to_thread(self.generate, [question for question, _ in batch])
-            except Exception as error:
-                answers = [error] * len(batch)
+            except Exception as error:  # it ends the run, in the task that waits for the answer
+                for _, future in batch:
+                    future.done() or future.set_exception(error)
+                return
             for (_, future), answer in zip(batch, answers):
-                if not future.done():
-                    future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
+                future.done() or future.set_result(answer)
 
     def generate(self, questions: list[Question]) -> list[Answer]:
-        talks = [[{"role": "user", "content": [{"type": "image", "image": q.picture}, {"type": "text", "text": q.prompt}]}]
-                 for q in questions]
-        warm = questions[0].temperature
-        sampling = {"do_sample": True, "temperature": warm} if warm else {"do_sample": False}
+        talks = [[{"role": "user", "content": [{"type": "image", "image": question.picture},
+                                               {"type": "text", "text": question.prompt}]}] for question in questions]
+        temperature = questions[0].temperature
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+        def stop(ids, scores, **_):  # Ctrl-C ends a long answer at its next token
+            return self.torch.full((len(ids),), self.stopping, device=ids.device)
+
         try:
             inputs = self.processor.apply_chat_template(
                 talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-                processor_kwargs={"padding": True})
-            inputs = inputs.to(self.device, self.dtype)
+                processor_kwargs={"padding": True}).to(self.device, self.dtype)
             with self.torch.inference_mode():
-                ids = self.model.generate(**inputs, max_new_tokens=max(q.tokens for q in questions),
-                                          stopping_criteria=self.stop, **sampling)
+                ids = self.model.generate(**inputs, max_new_tokens=questions[0].tokens, stopping_criteria=[stop], **sampling)
         except self.torch.OutOfMemoryError:
             raise UserError(f"--batch {self.batch} does not fit into the memory of {self.device}: halve it") from None
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        answers = []
-        for row in ids[:, inputs["input_ids"].shape[1]:].tolist():
-            n = next((i for i, token in enumerate(row) if token in ends), len(row))
-            answers.append(Answer(self.processor.decode(row[:n], skip_special_tokens=True), "stop" if n < len(row) else "length", n,
-                                  inputs["input_ids"].shape[1]))
+        ends, n = self.model.generation_config.eos_token_id, inputs["input_ids"].shape[1]
+        ends, answers = set(ends if isinstance(ends, list) else [ends]), []
+        for row in ids[:, n:].tolist():
+            length = next((i for i, token in enumerate(row) if token in ends), len(row))
+            text = self.processor.decode(row[:length], skip_special_tokens=True)
+            answers.append(Answer(text, "stop" if length < len(row) else "length", length, n))
         return answers
 
     def close(self):
         self.stopping = True
 
 
+# ---- engine: the truth about embedded scenes -------------------------------------------------------------------------
+
 class SceneAnswers:
-    """The true captions of the embedded scenes; of a crop, what is said about the objects whose middle lies in it."""
+    """The true captions of scenes; of a crop, what the long one says about the objects whose middle lies in it."""
 
     as_url, name, width = False, "scenes", 16
 
@@ -692,7 +708,7 @@ class SceneAnswers:
     async def start(self):
         pass
 
-    async def ask(self, questions):
+    async def ask(self, questions: list[Question]) -> list[Answer]:
         return [Answer(self._truth(question)) for question in questions]
 
     def _truth(self, question):
@@ -702,7 +718,8 @@ class SceneAnswers:
             return " ".join(text) if isinstance(text, list) else text
         x0, y0, x1, y1 = question.box
         inside = [k for k, o in enumerate(scene.objects) if x0 <= o.x < x1 and y0 <= o.y < y1]
-        return " ".join(s for s, k in zip(scene.captions["long"], scene.about) if k in inside) or scene.captions["background"]
+        told = [sentence for sentence, k in zip(scene.captions["long"], scene.about) if k in inside]
+        return " ".join(told) or scene.captions["background"]
 
     def close(self):
         pass
@@ -728,57 +745,25 @@ def write_scenes(folder: Path, n: int) -> tuple[list[str], Scenes]:
 
 @dataclass
 class Job:
-    output: Output
-    key: str = ""
+    """An image, and what is wanted of it."""
+
+    output: Output | None
+    key: str
+    fields: list  # those to ask for: names of PROMPTS
     image: object = None  # bytes or a path
     raw: str | None = None
-    fields: list = ()  # those to ask for: names of PROMPTS
     found: dict = field(default_factory=dict)  # what an earlier run found
     bad: BadSample | None = None  # why there is no image
 
 
-class Tally:
-    """Counts for the progress bar and the report."""
-
-    def __init__(self):
-        self.images = self.there = self.tokens = self.prompt_tokens = self.requests = 0
-        self.captions, self.words, self.sentences = Counter(), Counter(), Counter()  # by field
-        self.bad, self.lost = Counter(), Counter()  # answers by (field, reason); images by reason
-        self.began = time.monotonic()
-
-    def add(self, field, text):
-        self.captions[field] += 1
-        self.words[field] += len(text.split())
-        self.sentences[field] += len(split_sentences(text))
-
-    def report(self, engine, s, share) -> dict:
-        seconds = time.monotonic() - self.began
-        lost, done = sum(self.lost.values()), self.images + sum(self.lost.values())
-        left = max(0, share - self.there - done)
-        bad = {}
-        for (field, reason), n in self.bad.items():
-            bad.setdefault(reason, {})[field] = n
-        return {
-            "model": engine.name, "prompts": s.version, "captioned": self.images, "captioned before": self.there,
-            "given up on": lost, "given up on, by reason": dict(self.lost), "left": left,
-            "captions": dict(self.captions), "bad answers, by reason": bad, "retries, by cause": dict(engine.retries),
-            "sentences in a caption": {f: round(self.sentences[f] / n, 2) for f, n in self.captions.items()},
-            "words in a caption": {f: round(self.words[f] / n, 1) for f, n in self.captions.items()},
-            "seconds": round(seconds, 1), "seconds an image": round(seconds / max(done, 1), 4),
-            "images a second": round(done / seconds, 2), "requests a second": round(self.requests / seconds, 1),
-            "tokens written a second": round(self.tokens / seconds, 1), "tokens read a second": round(self.prompt_tokens / seconds, 1),
-            "hours for what is left": round(left * seconds / max(done, 1) / 3600, 2),
-        }
-
-
-def column(field, name) -> str:
+def column(name, model) -> str:
     """The name of a caption: "long", or of the model called SV "longSV_captions", as in DreamLIP's files."""
-    return f"{field}{name}_captions" if name else field
+    return f"{name}{model}_captions" if model else name
 
 
 def jobs(sets, tally, s, rank, world):
     """Every image that lacks a field, in the order of the files; of `world` processes, this one's share."""
-    wanted, left = [*s.fields, *["dense"] * bool(s.dense)], s.limit or sys.maxsize
+    left = s.limit or sys.maxsize
     for records in sets:
         for file, first, spans in zip(records.files, records.first.tolist(), records.spans):
             keys = spans["key"]
@@ -786,20 +771,19 @@ def jobs(sets, tally, s, rank, world):
             left -= len(places)
             output = Output(file)
             for place in places[rank::world].tolist():
-                fields = [f for f in wanted if not output.captions.has(int(keys[place]), {column(f, s.name)})]
-                if not fields:
-                    tally.there += 1
+                missing = [name for name in s.fields if not output.captions.has(int(keys[place]), {column(name, s.name)})]
+                if not missing:
+                    tally["there"] += 1
                     continue
-                job = Job(output, fields=fields)
                 try:
                     record = records[first + place]
-                    job.key, job.image, job.raw = record.key, record.image, raw_caption(record.row)
-                    found = output.found.get(job.key, {})
-                    job.found = {column(f, s.name): found[column(f, s.name)] for f in fields if column(f, s.name) in found}
-                    job.fields = [f for f in fields if column(f, s.name) not in job.found]
                 except BadSample as bad:
-                    job.key, job.bad = f"sample {place}", bad
-                yield job
+                    yield Job(output, f"sample {place}", missing, bad=bad)
+                    continue
+                found = output.found.get(record.key, {})
+                found = {c: found[c] for c in (column(name, s.name) for name in missing) if c in found}
+                missing = [name for name in missing if column(name, s.name) not in found]
+                yield Job(output, record.key, missing, record.image, raw_caption(record.row), found)
             if not left:
                 return
 
@@ -812,52 +796,54 @@ def raw_caption(row) -> str | None:
     return next((found[0] for found in texts if found), None)
 
 
-def questions(job, prompts, s, as_url) -> tuple:
+def questions_about(job, s, as_url) -> tuple:
     """-> (width, height) of the image, and what is asked about it. Raises BadSample."""
     if job.bad:
         raise job.bad
-    parts = crops(s.dense)
-    asked = [(field, box) for field in job.fields for box in (parts if field == "dense" else [None])]
-    boxes = list(dict.fromkeys(box for _, box in asked))  # the whole image is made ready once, for all its questions
+    wanted = [(name, box) for name in job.fields for box in (crops(s.dense) if name == "dense" else [None])]
+    boxes = list(dict.fromkeys(box for _, box in wanted))  # the whole image is made ready once, for all its questions
     size, found = pictures(job.image, s.side, boxes, as_url)
     found = dict(zip(boxes, found))
-    return size, [Question(job.key, field, *prompts[field], s.temperature, found[box], box) for field, box in asked]
+    return size, [Question(job.key, name, *s.prompts[name], s.temperature, found[box], box) for name, box in wanted]
 
 
-async def caption(asked, engine, prompts, tally, s) -> tuple[dict, dict]:
+async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
     """-> what was found, {field: text, or list of {"box", "text"}}, and why the other fields were not, {field: reason}."""
-    good, reasons = {}, {}
-    for attempt in range(s.tries):
+    good, bad = {}, {}  # by (field, box)
+    for _ in range(s.tries):
         answers, again = await engine.ask(asked), []
-        tally.requests += len(answers)
+        await asyncio.sleep(0)  # whoever waits for the slot sends first
         for question, answer in zip(asked, answers):
-            tally.tokens += answer.tokens
-            tally.prompt_tokens += answer.prompt_tokens
-            text, reason = ("", answer.error) if answer.error else clean(
-                answer.text, question.field, prompts[question.field][0], answer.finish)
+            which = question.field, question.box
+            tally.update({"requests": 1, "tokens": answer.tokens, "prompt tokens": answer.prompt_tokens})
+            text, reason = "", answer.error
+            if not reason:
+                text, reason = clean(answer.text, question.field, question.prompt, answer.finish)
             if reason is None:
-                good[question.field, question.box] = text
+                good[which] = text
                 continue
-            tally.bad[question.field, reason.split(":")[0]] += 1
-            reasons[question.field, question.box] = reason
+            bad[which] = reason
+            tally["bad", reason.split(":")[0], question.field] += 1
             if not answer.error:  # a warmer answer is another one
                 again.append(replace(question, temperature=round(min(1.0, question.temperature + 0.4), 2)))
         if not again:
             break
         asked = again
-    found = {field: text for (field, box), text in good.items() if box is None}
-    dense = [(box, sentence) for box in crops(s.dense) for sentence in split_sentences(good.get(("dense", box), ""))]
-    if dense:
-        found["dense"] = [{"box": [round(x, 4) for x in box], "text": sentence} for box, sentence in dense]
-    for field, text in found.items():
-        tally.add(field, " ".join(sentence for _, sentence in dense) if field == "dense" else text)
-    return found, {field: reason for (field, _), reason in reasons.items() if field not in found}
+    found = {name: text for (name, box), text in good.items() if box is None}
+    dense = [{"box": [round(x, 4) for x in box], "text": sentence} for box in crops(s.dense)
+             for sentence in split_sentences(good.get(("dense", box), ""))]
+    for name, texts in {**{name: [text] for name, text in found.items()}, "dense": [part["text"] for part in dense]}.items():
+        tally["captions", name] += bool(texts)
+        tally["words", name] += sum(len(text.split()) for text in texts)
+        tally["sentences", name] += sum(len(split_sentences(text)) for text in texts)
+    found |= {"dense": dense} if dense else {}
+    return found, {name: reason for (name, _), reason in bad.items() if name not in found}
 
 
-async def recaption(sets, engine, prompts, s, rank=0, world=1) -> tuple[Tally, bool]:
-    """Captions all that lacks captions. -> the counts, and whether it came to the end (and not to Ctrl-C)."""
+async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
+    """Captions all that lacks captions. -> counts for the report, and whether it came to the end (and not to Ctrl-C)."""
     share = len(range(rank, min(s.limit or sys.maxsize, sum(map(len, sets))), world))
-    tally, loop, failing, stop = Tally(), asyncio.get_running_loop(), set(), asyncio.Event()
+    tally, loop, failing, stop = Counter(), asyncio.get_running_loop(), set(), asyncio.Event()
     todo, reading, threads = jobs(sets, tally, s, rank, world), threading.Lock(), ThreadPoolExecutor(os.cpu_count())
     bar = tqdm(total=share, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
 
@@ -865,7 +851,7 @@ async def recaption(sets, engine, prompts, s, rank=0, world=1) -> tuple[Tally, b
         with reading:  # files are read in order, pictures decoded side by side
             job = next(todo, None)
         try:
-            return job and (job, *questions(job, prompts, s, engine.as_url))
+            return job and (job, *questions_about(job, s, engine.as_url))
         except BadSample as bad:
             return job, bad, []
 
@@ -873,26 +859,27 @@ async def recaption(sets, engine, prompts, s, rank=0, world=1) -> tuple[Tally, b
         while ready := await loop.run_in_executor(threads, prepare):
             job, size, asked = ready
             if isinstance(size, BadSample):
-                found, reasons = {}, dict.fromkeys(job.fields, str(size))
+                found, bad = {}, dict.fromkeys(job.fields, str(size))
             else:
-                found, reasons = await caption(asked, engine, prompts, tally, s)
+                found, bad = await caption(asked, engine, tally, s)
             found = job.found | {column(name, s.name): text for name, text in found.items()}
-            if reasons:
-                job.output.fail(job.key, found, {column(name, s.name): reason for name, reason in reasons.items()})
-                tally.lost[next(iter(reasons.values())).split(":")[0]] += 1
+            if bad:
+                job.output.fail(job.key, found, {column(name, s.name): reason for name, reason in bad.items()})
+                tally["lost", next(iter(bad.values())).split(":")[0]] += 1
+                tally["failed"] += 1
             else:
                 captions = ({"raw": job.raw} if job.raw else {}) | found
-                row = {"key": job.key, "size": list(size), "captions": captions, "model": engine.name, "prompts": s.version}
-                tally.images += job.output.captions.append(row)
+                tally["images"] += job.output.captions.append(
+                    {"key": job.key, "size": list(size), "captions": captions, "model": engine.name, "prompts": s.version})
             if job.output.failed:
                 failing.add(job.output.file)
-            bar.initial = tally.there  # so that the rate is that of this run
-            bar.set_postfix_str(f"failed {tally.lost.total()}, retries {engine.retries.total()}", refresh=False)
-            bar.update(tally.there + tally.images + tally.lost.total() - bar.n)
+            bar.initial = tally["there"]  # so that the rate is that of this run
+            bar.set_postfix_str(f"failed {tally['failed']}, retries {sum(engine.retries.values())}", refresh=False)
+            bar.update(tally["there"] + tally["images"] + tally["failed"] - bar.n)
 
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, stop.set)
-    tasks = [asyncio.create_task(coroutine) for coroutine in (stop.wait(), *(work() for _ in range(engine.width)))]
+    tasks = [asyncio.create_task(task) for task in (stop.wait(), *(work() for _ in range(engine.width)))]
     finished = asyncio.gather(*tasks[1:])
     try:
         await asyncio.wait([tasks[0], finished], return_when=asyncio.FIRST_COMPLETED)
@@ -910,10 +897,31 @@ async def recaption(sets, engine, prompts, s, rank=0, world=1) -> tuple[Tally, b
             Output(file).settle()
 
 
+def report(tally, engine, s, seconds, left) -> dict:
+    def by(kind):
+        return {key[1]: n for key, n in tally.items() if key[0] == kind and n}
+
+    done, bad = max(1, tally["images"] + tally["failed"]), {}
+    for (_, reason, name), n in ((key, n) for key, n in tally.items() if key[0] == "bad"):
+        bad.setdefault(reason, {})[name] = n
+    return {
+        "model": engine.name, "prompts": s.version, "captioned": tally["images"], "captioned before": tally["there"],
+        "given up on": tally["failed"], "given up on, by reason": by("lost"), "left": left, "captions": by("captions"),
+        "bad answers, by reason": bad, "retries, by cause": dict(engine.retries),
+        "sentences in a caption": {name: round(tally["sentences", name] / n, 2) for name, n in by("captions").items()},
+        "words in a caption": {name: round(tally["words", name] / n, 1) for name, n in by("captions").items()},
+        "seconds": round(seconds, 1), "seconds an image": round(seconds / done, 4),
+        "images a second": round(done / seconds, 2), "requests a second": round(tally["requests"] / seconds, 1),
+        "tokens written a second": round(tally["tokens"] / seconds, 1),
+        "tokens read a second": round(tally["prompt tokens"] / seconds, 1),
+        "hours for what is left": round(left * seconds / done / 3600, 2),
+    }
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def first_records(sets, n):
-    """The first n records that can be read."""
+    """The first n records, less those that cannot be read."""
     for records, i in itertools.islice(((records, i) for records in sets for i in range(len(records))), n):
         try:
             yield records[i]
@@ -921,17 +929,16 @@ def first_records(sets, n):
             print(bad)
 
 
-def dry_run(sets, engine, prompts, s):
+def dry_run(sets, engine, s):
     """Prints what would be sent for the first picture, or the first --limit. Writes and sends nothing."""
     for record in first_records(sets, s.limit or 1):
-        job = Job(None, record.key, record.image, fields=[*s.fields, *["dense"] * bool(s.dense)])
-        for question in questions(job, prompts, s, engine.as_url)[1]:
+        for question in questions_about(Job(None, record.key, s.fields, record.image), s, engine.as_url)[1]:
             print(f"\n{record.key}: {question.field}" + (f", the part {question.box}" if question.box else ""))
             if isinstance(engine, Endpoints):
-                endpoint = engine.endpoints[0]
-                headers = endpoint.headers.replace(engine.key or "\0", f"${s.key_env}")
+                at = engine.endpoints[0]
                 question.picture = f"data:image/jpeg;base64,<{len(question.picture) - 23} characters>"
-                print(f"POST {endpoint.url}/chat/completions\n{headers}{json.dumps(engine.body(question), indent=1)}")
+                headers = at.headers.replace(engine.key or "\0", f"${s.key_env}")
+                print(f"POST {at.url}/chat/completions\n{headers}{json.dumps(engine.body(question), indent=1)}")
             else:
                 print(f"{question.prompt!r}, at most {question.tokens} tokens, of {question.picture}")
 
@@ -942,31 +949,33 @@ def preview(path, s):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     shown = []
-    for record in first_records([Records(data, s.image_root) for data in s.data], min(s.limit or 16, 16)):  # with the new captions
+    for record in first_records([Records(data, s.image_root) for data in s.data], min(s.limit or 16, 16)):
         try:
             shown.append((load_image(record.image), record.row.get("captions") or {}))
         except BadSample as bad:
             print(bad)
-    texts = [[line for field, value in captions.items() for line in textwrap.wrap(f"{field.upper()}: {told(value)}", 88)]
-             for _, captions in shown]
-    heights = [max(8, *map(len, texts[i:i + 2]), 0) for i in range(0, len(texts), 2)]
-    figure, axes = plt.subplots(len(heights), 4, figsize=(18, 0.18 * sum(heights) + 0.3), width_ratios=(1, 2.6) * 2,
-                                height_ratios=heights, squeeze=False)
+    texts = []
+    for _, captions in shown:
+        lines = [f"{name.upper()}: {told(value)}" for name, value in captions.items()]
+        texts.append([line for text in lines for line in textwrap.wrap(text, 84)])
+    heights = [max(10, *map(len, texts[i:i + 2]), 0) + 1 for i in range(0, len(texts), 2)]
+    figure, axes = plt.subplots(len(heights), 4, figsize=(18, 0.17 * sum(heights) + 0.2), width_ratios=(1, 2.6) * 2,
+                                height_ratios=heights, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for (image, captions), lines, (left, right) in zip(shown, texts, axes.reshape(-1, 2)):
         left.imshow(image)
+        left.set_anchor("NE")
         w, h = image.size
         for x0, y0, x1, y1 in {tuple(part["box"]) for part in captions.get(column("dense", s.name), ())}:
             left.add_patch(plt.Rectangle((x0 * w, y0 * h), (x1 - x0) * w, (y1 - y0) * h, fill=False, edgecolor="red"))
-        right.text(0, 1, "\n".join(lines), va="top", fontsize=9, transform=right.transAxes, parse_math=False)
-    figure.tight_layout()
+        right.text(0, 1, "\n".join(lines), va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
     figure.savefig(path, dpi=80)
     print(f"wrote {path}")
 
 
-def told(caption) -> str:
-    parts = caption if isinstance(caption, list) else [caption]
+def told(value) -> str:
+    parts = value if isinstance(value, list) else [value]
     return " ".join(f"[{part['text']}]" if isinstance(part, dict) else str(part) for part in parts)
 
 
@@ -977,47 +986,49 @@ def read_prompts(path) -> tuple[dict, str]:
     try:
         table = json.loads(Path(path).read_text())
         version = str(table.pop("version"))
-        found = {field: (value, PROMPTS.get(field, ("", 250))[1]) if isinstance(value, str) else (str(value[0]), int(value[1]))
-                 for field, value in table.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f'--prompts {path} must be like {{"version": "mine-1", "long": "Describe ...", "colours": ["Which colours '
-                        f'...?", 60]}} ({error!r})') from None
-    return PROMPTS | found, version
+        pairs = {name: [value, PROMPTS.get(name, ("", 250))[1]] if isinstance(value, str) else value
+                 for name, value in table.items()}
+        return PROMPTS | {name: (str(prompt), int(tokens)) for name, (prompt, tokens) in pairs.items()}, version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'--prompts {path} must be like {{"version": "mine-1", "long": "Describe ...", "colours": ["Which '
+                        f'colours ...?", 60]}} ({error!r})') from None
 
 
 def parse_flags(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("data", nargs="+", help="folders, .tar shards, .jsonl, .csv, as for train.py --data; or scenes")
-    p.add_argument("--endpoint", metavar="URL[,URL...]", help="OpenAI-compatible servers to ask")
-    p.add_argument("--model", help="the endpoint's name for the model (if it serves several); without --endpoint, what transformers loads")
-    p.add_argument("--engine", choices=["scenes"], help="the scenes' own true captions")
-    p.add_argument("--out", metavar="DIR", help="where the pictures of scenes are put")
-    p.add_argument("--fields", default="short,long", help="which captions: %(default)s; or all; of " + ", ".join(PROMPTS))
-    p.add_argument("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops too, each sentence with its box")
-    p.add_argument("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
-    p.add_argument("--name", default="", help="this model's name in the captions' (longNAME_captions), beside other models'")
-    p.add_argument("--limit", type=int, default=0, help="only the first so many images")
-    p.add_argument("--preview", metavar="FILE.png", help="draw the first (up to 16) pictures with their captions")
-    p.add_argument("--dry-run", action="store_true", help="print the requests for the first --limit images (1), and send none")
-    p.add_argument("--report", metavar="FILE.json", help="where the report goes (default: recaption.json beside the captions)")
-    p.add_argument("--image-root", help="where the images of CSV and JSON lines lie")
-    p.add_argument("--side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
-    p.add_argument("--temperature", type=float, default=0.2, help="of the first try (%(default)s); the next ones are warmer")
-    p.add_argument("--tries", type=int, default=3, help="times a bad answer is asked for (%(default)s)")
-    p.add_argument("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
-    p.add_argument("--timeout", type=float, default=120, help="seconds for one answer (%(default)s)")
-    p.add_argument("--retries", type=int, default=6, help="failed requests that one image may cost (%(default)s)")
-    p.add_argument("--patience", type=float, default=600, help="seconds without any answer before the run ends (%(default)s)")
-    p.add_argument("--key-env", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
-    p.add_argument("--body", default="{}", metavar="JSON", help="more for the body of each request; null takes a name out")
-    p.add_argument("--batch", type=int, default=8, help="questions at a time, with --model alone (%(default)s)")
+    add = p.add_argument
+    add("data", nargs="+", help="folders, .tar shards, .jsonl, .csv, as for train.py --data; or scenes")
+    add("--endpoint", metavar="URL[,URL...]", help="OpenAI-compatible servers to ask")
+    add("--model", help="its name at the endpoint, if that serves several; without --endpoint, what transformers loads")
+    add("--engine", choices=["scenes"], help="the scenes' own true captions")
+    add("--out", metavar="DIR", help="where the pictures of scenes are put")
+    add("--fields", default="short,long", help="captions to make: %(default)s; all; or of " + ", ".join(PROMPTS))
+    add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops too, each sentence with its box")
+    add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
+    add("--name", default="", help="the model's name in those of its captions (longNAME_captions), beside other models'")
+    add("--limit", type=int, default=0, help="only the first so many images")
+    add("--preview", metavar="FILE.png", help="draw the first (up to 16) pictures with their captions")
+    add("--dry-run", action="store_true", help="print the requests for the first --limit images (1), and send none")
+    add("--report", metavar="FILE.json", help="where the report goes (default: recaption.json beside the captions)")
+    add("--image-root", help="where the images of CSV and JSON lines lie")
+    add("--side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
+    add("--temperature", type=float, default=0.2, help="of the first try (%(default)s); the next ones are warmer")
+    add("--tries", type=int, default=3, help="times a bad answer is asked for (%(default)s)")
+    add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
+    add("--timeout", type=float, default=120, help="seconds for one answer (%(default)s)")
+    add("--retries", type=int, default=6, help="failed requests that a question may cost (%(default)s)")
+    add("--patience", type=float, default=600, help="seconds without any answer before the run ends (%(default)s)")
+    add("--key-env", default="OPENAI_API_KEY", help="environment variable with the endpoint's key (%(default)s)")
+    add("--body", default="{}", metavar="JSON", help="more for the body of each request; null takes a name out")
+    add("--batch", type=int, default=8, help="questions at a time, with --model alone (%(default)s)")
     s = p.parse_args(argv)
     s.prompts, s.version = read_prompts(s.prompts)
-    s.fields = [f for f in s.prompts if f != "dense"] if s.fields == "all" else s.fields.split(",")
-    unknown = [f for f in s.fields if f not in s.prompts or f == "dense"]
+    names = [name for name in s.prompts if name != "dense"]
+    s.fields = names if s.fields == "all" else s.fields.split(",")
+    unknown = [name for name in s.fields if name not in names]
     if unknown:
-        raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(f for f in s.prompts if f != 'dense')} "
-                        "(and --dense GRID for the crops)")
+        raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(names)} (and --dense GRID for crops)")
+    s.fields += ["dense"] * bool(s.dense)
     low = [flag for flag in ("in_flight", "tries", "batch", "side", "timeout") if getattr(s, flag) <= 0]
     low += [flag for flag in ("retries", "limit", "dense", "temperature", "patience") if getattr(s, flag) < 0]
     if low:
@@ -1025,14 +1036,15 @@ def parse_flags(argv=None):
     try:
         s.body = dict(json.loads(s.body))
     except (ValueError, TypeError):
-        raise UserError("--body must be a JSON object, such as '{\"chat_template_kwargs\": {\"enable_thinking\": false}}'") from None
+        raise UserError("--body must be a JSON object, such as "
+                        "'{\"chat_template_kwargs\": {\"enable_thinking\": false}}'") from None
     return s
 
 
 def choose_engine(s, scenes):
     if s.engine == "scenes":
         if not scenes:
-            raise UserError("--engine scenes knows the captions of scenes only: python recaption.py scenes --engine scenes --out DIR")
+            raise UserError("--engine scenes knows the captions of scenes only: recaption.py scenes --engine scenes")
         return SceneAnswers(scenes)
     if s.endpoint:
         key = os.environ.get(s.key_env, "").strip()
@@ -1053,27 +1065,33 @@ def main(argv=None) -> int:
         s.limit = s.limit or 2000
         s.data, scenes = write_scenes(Path(s.out), s.limit)
     sets = [Records(data, s.image_root) for data in s.data]
+    left_out = sum((records.bad.counts for records in sets), Counter())
     if not any(map(len, sets)):
-        raise UserError(f"{' '.join(s.data)}: no images there ({sets[0].bad.report() or 'none of a format that Pillow reads here'})")
+        raise UserError(f"{' '.join(s.data)}: no images there" + (f" ({dict(left_out)})" if left_out else "") +
+                        "; it takes folders of pictures, .tar shards, .jsonl and .csv")
     engine = choose_engine(s, scenes)
     if s.dry_run:
-        dry_run(sets, engine, s.prompts, s)
+        dry_run(sets, engine, s)
         return 0
 
     async def run():
         await engine.start()
-        return await recaption(sets, engine, s.prompts, s, rank, world)
+        began = time.monotonic()
+        return *await recaption(sets, engine, s, rank, world), time.monotonic() - began
 
-    tally, whole = asyncio.run(run())
-    share = len(range(rank, sum(map(len, sets)), world))
-    report = tally.report(engine, s, share) | {"left out of the index": {r: n for records in sets for r, n in records.bad.counts.items()}}
-    place = captions_path(sets[0].files[0]).with_name("recaption.json" if rank == 0 else f"recaption.{rank}.json")
-    Path(s.report or place).write_text(json.dumps(report, indent=1) + "\n")
-    print("\n".join(f"{name}: {value}" for name, value in report.items() if value not in ({}, "")))
-    print(f"report: {s.report or place}" + ("" if whole else "\nstopped; the same command goes on from here"))
-    if s.preview and rank == 0 and whole:
+    tally, whole, seconds = asyncio.run(run())
+    left = len(range(rank, sum(map(len, sets)), world)) - tally["there"] - tally["images"] - tally["failed"]
+    table = report(tally, engine, s, seconds, left) | {"left out": dict(left_out)}
+    place = captions_path(sets[0].files[0]).with_name(f"recaption.{rank}.json" if rank else "recaption.json")
+    place = Path(s.report or place)
+    place.write_text(json.dumps(table, indent=1) + "\n")
+    print(*(f"{name}: {value}" for name, value in table.items() if value != {}), f"report: {place}", sep="\n")
+    if not whole:
+        print("stopped; the same command goes on from here")
+        return 130
+    if s.preview and rank == 0:
         preview(s.preview, s)
-    return 0 if whole else 130
+    return 0
 
 
 if __name__ == "__main__":
@@ -1081,3 +1099,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before there is anything to stop
+        sys.exit(130)

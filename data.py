@@ -1,10 +1,12 @@
-"""From files to batches: tokenizer, sentences, pictures, captions, the texts each method draws, datasets, the order of samples.
+"""From files to batches: tokenizer, sentences, pictures, captions, the texts each method draws, records, order.
 
     tokenizer = load_tokenizer("clip")
     tokens = tokenizer(["a photo of a dog", "a cat"], 77)  # [2, 77]: start, ids, end, zeros
     split_sentences("A dog, approx. 3.5 ft. tall. It runs...")  # ["A dog, approx. 3.5 ft. tall.", "It runs..."]
     image = load_image("dog.png")  # PIL, RGB, upright, on white
+    records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
+    python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
     python data.py --train-bpe assets/scenes.tiktoken    how the small vocabulary of the scenes was made
 """
 
@@ -12,6 +14,7 @@ import argparse
 import base64
 import csv
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -26,6 +29,7 @@ import os
 import random
 import re
 import signal
+import sys
 import tarfile
 import tempfile
 import urllib.parse
@@ -401,7 +405,7 @@ ASPECT = 0.8  # a random crop is 0.8 to 1.25 times as wide as high
 
 
 def crop_box(width, height, least=1.0, rng=None):
-    """(left, top, right, bottom) of the part of a picture to keep: the middle square; with `rng` a random rectangle of at
+    """(left, top, right, bottom) of what to keep of a picture: the middle square; with `rng` a random rectangle of at
     least the share `least` of the area (the random resized crop of 1409.4842), or, in a picture too long for that, the
     greatest of that aspect at a random place."""
     if rng is None:
@@ -427,7 +431,7 @@ FIELDS = {
     "caption": ("caption",),  # a string, or a list of M texts, the raw caption first
     "raw": ("raw", "raw_caption"),
     "short": ("short", "shortSV_captions", "shortIB_captions", "shortLLA_captions"),
-    "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions"),
+    "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption"),
     **{name: (name,) for name in PERSPECTIVES if name != "raw"},
 }
 
@@ -473,9 +477,12 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     return Captions(raw, [" ".join(texts) for texts in found["short"]], long, [raw, *perspectives])
 
 
+LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged file
+
+
 def clean_field(value) -> list[str]:
     texts = value if isinstance(value, list) else [value]
-    return [t.strip() for t in texts if isinstance(t, str) and t.strip()]
+    return [t.strip()[:LONGEST_TEXT] for t in texts if isinstance(t, str) and t.strip()]
 
 
 def text_slots(s) -> list[str]:
@@ -496,7 +503,7 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
     def sub(k):
         if s.sampling == "first":  # the ablation: the same K texts every time
             return [pool[i % len(pool)] for i in range(k)]
-        return rng.sample(pool, k) if k <= len(pool) else rng.sample(pool, len(pool)) + rng.choices(pool, k=k - len(pool))
+        return rng.sample(pool, min(k, len(pool))) + rng.choices(pool, k=max(0, k - len(pool)))
 
     def long():
         n = s.long_sentences or len(c.long)
@@ -511,13 +518,14 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
 
-# A sample is a span of bytes in a file: of a tar the members with its key, of a CSV its row, of JSON lines its line. All
-# that stays in memory is one SPAN a sample, in files under ~/.cache that are mapped, so that the workers and the ranks
-# of a machine share one copy; the span is read and parsed when the sample is wanted. So any sample is reached at once:
-# the order is free, the same for any number of workers, and a run resumes where it was. (webdataset, by contrast,
-# streams a tar from its start, and the order depends on the number of workers.)
+# A sample is a span of bytes in a file: of a tar the members with its key, of a CSV its row, of JSON lines its line.
+# All that stays in memory is one SPAN a sample, in files under ~/.cache that are mapped, so that the workers and the
+# ranks of a machine share one copy; the span is read and parsed when the sample is wanted. So any sample is reached at
+# once: the order is free, the same for any number of workers, and a run goes on where it was. (webdataset streams a tar
+# from its start; its order depends on the number of workers, and it cannot go on in mid-epoch.)
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
 INDEX_VERSION = 1  # of the indices kept: raise it when a scan_ function changes
+LARGE = 1 << 24  # bytes of files that are scanned in several processes
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
 
 
@@ -529,7 +537,7 @@ class Record:
 
 
 class BadCount(dict):
-    """{reason: the first few details} of bad samples; `counts` has their numbers, `seen` the samples they were among."""
+    """{reason: the first few details} of bad samples; `counts` has the numbers, `seen` that of all samples met."""
 
     def __init__(self):
         super().__init__()
@@ -560,11 +568,11 @@ class BadCount(dict):
         total, seen = self.total if total is None else total, self.seen if seen is None else seen
         return seen >= 200 and total > share * seen
 
-    def check(self, share: float, total: int | None = None, seen: int | None = None):
-        if self.over(share, total, seen):
-            total, seen = total or self.total, seen or self.seen
-            raise UserError(f"{total} of {seen} samples are bad, over --max-bad {share:g}: mend the data or raise the "
-                            f"limit ({self.report() or 'the other processes say which'})")
+    def check(self, share: float):
+        """Raises UserError where that is so."""
+        if self.over(share):
+            raise UserError(f"{self.total} of {self.seen} samples are bad, over --max-bad {share:g}: mend the data or "
+                            f"raise the limit ({self.report()})")
 
 
 def hashed(key: str | bytes) -> int:
@@ -594,13 +602,8 @@ def image_field(row: dict, otherwise: str | None = None) -> str:
     return image.strip()
 
 
-def locate(root: Path, image: str) -> Path:
-    """The file of an image: below the root; of a URL, the file of its last part."""
-    return root / (urllib.parse.urlsplit(image).path.rpartition("/")[2] if "://" in image else image)
-
-
-# Each format has a scan_ function: file -> (start, length, key, identity) of every sample, or BadSample; of samples with
-# the same identity the first stays. And a parse_ function: the span's bytes -> Record.
+# Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
+# with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
 
 def tar_members(read, end):
     """(key, extension, start, data, size) of every file in a tar: where its headers and its content begin, in bytes.
@@ -609,7 +612,7 @@ def tar_members(read, end):
     and webdataset both give up a shard at the first damaged header: here the key is None, the extension says what is
     wrong, and the next whole header is looked for. The key is the name, with its folder, up to the first dot.
     """
-    at, start, name = 0, None, None
+    at, start, name, last = 0, None, None, 0
     while at < end:
         block = read(at, 512)
         try:
@@ -621,7 +624,9 @@ def tar_members(read, end):
             if following is None and block.count(0) == 512:  # the mark of the end
                 return
             yield None, "tar damaged", at, at, 0
-            at, start, name = following or end + 1, None, None
+            if following is None:
+                return
+            at, start, name = following, None, None
             continue
         start, data = at if start is None else start, at + 512
         at = data + (info.size + 511) // 512 * 512 * (info.isreg() or info.type in b"LxgK")
@@ -636,8 +641,8 @@ def tar_members(read, end):
             stem, _, extension = base.partition(".")
             if info.isreg() and stem:  # a name that begins with a dot is a system's own
                 yield folder + slash + stem, extension.lower(), start, data, info.size
-            start, name = None, None
-    if at == end:
+            start, name, last = None, None, data + info.size
+    if last <= end:
         yield None, "tar cut off", at, at, 0
 
 
@@ -657,23 +662,30 @@ def next_header(read, at, end):
 
 
 def scan_tar(path):
+    def sample():
+        key, what, start, _, _ = group[0]
+        stop = group[-1][3] + group[-1][4]
+        if key is None:
+            return BadSample(what, f"{path.name} at byte {start}")
+        if stop > end:
+            return BadSample("tar cut off", f"{path.name} in {key}")
+        if not any(extension in SUFFIXES for _, extension, *_ in group):
+            return BadSample("no image", f"{path.name}/{key}")
+        return start, stop - start, key, key
+
     with open(path, "rb") as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        members = tar_members(lambda offset, n: os.pread(descriptor, n, offset), end)
-        for key, group in itertools.groupby(members, lambda member: member[0]):
-            group = list(group)
-            start, stop = group[0][2], group[-1][3] + group[-1][4]
-            if key is None:
-                yield BadSample(group[0][1], f"{path.name} at byte {start}")
-            elif stop > end:
-                yield BadSample("tar cut off", f"{path.name} in {key}")
-            elif not any(member[1] in SUFFIXES for member in group):
-                yield BadSample("no image", f"{path.name}/{key}")
-            else:
-                yield start, stop - start, key, key
+        descriptor, end, group = file.fileno(), os.fstat(file.fileno()).st_size, []
+        for member in tar_members(lambda offset, n: os.pread(descriptor, n, offset), end):
+            if group and (member[0] != group[0][0] or any(member[1] == other[1] for other in group)):
+                yield sample()
+                group = []
+            group.append(member)
+        if group:
+            yield sample()
 
 
-def parse_tar(content, records, file):
+def parse_tar(content, records, n):
+    file = records.files[n]
     key, image, text, row = "", None, {}, {}
     for key_found, extension, _, data, size in tar_members(lambda offset, n: content[offset:offset + n], len(content)):
         if extension in SUFFIXES and image is None:
@@ -701,20 +713,20 @@ def scan_lines(path):
                 try:
                     row = parse_json(line, where)
                     key = row_key(row)
-                    yield start, len(line), key, key if "key" in row else line  # a picture may have several lines
+                    yield start, len(line), key, key if row.get("key") == key else line  # a picture may have several
                 except BadSample as bad:
                     torn = bad.reason == "JSON does not parse" and not line.endswith(b"\n")
                     yield BadSample("last line torn" if torn else bad.reason, where)
             start += len(line)
 
 
-def parse_lines(content, records, file):
-    row = parse_json(content, file.name)
-    return Record(row_key(row), locate(records.root or file.parent, image_field(row)), row)
+def parse_lines(content, records, n):
+    row = parse_json(content, records.files[n].name)
+    return Record(row_key(row), records.locate(n, image_field(row)), row)
 
 
 def csv_row(file, path):
-    """The next row of a CSV open in binary mode -> its cells ([] if it does not parse), and the lines they come from."""
+    """The next row of a CSV open in binary mode -> its cells (None if it does not parse), and the lines it takes."""
     taken = []
 
     def lines():
@@ -722,39 +734,40 @@ def csv_row(file, path):
             taken.append(line)
             yield line.decode(errors="replace")
 
-    return csv_cells(lines(), path), taken
+    return csv_cells(lines(), path, strict=True), taken
 
 
 def csv_cells(lines, path, strict=False):
     try:
         return next(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=strict), [])
     except csv.Error:
-        return []
+        return None
 
 
 @functools.lru_cache(maxsize=None)
-def csv_names(path):
+def csv_names(path, _stamp):
     with open(path, "rb") as file:
-        return [name.strip(" \ufeff") for name in csv_row(file, path)[0]]
+        return [name.strip(" \ufeff") for name in csv_row(file, path)[0] or [""]]
 
 
 def scan_csv(path):
     """The csv module finds where a row ends, since a quoted cell may hold line breaks. A quote that is never closed
-    swallows the rows below it: then the cells are too many or too few, or the row is not strictly CSV, and only its
-    first line is given up."""
-    names = csv_names(path)
+    swallows the rows below it, until something is not strictly CSV: then only the first line is given up."""
+    names = csv_names(path, stamp(path))
     with open(path, "rb") as file:
         lines = csv_row(file, path)[1]  # the header
         start, number = sum(map(len, lines)), len(lines) + 1
         while (found := csv_row(file, path))[1]:
             cells, lines = found
-            if len(lines) > 1 and len(csv_cells((line.decode(errors="replace") for line in lines), path, True)) != len(names):
-                cells, lines = [], lines[:1]
+            if cells is None or len(cells) != len(names) and len(lines) > 1:
+                lines = lines[:1]
                 file.seek(start + len(lines[0]))
+                even = lines[0].count(b'"') % 2 == 0  # quotes within quotes, as some write them
+                cells = even and csv_cells([lines[0].decode(errors="replace")], path)
             content, where = b"".join(lines), f"{path.name} line {number}"
             if content.strip():
                 try:
-                    if len(cells) != len(names):
+                    if not cells or len(cells) != len(names):
                         raise BadSample("row does not parse", where)
                     key = row_key(dict(zip(names, cells)), names[0])
                     yield start, len(content), key, key if "key" in names else content
@@ -763,11 +776,11 @@ def scan_csv(path):
             start, number = start + len(content), number + len(lines)
 
 
-def parse_csv(content, records, file):
-    cells = csv_cells(io.StringIO(content.decode(errors="replace"), newline=""), file)
-    names = csv_names(file)
-    row = dict(zip(names, cells))
-    return Record(row_key(row, names[0]), locate(records.root or file.parent, image_field(row, names[0])), row)
+def parse_csv(content, records, n):
+    names = csv_names(records.files[n], records.stamps[n])
+    lines = io.StringIO(content.decode(errors="replace"), newline="")
+    row = dict(zip(names, csv_cells(lines, records.files[n]) or []))
+    return Record(row_key(row, names[0]), records.locate(n, image_field(row, names[0])), row)
 
 
 def scan_folder(folder):
@@ -780,15 +793,16 @@ def scan_folder(folder):
 
 
 def list_folder(folder):
-    names = (os.path.relpath(os.path.join(at, name), folder) for at, _, files in os.walk(folder) for name in files)
-    return sorted(os.fsencode(name) for name in names if name.rpartition(".")[2].lower() in SUFFIXES)
+    names = (os.path.relpath(os.path.join(at, name), folder) for at, _, files in os.walk(folder) for name in files
+             if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."))
+    return sorted(map(os.fsencode, names))
 
 
-def parse_folder(content, records, file):
-    path, row = file / os.fsdecode(content), {}
-    if path.with_suffix(".txt").is_file():
+def parse_folder(content, records, n):
+    path, row = records.files[n] / os.fsdecode(content), {}
+    with suppress(FileNotFoundError):
         row = {"caption": path.with_suffix(".txt").read_bytes().decode("utf-8-sig", errors="replace")}
-    if path.with_suffix(".json").is_file():
+    with suppress(FileNotFoundError):
         row |= parse_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
     return Record(os.fsdecode(content).rpartition(".")[0], path, row)
 
@@ -798,9 +812,10 @@ READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), "
 
 
 def captions_path(file: Path) -> Path:
-    """Where the new captions of a file or folder lie: 00000.tar -> 00000.captions.jsonl, folder -> folder.captions.jsonl."""
+    """Where the new captions of a file or folder lie: 00000.tar -> 00000.captions.jsonl, set -> set.captions.jsonl."""
     file = Path(file)
-    return file.with_name(file.resolve().name + ".captions.jsonl") if file.is_dir() else file.with_suffix(".captions.jsonl")
+    name = file.resolve().name if file.is_dir() else file.stem
+    return (file.resolve() if file.is_dir() else file).with_name(f"{name}.captions.jsonl")
 
 
 def expand(pattern: str) -> list[str]:
@@ -826,16 +841,21 @@ def find_files(pattern: str) -> list[Path]:
                         ": --data takes 'scenes', .tar shards, .jsonl, .csv or a folder")
     other = [file for file in files if file.suffix not in READERS or file.suffix != files[0].suffix]
     if other:
-        raise UserError(f"--data {other[0]}: it takes 'scenes', .tar shards, .jsonl, .csv or a folder, and several files "
-                        "at once only of one format")
+        raise UserError(f"--data {other[0]}: it takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern "
+                        "stands for files of one format")
     return files
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """What tells whether a file has changed."""
+    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def index_path(file: Path) -> Path:
     """Where the index of a file is kept; another once the file has changed."""
-    file, stat = file.resolve(), file.stat()
-    folder = os.environ.get("MINILIP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minilip")
-    return Path(folder) / f"{hashed(str(file)):016x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{INDEX_VERSION}"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = "-".join(f"{x:x}" for x in (hashed(str(file.resolve())), *stamp(file), INDEX_VERSION))
+    return Path(os.environ.get("MINILIP_CACHE") or Path(cache, "minilip"), name)
 
 
 def load_index(file: Path):
@@ -845,20 +865,21 @@ def load_index(file: Path):
         with open(path, "rb") as kept:
             head = kept.readline()
             n, details, counts, bad.seen = json.loads(head)
-        if path.stat().st_size != len(head) + n * SPAN.itemsize:
-            return None
-        bad.update(details)
-        bad.counts.update(counts)
-        return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
-    except (OSError, ValueError):
+        if path.stat().st_size == len(head) + n * SPAN.itemsize:
+            bad.update(details)
+            bad.counts.update(counts)
+            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
+    except (OSError, ValueError, TypeError):
         return None
 
 
 def make_index(file: Path):
-    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept."""
+    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept or the file goes on
+    changing."""
     if load_index(file):
         return None  # another process was faster
-    columns, bad, known = (array("Q"), array("L"), array("Q")), BadCount(), set()
+    path, columns, bad, known = index_path(file), (array("Q"), array("L"), array("Q")), BadCount(), set()
+    sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
     try:
         for found in READERS[file.suffix if file.is_file() else ""][0](file):
             bad.seen += 1
@@ -868,7 +889,7 @@ def make_index(file: Path):
             start, length, key, identity = found
             if length > LONGEST:
                 bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
-            elif (identity := hashed(identity)) in known:
+            elif (identity := hashed(identity)) in known and not sidecar:
                 bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
             else:
                 known.add(identity)
@@ -879,23 +900,26 @@ def make_index(file: Path):
     spans = np.empty(len(columns[0]), SPAN)
     for name, column in zip(SPAN.names, columns):
         spans[name] = column
-    if file.name.endswith(".captions.jsonl"):
-        spans.sort(order="key")  # its lines are looked up by key
-    if file.is_dir():
-        return spans, bad  # the time of a folder does not tell whether what is below it has changed
-    path = index_path(file)
+    if sidecar:
+        spans.sort(order="key", kind="stable")  # its lines are looked up by key
+    if file.is_file():  # the time of a folder does not tell whether what is below it has changed
+        keep_index(path, json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
+    return None if load_index(file) else (spans, bad)
+
+
+def keep_index(path: Path, content: bytes):
+    """Whole or not at all, in place of older ones of the same file; where it cannot be written, it is not kept."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
             if old != path:
                 old.unlink(missing_ok=True)
-    except OSError:  # a cache that cannot be written costs time and memory, no more
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        return spans, bad
 
 
 def read_indices(files: list[Path]) -> list:
@@ -903,17 +927,14 @@ def read_indices(files: list[Path]) -> list:
     new = [file for file in files if not load_index(file)]
     start = len(new) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     new = new[start:] + new[:start]  # the ranks of a machine begin at different files, and meet what others have done
-    if sum(file.stat().st_size for file in new) < 1 << 24:
-        made = map(make_index, new)
+    progress = functools.partial(tqdm, desc="indexing", total=len(new), unit="file", delay=2, leave=False)
+    if sum(file.stat().st_size for file in new) <= LARGE:
+        made = dict(zip(new, map(make_index, progress(new))))
     else:  # in other processes even if it is one file, so that what scanning takes of memory is given back
         processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        made = ProcessPoolExecutor(min(processes, len(new))).map(make_index, new)
-    made = dict(zip(new, tqdm(made, "indexing", len(new), unit="file", delay=2, leave=False)))
+        with ProcessPoolExecutor(min(processes, len(new))) as pool:
+            made = dict(zip(new, progress(pool.map(make_index, new))))
     return [made.get(file) or load_index(file) for file in files]
-
-
-def stamp(file: Path) -> tuple:
-    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 @functools.lru_cache(maxsize=512)
@@ -923,10 +944,7 @@ def opened(file, _stamp):
 
 def read_span(file: Path, stamp: tuple, start: int, length: int) -> bytes:
     """By pread, which moves no position: so processes forked from this one may share an open file."""
-    try:
-        content = os.pread(opened(file, stamp).fileno(), length, start)
-    except OSError as error:
-        raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
+    content = os.pread(opened(file, stamp).fileno(), length, start)
     if len(content) < length:
         raise BadSample("file cut off", f"{file} at byte {start}")
     return content
@@ -955,6 +973,7 @@ class Records:
         indices = dict(zip(there, read_indices(there)))
         self.sidecars = [path and (path, stamp(path), indices[path][0]) for path in self.sidecars]
         for _, bad in indices.values():
+            bad.seen = 0  # no samples, but what is said of them
             self.bad.merge(bad)
 
     def __len__(self):
@@ -962,6 +981,19 @@ class Records:
 
     def file_of(self, i: int) -> int:
         return int(np.searchsorted(self.first, i, "right")) - 1
+
+    def locate(self, n: int, image: str) -> Path:
+        """The image that a row of file n names: below the root; of a URL the last part counts."""
+        name = urllib.parse.urlsplit(image).path.rpartition("/")[2] if "://" in image else image
+        return (self.root or self.files[n].parent) / name
+
+    def name(self, i: int) -> str:
+        """Of a sample, for a message, whatever is wrong with it."""
+        n = self.file_of(i)
+        try:
+            return f"{self.files[n].name}: {self[i].key}"
+        except BadSample:
+            return f"{self.files[n].name} at byte {self.spans[n][i - self.first[n]]['start']}"
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
@@ -972,18 +1004,26 @@ class Records:
             raise IndexError(i)
         n = self.file_of(i)
         file, (start, length, key) = self.files[n], self.spans[n][i - self.first[n]].tolist()
-        content = self.listing[start:start + length] if self.listing is not None else read_span(
-            file, self.stamps[n], start, length)
-        record = self.parse(content, self, file)
-        if self.sidecars[n]:
-            path, when, spans = self.sidecars[n]
-            place = np.searchsorted(spans["key"], np.uint64(key))
-            if place < len(spans) and spans[place]["key"] == key:
-                start, length, _ = spans[place].tolist()
-                new = parse_json(read_span(path, when, start, length), f"{path.name}, {record.key}").get("captions")
-                old = record.row.get("captions")
-                record.row["captions"] = (old if isinstance(old, dict) else {}) | (new if isinstance(new, dict) else {})
+        try:
+            content = self.listing[start:start + length] if self.listing is not None else read_span(
+                file, self.stamps[n], start, length)
+            record = self.parse(content, self, n)
+            if self.sidecars[n]:
+                captions = record.row.get("captions")
+                record.row["captions"] = (captions if isinstance(captions, dict) else {}) | self._new_captions(n, key)
+        except OSError as error:
+            raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         return record
+
+    def _new_captions(self, n: int, key: int) -> dict:
+        """What the lines of file n's sidecar say of a key, given by its hash; of two that name a field the later."""
+        path, stamp, spans = self.sidecars[n]
+        first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
+        found = {}
+        for start, length, _ in spans[first:last].tolist():
+            captions = parse_json(read_span(path, stamp, start, length), path.name).get("captions")
+            found |= captions if isinstance(captions, dict) else {}
+        return found
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -993,12 +1033,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    mean, std = (255 * torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return images.float().sub_(mean).div_(std)
 
 
-# A dataset: len, key(i), dataset[i] or dataset.__getitem__(i, rng) -> (image uint8 [3,S,S], Captions), with `rng`
-# augmented, or BadSample raised; `bad`, what it left out; `size` S; order(rng, window) -> all its indices, shuffled.
+# A dataset: len; key(i); name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
+# [3,S,S], Captions), or BadSample raised; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
 
 class SceneImages:
     """Embedded scenes. Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
@@ -1011,6 +1051,8 @@ class SceneImages:
 
     def key(self, i):
         return f"scene-{self.scenes.split}-{i}"
+
+    name = key
 
     def __getitem__(self, i, rng=None):
         scene = self.scenes.scene(i)
@@ -1047,6 +1089,9 @@ class Pictures:
 
     def _try_a_few(self, part):
         """A wrong image root or name of a field shows at once: not one of some samples can be used."""
+        if len(self.records) and not len(self):
+            raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
+                            "take more data, or --eval-images 0")
         failed = BadCount()
         for i in np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist():
             try:
@@ -1056,14 +1101,17 @@ class Pictures:
                 failed.add(bad)
         tried = f", none of {failed.total} tried ({failed.report()})" if failed else ""
         left_out = f" (left out: {self.bad.report()})" if self.bad else ""
-        raise UserError(f"--data {self.records.path} has no usable sample for {part}{tried}{left_out}: check --image-root "
-                        "and --caption-fields, or look at it with python data.py --look")
+        raise UserError(f"--data {self.records.path} has no usable sample for {part}{tried}{left_out}: check "
+                        "--image-root and --caption-fields, or look at it with python data.py --look")
 
     def __len__(self):
         return len(self.rows)
 
     def key(self, i):
         return self.records[int(self.rows[i])].key
+
+    def name(self, i):
+        return self.records.name(int(self.rows[i]))
 
     def __getitem__(self, i, rng=None):
         number = int(self.rows[i])
@@ -1113,6 +1161,10 @@ class Sets:
     def key(self, i):
         part, i = self._find(i)
         return part.key(i)
+
+    def name(self, i):
+        part, i = self._find(i)
+        return part.name(i)
 
     def __getitem__(self, i, rng=None):
         part, i = self._find(i)
@@ -1170,8 +1222,8 @@ class Order:
         together = list(zip(parts, first))
         self.streams = [[one] for one in together] if weights else [together]
         self.lengths = [sum(len(part) for part, _ in stream) for stream in self.streams]
-        bounds = np.round(np.cumsum([0, *weights]) / sum(weights) * 1000).astype(int) if weights else np.array([0, 1])
-        self.quotas = np.maximum(1, np.diff(bounds))
+        shares = np.cumsum([0, *weights]) / sum(weights) if weights else np.array([0, 1])
+        self.quotas = np.maximum(1, np.diff(np.round(1000 * shares).astype(int)))  # of a block, for each stream
         self.block, self.known = -1, {}
 
     def __call__(self, position: int) -> tuple[int, int]:
@@ -1216,8 +1268,8 @@ class Steps(torch.utils.data.Sampler):
 
 
 class TrainingTexts(torch.utils.data.Dataset):
-    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None; of a bad sample a black image, empty texts and
-    the BadSample, so that the batch keeps its size and the order does not depend on what is found to be bad.
+    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None; of a bad sample a black image, empty texts
+    and the BadSample, so that the batch keeps its size and the order does not depend on what is found to be bad.
 
     All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
     a restart. `at` [workers, 2], shared by the processes, holds what each worker is reading.
@@ -1241,16 +1293,18 @@ class TrainingTexts(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the longest text of the batch, good [B] (bool), the BadSamples."""
+    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the batch's longest text, good [B] (bool), the BadSamples."""
     images, tokens, bad = zip(*samples)
     tokens, good = torch.stack(tokens), torch.tensor([b is None for b in bad])
     return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), good, [*filter(None, bad)]
 
 
-def leave_signals(_worker):
-    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does not."""
+def begin_worker(_number):
+    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does
+    not. Its garbage collector leaves alone what was there before the fork, or it would copy all that memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()
 
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
@@ -1258,7 +1312,7 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
     order = Order(dataset, settings.seed, settings.shuffle_buffer, settings.data_weights)
     samples, workers = TrainingTexts(dataset, tokenizer, settings), {}
     if settings.workers:
-        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=leave_signals)
+        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=begin_worker)
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=Steps(order, settings.batch, first, last, rank, world), collate_fn=collate,
         pin_memory=torch.cuda.is_available(), **workers)
@@ -1268,26 +1322,101 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
 def watched(loader, samples):
     """The loader's batches; a worker's death becomes one sentence that names the samples at hand."""
     batches = iter(loader)
-    if samples.settings.workers:  # PyTorch's handler would raise anywhere in the main program; without it, waiting finds out
+    if samples.settings.workers:  # else PyTorch raises from a signal handler, anywhere in the main program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker was about to hand over a batch
+        if "DataLoader worker (pid" not in str(error) and (isinstance(error, RuntimeError) or "Caught" in str(error)):
             raise
-        at = [f"{samples.dataset.key(index)} (number {index})" for _, index in samples.at.tolist() if index >= 0]
-        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}), while they were reading "
-                        f"{', '.join(at)}: if it ran out of memory, lower --workers; else look at these samples") from None
+        at = [samples.dataset.name(index) for _, index in samples.at.tolist() if index >= 0]
+        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}) while they were reading "
+                        f"{', '.join(at)}: if memory ran out, lower --workers; else look at these samples") from None
+
+
+# ---- a look at data --------------------------------------------------------------------------------------------------
+
+def look(path, image_root, fields, tokenizer, n, sheet):
+    """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
+    records, bad, shown = Records(path, image_root), BadCount(), []
+    print(f"{path}: {len(records.files)} file{'s' * (len(records.files) > 1)}, {len(records):,} samples"
+          + (f"; left out: {records.bad.report()}" if records.bad else ""))
+    sizes, lengths = [], {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
+    for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
+        try:
+            record = records[i]
+            c, picture = read_captions(record.row, fields, record.key), load_image(record.image, name=record.key)
+        except BadSample as error:
+            bad.add(error)
+            continue
+        sizes.append(picture.size)
+        for found, texts in zip(lengths.values(), ([c.raw], c.short, c.long, [" ".join(c.long)])):
+            found += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+        if len(shown) < 24:
+            picture.thumbnail((256, 256))
+            shown.append((record.key, picture, c))
+    print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
+    if sizes:
+        print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
+    for kind, found in lengths.items():
+        if found:
+            print(f"\n{kind}: {len(found):,}, tokens: mean {np.mean(found):.0f}, median {np.median(found):.0f}, "
+                  f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
+            width = max(found) // 12 + 1
+            counts = np.bincount(np.array(found) // width)
+            for i, count in enumerate(counts):
+                bar = "█" * math.ceil(50 * count / max(counts))
+                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {count}")
+    if sheet and shown:
+        contact_sheet(sheet, shown)
+        print(f"\nwrote {sheet}")
+
+
+def contact_sheet(path, shown):
+    """Draws (key, picture, Captions) triples into a picture file, three in a row."""
+    import textwrap
+    import matplotlib.pyplot as plt
+    rows = math.ceil(len(shown) / 3)
+    figure, axes = plt.subplots(rows, 6, figsize=(19, 2.5 * rows), width_ratios=(1, 1.6) * 3, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for (key, picture, c), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
+        left.imshow(picture)
+        texts = [key[-44:], f"RAW {c.raw}", *(f"SHORT {text}" for text in c.short), "LONG " + " | ".join(c.long)]
+        lines = [line for text in texts for line in textwrap.wrap(text, 46)]
+        text = "\n".join(lines[:12] + ["..."] * (len(lines) > 12))
+        right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def learn_vocabulary(path, size):
+    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
+    captions = [scenes.scene(i).captions for i in range(len(scenes))]
+    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), size)
+    Path(path).parent.mkdir(exist_ok=True)
+    save_tiktoken(path, ranks)
+    print(f"{len(ranks)} tokens in {path}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-bpe", metavar="FILE", required=True, help="learn the scenes' vocabulary and write it in tiktoken's format")
-    parser.add_argument("--vocab", type=int, default=1024)
-    options = parser.parse_args()
-    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
-    captions = [scenes.scene(i).captions for i in range(len(scenes))]
-    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), options.vocab)
-    Path(options.train_bpe).parent.mkdir(exist_ok=True)
-    save_tiktoken(options.train_bpe, ranks)
-    print(f"{len(ranks)} tokens in {options.train_bpe}")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--look", metavar="DATA", help="print counts, bad samples and lengths of captions")
+    task.add_argument("--train-bpe", metavar="FILE", help="learn the scenes' vocabulary, in tiktoken's format")
+    parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
+    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
+    parser.add_argument("--image-root", help="where the image paths in .csv and .jsonl begin")
+    parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
+    parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
+    parser.add_argument("--vocab", type=int, default=1024, help="size of the vocabulary to learn")
+    try:
+        options = parser.parse_args()
+        if options.train_bpe:
+            learn_vocabulary(options.train_bpe, options.vocab)
+        else:
+            look(options.look, options.image_root, read_fields(options.caption_fields),
+                 load_tokenizer(options.tokenizer), options.look_images, options.sheet)
+    except UserError as error:
+        sys.exit(f"error: {error}")

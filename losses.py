@@ -1,8 +1,9 @@
 """The losses of the papers, as pure functions over unit-norm embeddings. All rest on one: similarity_logsumexp.
 
-Symbols: B images, K texts (slots) an image, P patches, H branches, M texts for the branches, D embedding width. `logit_scale` is
-the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its own images and texts: the
-functions gather what the other ranks hold, so that the mean over ranks is the loss of the global batch, with its gradients.
+Symbols: B images, K texts (slots) an image, P patches, H branches, M texts for the branches, D embedding width.
+`logit_scale` is the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its
+own images and texts: the functions gather what the other ranks hold, so that the mean over ranks is the loss of the
+global batch, with its gradients.
 """
 
 import torch
@@ -19,9 +20,9 @@ STORED = 1 << 22  # entries of a similarity matrix that is stored rather than st
 def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
     """Row and column log-sum-exp of L = s · image · textᵀ.
 
-    image [(G,)N,D], text [(G,)M,D] -> (per_image [(G,)N], per_text [(G,)M]); an operand without the group dimension G is shared by
-    all groups. An output that is not asked for is None. A matrix of up to 4 M entries is simply stored; a larger one never is: that is the
-    fused op's work (csrc/fused.py), which `--fused on` uses for all.
+    image [(G,)N,D], text [(G,)M,D] -> (per_image [(G,)N], per_text [(G,)M]); an operand without the group dimension G
+    is shared by all groups. An output that is not asked for is None. A matrix of up to 4 M entries is simply stored; a
+    larger one never is: that is the fused op's work (csrc/fused.py), which `--fused on` uses for all.
     """
     groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
     small = groups * image.shape[-2] * text.shape[-2] <= STORED and fused.mode() != "on"
@@ -62,8 +63,8 @@ def global_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, everywher
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, everywhere: bool = True) -> Tensor:
     """InfoNCE, CLIP's loss (2103.00020, figure 3): mean over i of ½·[CE(s·v_i·tᵀ, i) + CE(s·t_i·vᵀ, i)].
 
-    image [(G,)N,D], text [(G,)N,D] -> scalar. With groups, the mean of G separate losses: negatives stay within their group.
-    `everywhere=False` keeps the negatives within this rank.
+    image [(G,)N,D], text [(G,)N,D] -> scalar. With groups, the mean of G separate losses: negatives stay within their
+    group. `everywhere=False` keeps the negatives within this rank.
     """
     positive = logit_scale * (image * text).sum(-1)
     per_image, per_text = global_logsumexp(image, text, logit_scale, everywhere)
@@ -71,9 +72,11 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, everywher
 
 
 def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
-    """DreamLIP's L_MPCL (2403.17007, section 3.2), LoTLIP's loss over summary tokens (2410.05249), Holistic CLIP's one-to-many.
+    """DreamLIP's L_MPCL (2403.17007, section 3.2), LoTLIP's loss over summary tokens (2410.05249), and Holistic CLIP's
+    one-to-many.
 
-    image [B,D], texts [B,K,D] -> scalar (1/K)·Σ_k InfoNCE(v, t_k): the negatives of slot k are the slot-k texts of the other images.
+    image [B,D], texts [B,K,D] -> scalar (1/K)·Σ_k InfoNCE(v, t_k): the negatives of slot k are the slot-k texts of the
+    other images.
     """
     return contrastive_loss(image, texts.transpose(0, 1), logit_scale)
 
@@ -81,8 +84,8 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
 def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m; texts beyond the branches, or all of them when there are
-    more branches than texts, go to the branch most similar to them, image by image ("free matching").
+    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m; texts beyond the branches, or all of them
+    when there are more branches than texts, go to the branch most similar to them, image by image ("free matching").
     """
     H, M = branches.shape[1], texts.shape[1]
     if H == 1:
@@ -96,10 +99,12 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor) ->
 
 
 def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None, allowed: Tensor | None = None):
-    """Groups the patches of an image by their similarity to each of its texts (SPARC 2401.09865, section 3.2; DreamLIP, section 3.3).
+    """Groups the patches of an image by their similarity to each of its texts (SPARC 2401.09865, section 3.2; DreamLIP,
+    section 3.3).
 
-    patches [B,P,D], texts [B,K,D] -> (grouped [B,K,D] unit-norm, weights [B,K,P] summing to 1). w_p = <t_k, patch_p>, min-max
-    normalised over p, set to 0 under the threshold (None: 1/P), divided by the sum. `allowed` [B,K,P] (bool) rules patches out.
+    patches [B,P,D], texts [B,K,D] -> (grouped [B,K,D] unit-norm, weights [B,K,P] summing to 1). w_p = <t_k, patch_p>,
+    min-max normalised over p, set to 0 under the threshold (None: 1/P), divided by the sum. `allowed` [B,K,P] (bool)
+    rules patches out.
     """
     w = texts @ patches.mT  # [B, K, P]
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
@@ -113,12 +118,13 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
 
 def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
                   mask: Tensor | None = None, negatives: str = "image", allowed: Tensor | None = None) -> Tensor:
-    """Contrasts every text with the patches it grouped: DreamLIP's subcaption-specific grouping loss (2403.17007, section 3.3) when
-    the texts are sub-captions, SPARC's fine-grained loss (2401.09865, equation 5) when they are the tokens of one caption.
+    """Contrasts every text with the patches it grouped: DreamLIP's subcaption-specific grouping loss (2403.17007,
+    section 3.3) when the texts are sub-captions, SPARC's fine-grained loss (2401.09865, equation 5) when they are the
+    tokens of one caption.
 
     patches [B,P,D], texts [B,K,D], mask [B,K] (bool, True: a text; False: padding) -> scalar.
-    negatives: "image" the other texts of the same image (both papers); "batch" all B·K pairs (DreamLIP's released code);
-    "slot" the same slot of the other images (as in multi_positive_loss).
+    negatives: "image" the other texts of the same image (both papers); "batch" all B·K pairs (DreamLIP's released
+    code); "slot" the same slot of the other images (as in multi_positive_loss).
     """
     grouped, _ = group_patches(patches, texts, threshold, allowed)  # [B, K, D]
     if negatives == "slot":
@@ -135,11 +141,12 @@ def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold
     return masked_contrastive_loss(grouped, texts, logit_scale, mask, everywhere)
 
 
-def masked_contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, mask: Tensor, everywhere: bool = False) -> Tensor:
+def masked_contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, mask: Tensor,
+                            everywhere: bool = False) -> Tensor:
     """contrastive_loss over the pairs where mask [G,N] is True; image, text [G,N,D].
 
-    Padding takes no part as a negative either: two more features, [x, 1, b] · [y, b, 1], add b to every logit of a padding row or
-    column, with b·s = -10,000. The loss is the mean over the groups of each group's mean over its pairs.
+    Padding takes no part as a negative either: two more features, [x, 1, b] · [y, b, 1], add b to every logit of a
+    padding row or column, with b·s = -10,000. The loss is the mean over the groups of each group's mean over its pairs.
     """
     positive = logit_scale * (image * text).sum(-1)
     b = torch.where(mask, 0.0, -1e4 / torch.as_tensor(logit_scale).detach())[..., None].to(image.dtype)

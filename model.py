@@ -59,7 +59,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         B, N, W = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if x.device.type == "cpu":  # where PyTorch's attention is several times slower in bfloat16 than in float32
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
 
 
@@ -192,6 +196,8 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 
 class CLIP(nn.Module):
+    bucketed = True  # texts of like length go through the text tower together; else all at once, in a single call
+
     def __init__(self, config: CLIPConfig):
         super().__init__()
         check(config)
@@ -233,6 +239,8 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D] (zeros behind a bucket's longest text) if asked for.
         """
+        if not self.bucketed:
+            return self.encode_text(tokens)
         length, order = (tokens.argmax(-1) + 1).sort()
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
         ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist() + [len(length)]

@@ -1,14 +1,16 @@
 """Train a language-image model with one of five methods, or a mixture of them.
 
-    python train.py --method dreamlip                                        embedded scenes, minutes on a laptop or one GPU
-    python train.py --method lotlip --data pictures/captions.jsonl           your own pictures
-    torchrun --nproc_per_node=8 train.py --method dreamlip --size base-16 --data captions.jsonl
+    python train.py --method dreamlip                                embedded scenes, minutes on a laptop or one GPU
+    python train.py --method lotlip --data pictures/captions.jsonl   your own pictures
+    torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
 
-A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists all.
+A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
+all. A run that ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -18,16 +20,23 @@ import signal
 import sys
 import time
 import typing
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from csrc import fused
 from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
-from losses import grouping_loss, multi_to_multi_loss
+from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CLIP, CLIPConfig, config_from
 
 
@@ -35,7 +44,7 @@ from model import CLIP, CLIPConfig, config_from
 class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
-    size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, small on a GPU
+    size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, else small
     data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
     data_weights: tuple[float, ...] = ()  # share of each path of --data among the samples; left away: by their sizes
     image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
@@ -48,7 +57,7 @@ class Settings(CLIPConfig):
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
-    sampling: str = "random"  # sub-captions: "random" anew each time, "first" K always, "whole" long caption as one text
+    sampling: str = "random"  # sub-captions: "random" anew each time, "first" K always, "whole": all as one text
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
     whole_caption: bool = False  # the whole long caption, as one text, is among them too
     long_texts: int = 0  # J slots for long texts
@@ -56,7 +65,7 @@ class Settings(CLIPConfig):
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
     # the loss
     grouping: str = "none"  # patches grouped by "sub-caption" (DreamLIP), by "token" (SPARC), or "none"
-    negatives: str = "image"  # of the grouping loss: the same "image" (papers), the whole "batch" (DreamLIP's code), the same "slot"
+    negatives: str = "image"  # grouping's: same "image" (papers), whole "batch" (DreamLIP's code), same "slot"
     threshold: float | None = None  # of the grouping weights; default 1/P
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
@@ -70,20 +79,27 @@ class Settings(CLIPConfig):
     beta2: float = 0.98  # AdamW's
     eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
+    max_skipped: int = 10  # steps in a row without a finite gradient, each skipped, that stop the run
     ema: float = 0.0  # decay of an average of the weights that is evaluated instead of them; 0: none
     seed: int = 0  # of the weights, the order and the texts drawn
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     precision: str = "auto"  # fp32 or bf16 (autocast)
-    compile: bool = False  # torch.compile
-    fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (the same in plain PyTorch)
+    compile: bool = False  # torch.compile, block by block
+    fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (plain PyTorch)
+    grad_checkpointing: bool = False  # keep only the inputs of the blocks, compute the rest again backwards
+    fsdp: bool = False  # shard weights, gradients and AdamW over the processes, for sizes that one device does not hold
     workers: int = -1  # data-loading processes; -1: by the machine
+    timeout_minutes: float = 10.0  # a process that waits longer for the others ends the run
     # the run
     out: str = "auto"  # the run's folder; auto: runs/METHOD-SIZE, numbered
     resume: str = "no"  # "auto": the newest unfinished run of this name; or a run's folder
     save_minutes: float = 5.0  # between checkpoints
+    save_steps: int = 0  # between checkpoints, beside those by the clock; 0: by the clock alone
+    keep: int = 2  # checkpoints kept: checkpoint.pt, checkpoint-1.pt the one before, and so on
+    eval_steps: int = 1000  # between held-out losses; the weights of the least are kept as best.pt; 0: none
+    eval_images: int = 1000  # held-out images for these and for the evaluation at the end; 0: neither
     log_every: int = 20  # steps between lines of metrics.jsonl
-    eval_images: int = 1000  # held-out images to evaluate on; 0: no evaluation
 
 
 # Each method's row: the texts an image brings, the parts the model gets, the losses.
@@ -95,50 +111,64 @@ METHODS = {
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
 }
 
-# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes change"): the defaults are the paper's.
+# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
+# change"): the defaults are the paper's.
 SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.3, whole_caption=True)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
-    "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2, text_width=64, text_depth=1, text_heads=2, context=128,
-                 embed=64, images=8_000, batch=32, lr=2e-3, kinds=12),
-    "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4, text_width=128, text_depth=2, text_heads=4, context=128,
-                 embed=128, images=100_000, batch=32, lr=1e-3, kinds=24),
-    "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6, text_width=256, text_depth=4, text_heads=4, context=128,
-                  embed=256, images=3_000_000, batch=256, lr=1e-3, kinds=64),
-    "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
-                    embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12, text_width=512, text_depth=12, text_heads=8, context=77,
-                    embed=512, images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "large-14": dict(image_size=224, patch=14, vision_width=1024, vision_depth=24, vision_heads=16, text_width=768, text_depth=12, text_heads=12, context=77,
-                     embed=768, images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
+    "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2,
+                 text_width=64, text_depth=1, text_heads=2, context=128, embed=64,
+                 images=8_000, batch=32, lr=2e-3, kinds=12),
+    "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
+                 text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
+                 images=100_000, batch=32, lr=1e-3, kinds=24),
+    "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
+                  text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
+                  images=3_000_000, batch=256, lr=1e-3, kinds=64),
+    "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12,
+                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
+                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
+    "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12,
+                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
+                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
+    "large-14": dict(image_size=224, patch=14, vision_width=1024, vision_depth=24, vision_heads=16,
+                     text_width=768, text_depth=12, text_heads=12, context=77, embed=768,
+                     images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
 }
-CHOICES = dict(method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"), grouping=("none", "sub-caption", "token"),
-               negatives=("image", "batch", "slot"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"), stem=("patch", "conv"),
-               text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
+CHOICES = dict(
+    method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
+    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot"), fused=("auto", "on", "off"),
+    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"),
+    stem=("patch", "conv"), text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 def parse_flags(argv=None) -> dict:
     """The flags the user gave, one for every field of Settings; the comment behind a field is its help text."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(CLIPConfig) + inspect.getsource(Settings), re.M))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
+        if field.name == "vocab":  # the tokenizer's
+            continue
         name, help = "--" + field.name.replace("_", "-"), comments.get(field.name, "").replace("%", "%%")
         if hints[field.name] is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
         else:
-            kind = next(t for t in (*typing.get_args(hints[field.name]), hints[field.name]) if t in (int, float, str))
+            types = (*typing.get_args(hints[field.name]), hints[field.name])
             choices = CHOICES.get(field.name)
-            several = "+" if typing.get_origin(hints[field.name]) is tuple else None
-            parser.add_argument(name, type=kind, nargs=several, choices=list(choices) if choices else None, help=help)
+            parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
+                                nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
+                                choices=list(choices) if choices else None, help=help)
     return vars(parser.parse_args(argv))
 
 
 def resolve(flags: dict, world: int = 1) -> Settings:
-    """Defaults < the size's row < the method's row < the flags; what is left on "auto" is chosen from the machine. Raises UserError."""
+    """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
     s = Settings(pool="auto")
     device = flags.get("device", "auto")
     if device == "auto":
@@ -152,11 +182,13 @@ def resolve(flags: dict, world: int = 1) -> Settings:
             setattr(s, name, value)
     s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
-        s.pool = "average" if size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp") else "class"
+        small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
+        s.pool = "average" if small else "class"
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
     if s.precision == "auto":
-        s.precision = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+        s.precision = "bf16" if native.get(device.split(":")[0], bool)() else "fp32"
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
     if s.tokenizer == "auto" and s.data == ("scenes",):
@@ -167,27 +199,34 @@ def resolve(flags: dict, world: int = 1) -> Settings:
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
-    positive = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "shuffle_buffer")
-    for name in positive:
+    for name in ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "keep",
+                 "max_skipped", "shuffle_buffer"):
         if getattr(s, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema",
+                 "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
+        if getattr(s, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} cannot be negative")
+    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 <= s.warmup <= 1 and 0 < s.crop <= 1 and 0 <= s.max_bad <= 1):
+        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop and --max-bad from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
-        raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or --perspectives")
+        raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or "
+                        "--perspectives")
     if s.corner_tokens and set(slots) == {"raw"}:
-        raise UserError("corner tokens are trained on long texts and sub-captions, and there are none: add --long-texts 1 or --sub-captions 3")
+        raise UserError("corner tokens are trained on long texts and sub-captions, and there are none: add "
+                        "--long-texts 1 or --sub-captions 3")
     if s.grouping == "none" and s.contrastive_weight == 0:
         raise UserError("both losses are off: give --grouping or a --contrastive-weight above 0")
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
-        raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add --sub-captions 3 or use --negatives batch")
+        raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
+                        "--sub-captions 3 or use --negatives batch")
     if s.batch % (world * s.accumulate):
-        raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose a multiple of {world * s.accumulate}")
-    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema", "clip_grad", "eval_images", "seed", "eps"):
-        if getattr(s, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    if not 0 <= s.ema < 1 or not 0 <= s.warmup <= 1 or not 0 < s.crop <= 1 or not 0 <= s.max_bad <= 1 or not 0 <= s.beta2 < 1:
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop and --max-bad from 0 to 1")
+        raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose "
+                        f"a multiple of {world * s.accumulate}")
+    if s.fsdp and world == 1:
+        raise UserError("--fsdp shards over several processes, and there is one: start it with torchrun, or leave it")
 
 
 def check_device(device: str):
@@ -199,18 +238,73 @@ def check_device(device: str):
         raise UserError(f"--device {device}: PyTorch sees none here; leave --device away or use cpu")
 
 
+# ---- the processes ---------------------------------------------------------------------------------------------------
+
+def join_group(s: Settings):
+    """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts, which talk of what is no tensor of the
+    model's. A process that dies closes its connections, and so is noticed by the others at the next step."""
+    backend = "gloo"
+    if s.device.startswith("cuda"):
+        s.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(s.device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=s.timeout_minutes))
+
+
+def is_chief() -> bool:
+    """Whether this is the process that writes and prints: the first."""
+    return not distributed() or dist.get_rank() == 0
+
+
+def agree(*values: float) -> list[float]:
+    """The sums of the values over all processes. The hosts alone take part: a GPU is not waited for."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if distributed():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+@contextmanager
+def together():
+    """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
+    mine, errors = None, []
+    try:
+        yield
+    except UserError as error:
+        mine, errors = error, [error]
+    if distributed():
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, mine)
+    first = next((rank for rank, error in enumerate(errors) if error), None)
+    if first is not None:
+        raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
+
+
+@contextmanager
+def signals_caught():
+    """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
+    caught = []
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 # ---- the loss of a step ----------------------------------------------------------------------------------------------
 
 def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
     """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
 
-    `good` [B] (bool): the embeddings of bad samples become 0. So they have no gradient, and are a negative at right angles.
+    `good` [B] (bool; None: all are): the embeddings of bad samples become 0. So they have no gradient, and are a
+    negative at right angles.
     """
-    if good is not None and not good.all():
+    if good is not None:
         out = dict(out)
         for name in ("branches", "patches", "summaries", "token_embeddings"):
             if out.get(name) is not None:
-                which = good.repeat_interleave(len(out[name]) // len(good)) if name == "token_embeddings" else good
+                which = good.repeat_interleave(len(out[name]) // len(good))  # token_embeddings has the texts in a row
                 out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
     slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
     texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
@@ -224,55 +318,105 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tup
         else:
             tokens = out["token_embeddings"]  # [B·T, L, D]; the two end tokens and the padding are no words
             place, end = torch.arange(tokens.shape[1], device=tokens.device), out["ends"][:, None]
+            words = (place > 0) & (place < end)  # [B·T, L]
             patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
-            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, (place > 0) & (place < end), s.negatives)
+            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives)
         loss = loss + s.grouping_weight * parts["grouping"]
-    return loss, parts
+    # An infinite loss becomes NaN, and with it every gradient on every process: so they all skip this step alike.
+    return loss * (1 + 0 * loss.detach()), parts
 
 
-def backward(model, images, tokens, s: Settings, autocast, good=None):
+def embed(network, images, tokens, s: Settings) -> dict:
+    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
+        return network(normalize(images), tokens, s.grouping == "token")
+
+
+def backward(network, images, tokens, s: Settings, good=None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts.
 
-    In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings' gradients, embed
-    part by part again and send those gradients through. The result is the big batch's gradient; memory is one part's.
+    In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
+    gradients, embed part by part again and send those gradients through. The result is the big batch's gradient;
+    memory is one part's.
     """
-    with_tokens = s.grouping == "token"
-
-    def embed(images, tokens):
-        with autocast():
-            return model(normalize(images), tokens, with_tokens)
-
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(images, tokens), s, good)
+        loss, parts = method_loss(embed(network, images, tokens, s), s, good)
         loss.backward()
     else:
         chunks = list(zip(images.chunk(s.accumulate), tokens.chunk(s.accumulate)))
         with torch.no_grad():
-            embedded = [embed(*chunk) for chunk in chunks]
-        names = [name for name, value in embedded[0].items() if value is not None and name not in ("logit_scale", "ends")]
+            embedded = [embed(network, *chunk, s) for chunk in chunks]
+        names = [k for k, value in embedded[0].items() if value is not None and k not in ("logit_scale", "ends")]
         leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
         leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
         loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good)
         loss.backward()
-        grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if name != "logit_scale" and leaf.grad is not None}
+        scale = leaves.pop("logit_scale").grad
+        grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if leaf.grad is not None}
         for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1
-            with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
-                out = embed(*chunk)
-                surrogate = sum((out[name] * grad[i]).sum() for name, grad in grads.items()) + out["logit_scale"] * leaves["logit_scale"].grad * last
-                surrogate.backward()
+            last = i == len(chunks) - 1  # DDP sums over the processes once; FSDP keeps its shard's sum of every part
+            with nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
+                out = embed(network, *chunk, s)
+                surrogate = sum((out[name] * grad[i]).sum() for name, grad in grads.items())
+                (surrogate + out["logit_scale"] * scale * last).backward()
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
 
-# ---- optimisation ----------------------------------------------------------------------------------------------------
+# ---- the state, and how a step changes it ----------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class State:
+    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a step draws
+    nothing, and a sample is drawn from (seed, epoch, index)."""
+
+    model: CLIP
+    optimizer: torch.optim.AdamW
+    average: list[torch.Tensor] | None  # of the parameters, in their order
+    skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
+    step: int = 0  # steps done; times the batch, the place in the data
+    best: float = math.inf  # least held-out loss
+
+
+def build(s: Settings) -> CLIP:
+    """The model with the weights a run begins with. Raises UserError."""
+    torch.manual_seed(s.seed)
+    try:
+        return CLIP(config_from(s))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
+    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+    blocks = [*model.visual.blocks, *model.text.blocks]
+    for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
+        if s.compile:
+            block.forward = torch.compile(block.forward)
+        if s.grad_checkpointing:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if s.fsdp:
+        model.bucketed = False  # all processes must call the text tower equally often
+        model.logit_scale.data = model.logit_scale.data.to(s.device)  # FSDP shards no scalars: each process holds it
+        mesh = init_device_mesh(s.device.split(":")[0], (dist.get_world_size(),))
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params={model.logit_scale})
+        network = model
+    else:
+        network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
+        if distributed():
+            network = DistributedDataParallel(model, [s.device] if s.device.startswith("cuda") else None)
+    average = [p.detach().clone() for p in model.parameters()] if s.ema else None
+    return State(model, make_optimizer(model, s), average, torch.zeros(2, device=s.device)), network
+
 
 def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
-    """AdamW; no decay on gains, biases, embeddings and logit_scale."""
+    """AdamW; no decay on gains, biases, embeddings and logit_scale (which is apart because FSDP does not shard it)."""
     decay, free = [], []
     for name, p in model.named_parameters():
-        (free if p.ndim < 2 or "embedding" in name and "patch" not in name else decay).append(p)
-    groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=free, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=s.device != "mps")
+        if name != "logit_scale":
+            (free if p.ndim < 2 or "embedding" in name and "patch" not in name else decay).append(p)
+    groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=free, weight_decay=0.0),
+              dict(params=[model.logit_scale], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -283,191 +427,398 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-# ---- the run's folder ------------------------------------------------------------------------------------------------
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that FSDP shards; any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gradient_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Of all gradients together; of those that FSDP shards, over all processes."""
+    norm = torch.nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)])
+    shards = [local(g) for g in grads if isinstance(g, DTensor)]
+    if shards:
+        squares = torch.nn.utils.get_total_norm(shards) ** 2
+        dist.all_reduce(squares)
+        norm = (norm ** 2 + squares).sqrt()
+    return norm
+
+
+@torch.no_grad()
+def update(state: State, lr: float, s: Settings) -> torch.Tensor:
+    """Clips the gradients, steps AdamW and moves the average -> the gradients' norm.
+
+    Where that norm, the same on all processes, is NaN or infinite, weights and moments stay as they are: the fused
+    AdamW sees to it on the device by `found_inf` (as for a GradScaler), so the host need not wait for the norm.
+    """
+    parameters, scale = list(state.model.parameters()), state.model.logit_scale
+    if s.fsdp:
+        dist.all_reduce(scale.grad)
+        scale.grad /= dist.get_world_size()
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = gradient_norm(grads)
+    if s.clip_grad:
+        torch._foreach_mul_([local(g) for g in grads], (s.clip_grad / (norm + 1e-6)).clamp(max=1))
+    broken = (~norm.isfinite()).float()
+    state.optimizer.grad_scale, state.optimizer.found_inf = None, broken
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    scale.clamp_(max=math.log(100))
+    if state.average:
+        torch._foreach_lerp_([local(a) for a in state.average], [local(p) for p in parameters], 1 - s.ema)
+    state.skipped += broken
+    state.skipped[1] *= broken
+    state.step += 1
+    return norm
+
+
+def to_device(batch, s: Settings):
+    """A loader's batch -> images, tokens and good on the device; good is None where all samples are good."""
+    images, tokens, good, _ = batch
+    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
+        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
+    images, tokens = images.to(s.device, non_blocking=True), tokens.to(s.device, non_blocking=True)
+    return images, tokens, None if good.all() else good.to(s.device, non_blocking=True)
+
+
+def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
+    values = torch.stack([loss, *parts.values()])
+    if distributed():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    skipped, in_a_row = state.skipped.int().tolist()
+    return dict(zip(("loss", *parts), values.tolist()), grad_norm=norm.item(), skipped=skipped,
+                skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item())
+
+
+@torch.no_grad()
+def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> float:
+    """The mean of the method's loss over always the same held-out images, by the averaged weights if there are any."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    n = max(world, min(len(dataset), s.eval_images))  # fewer images than processes: some are seen twice
+    s = dataclasses.replace(s, batch=min(s.batch, n // world * world))
+    swap_average(state)
+    total = torch.zeros((), device=s.device)
+    for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
+        images, tokens, good = to_device(batch, s)
+        total += method_loss(embed(network, images, tokens, s), s, good)[0]
+    swap_average(state)
+    return agree(total.item())[0] / world / (n // s.batch)
+
+
+def swap_average(state: State):
+    for p, a in zip(state.model.parameters(), state.average or []):
+        p, a = local(p), local(a)
+        kept = p.clone()
+        p.copy_(a)
+        a.copy_(kept)
+
+
+# ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
 def run_folder(s: Settings) -> Path:
-    base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
-    taken = [p for p in base.parent.glob(base.name + "*") if re.fullmatch(re.escape(base.name) + r"(-\d+)?", p.name)]
+    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
+    Raises UserError."""
     if s.resume not in ("no", "auto"):
-        if not (Path(s.resume) / "checkpoint.pt").is_file():
+        if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
-    if s.resume == "auto":
-        started = [p for p in taken if (p / "checkpoint.pt").is_file() and not (p / "finished").exists()]
-        if started:
-            return max(started, key=lambda p: (p / "checkpoint.pt").stat().st_mtime)
-    if not taken:
+    base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
+    numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
+    taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after one of the group had died
+    started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
+    if started and (again or s.resume == "auto"):
+        return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
+    if s.out != "auto":
+        if s.resume == "no" and checkpoints(base):
+            raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
         return base
-    if s.out != "auto" and s.resume == "no" and (base / "checkpoint.pt").exists():
-        raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
     numbers = [int(p.name[len(base.name) + 1:] or 1) for p in taken]
-    return base.with_name(f"{base.name}-{max(numbers) + 1}") if s.out == "auto" else base
+    return base.with_name(f"{base.name}-{max(numbers) + 1}") if taken else base
 
 
-def save(path: Path, content: dict):
-    """torch.save that leaves either the old file or the whole new one, whatever happens in between."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint.pt, the newest, checkpoint-1.pt, the one before, and so on, as far as they exist."""
+    return sorted(folder.glob("checkpoint*.pt"), key=lambda path: int("0" + "".join(filter(str.isdigit, path.stem))))
+
+
+def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
+    """torch.save that leaves either the old file or the whole new one, whatever happens in between, even to the power;
+    the `keep` - 1 files before it are kept under numbers. Where the disk fails: says so in a line and returns False."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep))]
+        for newer, older in reversed(list(zip(names, names[1:]))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # a rename lasts once its folder is on the disk
+        os.fsync(folder)
+        os.close(folder)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        with suppress(OSError):
+            temporary.unlink()
+        print(f"{path} could not be written ({cause}); older ones are as they were, and it is tried again", flush=True)
+        return False
 
 
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint written by this script. Raises UserError if it is missing, cut off or something else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"], content["model"]
         return content
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: name a run's folder or its checkpoint.pt") from None
     except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): take another one") from None
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): take another "
+                        "one") from None
 
 
-SAME_ON_RESUME = [f.name for f in dataclasses.fields(Settings) if f.name not in (
-    "size", "device", "precision", "compile", "fused", "workers", "out", "resume", "save_minutes", "log_every", "eval_images", "accumulate")]
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in the folder that is whole; None if there is none. Raises UserError if all are damaged."""
+    found = checkpoints(folder)
+    for i, path in enumerate(found):
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            if path == found[-1]:
+                raise
+            print(f"{error}; the checkpoint before it is used", flush=True)
+        else:
+            for damaged in found[:i]:  # out of the way, or it would outlive a whole one
+                damaged.replace(folder / "damaged.pt")
+            return path
+    return None
+
+
+def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
+    """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
+    content = dict(model=whole(state.model.state_dict()), average=whole(state.average), step=state.step,
+                   settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
+    if not best:
+        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best)
+    path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", s.keep)
+    return agree(is_chief() and write_whole(path, content, keep))[0] > 0
+
+
+def whole(x):
+    """A nested state with what FSDP shards put together, on the CPU of the first process, which is the one to save."""
+    if isinstance(x, DTensor):
+        full = x.full_tensor()
+        return full.cpu() if is_chief() else None
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
+
+
+@torch.no_grad()
+def restore(state: State, content: dict):
+    """Makes the state that of a checkpoint's contents."""
+    def like(p, x):  # sharded as p is, or of p's strides: the fused AdamW goes by places in memory
+        if isinstance(p, DTensor):
+            return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+        return torch.empty_like(p).copy_(x)
+
+    state.model.load_state_dict({k: like(p, content["model"][k]) for k, p in state.model.state_dict().items()})
+    ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
+    moments = {i: {k: x if k == "step" else like(ordered[i], x) for k, x in of_one.items()}
+               for i, of_one in content["optimizer"]["state"].items()}
+    state.optimizer.load_state_dict({**content["optimizer"], "state": moments})
+    if state.average:
+        state.average = [like(p, a) for p, a in zip(state.model.parameters(), content["average"], strict=True)]
+    state.skipped.copy_(content["skipped"])
+    state.step, state.best = content["step"], content["best"]
+
+
+MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
+    "size", "device", "precision", "compile", "fused", "grad_checkpointing", "fsdp", "workers", "accumulate",
+    "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "keep", "eval_steps",
+    "eval_images", "log_every")
+
+
+def compare_settings(s: Settings, before: dict, folder: Path):
+    """Raises UserError if the settings are not those that the run was started with."""
+    different = [f"{f.name} ({before.get(f.name)} there, {getattr(s, f.name)} here)" for f in dataclasses.fields(s)
+                 if f.name not in MAY_CHANGE and before.get(f.name) != getattr(s, f.name)]
+    if different:
+        raise UserError(f"{folder} was started with other settings: {', '.join(different)}; give the same flags, or "
+                        "start anew without --resume")
+
+
+def open_folder(folder: Path, s: Settings, step: int):
+    """Leaves in the folder what belongs to a run that has done `step` steps; later ones will be written again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
+    for left_over in folder.glob("*.tmp"):
+        left_over.unlink()
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def append(path: Path, row: dict):
+    """Adds a line of JSON. Where the disk fails: says so, and the file stays as it was."""
+    rounded = {k: v if isinstance(v, int) else float(f"{v:.6g}") if math.isfinite(v) else None for k, v in row.items()}
+    size = path.stat().st_size
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        os.truncate(path, size)
+        print(f"{path} could not be written ({error}): step {row['step']} is not in it", flush=True)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+def open_data(s: Settings, flags: dict):
+    """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
+    tokenizer = load_tokenizer(s.tokenizer)
+    s.vocab = tokenizer.vocab_size
+    options, scenes = (s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields), s.data == ("scenes",)
+    dataset = open_dataset(s.data, "train", s.images, *options)
+    if dataset.bad and is_chief():
+        print(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
+    dataset.bad.check(s.max_bad)
+    # opened here, so that a set without held-out images ends the run before the training
+    held_out = open_dataset(s.data, "validation", s.eval_images, *options) if s.eval_images else None
+    if not scenes and "images" not in flags:
+        s.images = min(s.images, 30 * len(dataset))
+    if not scenes and len(dataset) < s.batch:
+        raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
+                        "choose a smaller --batch")
+    return tokenizer, dataset, held_out
+
+
+def of_all_processes(bad: BadCount) -> BadCount:
+    parts = [bad]
+    if distributed():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, bad)
+    total = BadCount()
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def until_error(batches):
+    """The batches; a UserError that ends them comes as the last, for all processes to hear of."""
+    try:
+        yield from batches
+    except UserError as error:
+        yield error
+
 
 def train(flags: dict) -> Path:
     """Trains as the flags say and returns the run's folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
-        if s.device.startswith("cuda"):
-            s.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(s.device)
-        dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
-    chief, say = rank == 0, print if rank == 0 else lambda *_: None
-    folder = [run_folder(s) if chief else None]
-    if world > 1:
-        dist.broadcast_object_list(folder)
-    folder = folder[0]
-
+        join_group(s)
+    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
-    torch.manual_seed(s.seed)
-    tokenizer = load_tokenizer(s.tokenizer)
-    s.vocab = tokenizer.vocab_size
-    dataset = open_dataset(s.data, "train", s.images, s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields)
-    if dataset.bad:
-        say(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
-    dataset.bad.check(s.max_bad)
-    if s.eval_images:  # no held-out picture is found out now, not after the training
-        open_dataset(s.data, "test", s.eval_images, s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields)
-    if s.data != ("scenes",) and "images" not in flags:
-        s.images = min(s.images, 30 * len(dataset))
-    if len(dataset) < s.batch and s.data != ("scenes",):
-        raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: choose a smaller --batch")
-    try:
-        model = CLIP(config_from(s)).to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    steps = max(1, s.images // s.batch)
-    optimizer = make_optimizer(model, s)
-    average = [p.detach().clone() for p in model.parameters()] if s.ema else None
-
-    first = 0
-    if s.resume != "no" and (folder / "checkpoint.pt").is_file():
-        checkpoint = load_checkpoint(folder / "checkpoint.pt")
-        different = [f"{n} ({checkpoint['settings'].get(n)} there, {getattr(s, n)} here)" for n in SAME_ON_RESUME if checkpoint["settings"].get(n) != getattr(s, n)]
-        if different:
-            raise UserError(f"{folder} was started with other settings: {', '.join(different)}; give the same flags, or start anew without --resume")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["step"]
-        if average:
-            average = [a.to(s.device) for a in checkpoint["average"]]
-        if chief and (folder / "metrics.jsonl").exists():  # what came after the checkpoint will be done, and written, again
-            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (folder / "metrics.jsonl").write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
-        say(f"resuming {folder} at step {first} of {steps}")
-
-    network = model
-    if s.compile:
-        network = torch.compile(network)
+    with together():
+        tokenizer, dataset, held_out = open_data(s, flags)
+        model = build(s)
+        place = [(folder := run_folder(s), newest_whole(folder))] if chief else [None]
     if world > 1:
-        network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[s.device] if s.device.startswith("cuda") else None)
-    device_type = s.device.split(":")[0]
-    autocast = (lambda: torch.autocast(device_type, torch.bfloat16)) if s.precision == "bf16" else nullcontext
+        dist.broadcast_object_list(place)
+    folder, newest = place[0]
+    steps = max(1, s.images // s.batch)
+    state, network = prepare(model, s)
+    if newest:
+        with together():
+            content = load_checkpoint(newest)
+            compare_settings(s, content["settings"], folder)
+        restore(state, content)
+        say(f"resuming {newest} at step {state.step} of {steps}")
     if chief:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
-    changed = {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
-    say(f"{s.method} on {' '.join(s.data)}: {len(dataset)} images, {steps} steps of {s.batch}; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-        f"{s.device}, {s.precision}, {world} process{'es' * (world > 1)}, {s.workers} workers; run folder {folder}")
-    say("  " + ", ".join(f"{k}={v}" for k, v in changed.items()))
+        open_folder(folder, s, state.step)
+    say(f"{s.method} on {' '.join(s.data)}: {len(dataset)} images, {steps} steps of {s.batch}; "
+        f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f} M parameters, {s.device}, {s.precision}, "
+        f"{world} process{'es' * (world > 1)}, {s.workers} workers; run folder {folder}")
+    say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)
+                         if getattr(s, f.name) != f.default))
 
-    def snapshot(step):
-        return dict(model=model.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step, settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
-
-    stop = []  # the signal that asked us to stop, if one did
-    handlers = {sig: signal.signal(sig, lambda number, _: stop.append(number)) for sig in (signal.SIGTERM, signal.SIGINT)}
-    loader = training_loader(dataset, tokenizer, s, first, steps, rank, world)
-    metrics = open(folder / "metrics.jsonl", "a") if chief else None
-    bad, saved, mark = BadCount(), time.monotonic(), (first, time.monotonic())
-    with tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1, dynamic_ncols=True) as bar:
-        for step, batch in enumerate(loader, first):
-            images, tokens, good, found_bad = batch
-            if world > 1 and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length on all ranks
-                tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-            images, tokens, good = (x.to(s.device, non_blocking=True) for x in (images, tokens, good))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, s)
-            loss, parts = backward(network, images, tokens, s, autocast, good)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(100))
-                if average:
-                    torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - s.ema)
-            bad.seen += len(good)
-            for b in found_bad:
-                bad.add(b)
-            bad.check(s.max_bad)
-            done = step + 1
-            if done % s.log_every == 0 or done == steps:
-                values = torch.stack([loss, *parts.values()])
-                if world > 1:
-                    dist.all_reduce(values)
-                loss, *values = (values / world).tolist()
-                if not math.isfinite(loss):
-                    raise UserError(f"the loss is {loss} at step {done}: try a lower --lr, more --warmup, or --precision fp32; the last good weights are in {folder}")
-                if chief:
-                    now = time.monotonic()
-                    rate = (done - mark[0]) * s.batch / (now - mark[1])
-                    mark = (done, now)
-                    row = dict(step=done, images=done * s.batch, loss=loss, **dict(zip(parts, values)), lr=learning_rate(step, steps, s), grad_norm=norm.item(),
-                               logit_scale=model.logit_scale.exp().item(), images_per_s=rate)
-                    metrics.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
-                    metrics.flush()
-                    bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in zip(parts, values)) + f", {rate:.0f} images/s")
-            bar.update()
-            stopping = bool(stop)
-            if world > 1 and done % s.log_every == 0:  # all ranks leave at the same step
-                flag = torch.tensor(float(stopping), device=s.device)
-                dist.all_reduce(flag)
-                stopping = flag.item() > 0
-            elif world > 1:
-                stopping = False
-            if chief and (stopping or done == steps or time.monotonic() - saved > 60 * s.save_minutes):
-                save(folder / "checkpoint.pt", snapshot(done))
+    first, bad = state.step, BadCount()
+    loader = until_error(training_loader(dataset, tokenizer, s, first, steps, rank, world))
+    saved, mark = time.monotonic(), (first, time.monotonic())
+    with signals_caught() as caught, tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1,
+                                          dynamic_ncols=True) as bar:
+        for batch in loader:
+            failed = isinstance(batch, UserError)
+            if not failed:
+                bad.seen += len(batch[0])
+                for sample in batch[3]:
+                    bad.add(sample)
+            late = chief and time.monotonic() - saved > 60 * s.save_minutes
+            stop, late, failed, n_bad, n_seen = agree(bool(caught), late, failed, bad.total, bad.seen)
+            due = late or s.save_steps and state.step % s.save_steps == 0
+            if stop or due and state.step > first:
+                save(folder, state, s)
                 saved = time.monotonic()
-            if stopping and done < steps:
-                say(f"stopped at step {done} of {steps}; go on with: --resume {folder}")
+            if stop:
+                say(f"stopped at step {state.step} of {steps}; go on with: --resume {folder}")
                 raise SystemExit(130)
-    for sig, handler in handlers.items():
-        signal.signal(sig, handler)
+            if failed or bad.over(s.max_bad, n_bad, n_seen):
+                bad = of_all_processes(bad)
+                with together():
+                    if isinstance(batch, UserError):
+                        raise batch
+                    bad.check(s.max_bad)
+
+            images, tokens, good = to_device(batch, s)
+            loss, parts = backward(network, images, tokens, s, good)
+            lr = learning_rate(state.step, steps, s)
+            norm = update(state, lr, s)
+
+            last = state.step == steps
+            evaluating = held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+            if evaluating or last or state.step % s.log_every == 0:
+                rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
+                row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
+                           bad=int(n_bad), images_per_s=rate)
+                if evaluating:
+                    row["held_out_loss"] = held_out_loss(network, state, held_out, tokenizer, s)
+                    if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
+                        state.best = row["held_out_loss"]
+                mark = (state.step, time.monotonic())
+                if chief:
+                    append(folder / "metrics.jsonl", row)
+                    bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in parts) + f", {rate:.0f} images/s")
+                if row["skipped_in_a_row"] >= s.max_skipped:
+                    save(folder, state, s)
+                    with together():
+                        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, were skipped, "
+                                        "for their loss or gradient was NaN or infinite: try a lower --lr, more "
+                                        f"--warmup, or --precision fp32; the last good weights are in {folder}")
+            bar.update()
+
+    if state.step > first and not save(folder, state, s):
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
+    if state.skipped[0]:
+        say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
+    bad = of_all_processes(bad)
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
     if chief:
-        metrics.close()
         (folder / "finished").touch()
         if s.eval_images:
             from evaluate import evaluate_run
@@ -475,8 +826,17 @@ def train(flags: dict) -> Path:
     return folder
 
 
-if __name__ == "__main__":
+def main():
     try:
         train(parse_flags())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
+        sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except RuntimeError as error:
+        if not distributed() or not re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I):
+            raise
+        sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
+                 "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+
+
+if __name__ == "__main__":
+    main()

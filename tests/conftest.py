@@ -20,8 +20,11 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU, and is skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes minutes, and runs only with -m slow")
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
+    if item.get_closest_marker("slow") and "slow" not in (item.config.getoption("-m") or ""):
+        pytest.skip("slow: run it with -m slow")

@@ -1,5 +1,7 @@
-"""Scenes show what their captions say, every method draws its own texts, and the order of samples depends on nothing but the seed."""
+"""Scenes show what their captions say, every method draws its own texts, captions are read from files, bad samples keep
+their slot, and the order of samples depends on nothing but the seed."""
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -45,7 +47,8 @@ def test_splits_and_indices_share_no_scene():
 def test_a_scene_has_two_to_six_objects_of_different_kinds_and_exactly_one_is_large_and_first():
     assert {len(s.objects) for s in SCENES} == {2, 3, 4, 5, 6}
     for s in SCENES:
-        assert len({o.kind for o in s.objects}) == len(s.objects) and [o.size for o in s.objects].count("large") == 1 and s.objects[0].size == "large"
+        assert len({o.kind for o in s.objects}) == len(s.objects)
+        assert [o.size for o in s.objects].count("large") == 1 and s.objects[0].size == "large"
         assert max(s.objects, key=lambda o: o.side) is s.objects[0]
 
 
@@ -57,7 +60,8 @@ def test_a_long_caption_has_six_to_twelve_different_sentences_and_names_every_ob
 
 
 def test_sentences_are_shuffled_and_every_field_has_a_caption():
-    assert len({s.about.index(0) for s in SCENES}) > 5 and all(set(s.captions) >= {*PERSPECTIVES, "short", "long"} for s in SCENES)
+    assert len({s.about.index(0) for s in SCENES}) > 5
+    assert all(set(s.captions) >= {*PERSPECTIVES, "short", "long"} for s in SCENES)
 
 
 def test_held_out_pairs_are_a_tenth_and_are_met_in_testing_but_never_in_training():
@@ -84,7 +88,8 @@ def test_every_pictograph_is_in_dejavu_sans_and_no_two_are_alike():
         ink = glyph(kind, 24)
         assert max(ink.shape) == 24 and 0 <= ink.min() and ink.max() > 0.9
         drawn.append(np.pad(ink, [((24 - n) // 2, (25 - n) // 2) for n in ink.shape]))
-    differences = [(np.abs(a - b).mean() / max(a.mean(), b.mean()), NAMES[i], NAMES[j]) for (i, a), (j, b) in itertools.combinations(enumerate(drawn), 2)]
+    differences = [(np.abs(a - b).mean() / max(a.mean(), b.mean()), NAMES[i], NAMES[j])
+                   for (i, a), (j, b) in itertools.combinations(enumerate(drawn), 2)]
     assert min(differences)[0] > 0.1, min(differences)
 
 
@@ -92,9 +97,11 @@ def test_the_mask_covers_the_pixels_of_each_objects_colour_and_nothing_else():
     scenes, seen = Scenes("test", size=128, kinds=len(KINDS)), Counter()
     for scene in TEST[:60]:
         image, mask = scenes.draw(dataclasses.replace(scene, style="clean"))
-        assert image.shape == (128, 128, 3) and image.dtype == mask.dtype == np.uint8 and set(np.unique(mask)) == set(range(len(scene.objects) + 1))
+        assert image.shape == (128, 128, 3) and image.dtype == mask.dtype == np.uint8
+        assert set(np.unique(mask)) == set(range(len(scene.objects) + 1))
         grounds = np.array([BACKGROUNDS[g] for g in scene.ground], float)
-        outside = ((image < grounds.min(0) - 2) | (image > grounds.max(0) + 2)).any(-1)  # no background, nor a blend of its colours
+        # no background, nor a blend of its colours
+        outside = ((image < grounds.min(0) - 2) | (image > grounds.max(0) + 2)).any(-1)
         for k, o in enumerate(scene.objects, 1):
             colour, pixels = np.array(COLOURS[o.colour_name], float), image[mask == k].astype(float)
             to_colour, to_ground = np.abs(pixels - colour).max(-1), np.abs(pixels[:, None] - grounds).max(-1).min(-1)
@@ -114,16 +121,19 @@ def test_the_mask_covers_the_pixels_of_each_objects_colour_and_nothing_else():
 def test_styles_darken_fade_or_roughen_the_picture_and_leave_the_mask():
     scenes = Scenes("test", size=64, kinds=len(KINDS))
     for scene in TEST[:20]:
-        images, masks = zip(*(scenes.draw(dataclasses.replace(scene, style=style)) for style in ("clean", "dim", "faded", "grainy")))
+        images, masks = zip(*(scenes.draw(dataclasses.replace(scene, style=style))
+                              for style in ("clean", "dim", "faded", "grainy")))
         clean, dim, faded, grainy = (image.astype(float) for image in images)
         assert all(np.array_equal(mask, masks[0]) for mask in masks)
-        assert (dim <= clean).all() and dim.mean() < clean.mean() - 30 and (faded >= clean).all() and faded.std() < 0.9 * clean.std()
+        assert (dim <= clean).all() and dim.mean() < clean.mean() - 30
+        assert (faded >= clean).all() and faded.std() < 0.9 * clean.std()
         assert abs(grainy - clean).mean() > 3 and abs((grainy - clean).mean()) < 8
 
 
 # ---- captions against the facts --------------------------------------------------------------------------------------
 
-THING = re.compile(rf"(?:\b({'|'.join(COLOURS)}) )?\b({'|'.join(sorted(map(re.escape, NAMES), key=len, reverse=True))})\b", re.I)
+LONGEST_FIRST = "|".join(sorted(map(re.escape, NAMES), key=len, reverse=True))
+THING = re.compile(rf"(?:\b({'|'.join(COLOURS)}) )?\b({LONGEST_FIRST})\b", re.I)
 TRUE_FIELDS = ("short", "details", "main_object", "few_words")
 
 
@@ -145,7 +155,8 @@ def test_whatever_a_caption_other_than_the_raw_one_names_is_in_the_scene_in_that
     for s in SCENES:
         for text in [*s.captions["long"], *(s.captions[f] for f in TRUE_FIELDS)]:
             assert all(holds(s, thing) for thing in things(text)), text
-        assert len(things(s.captions["short"])) == 2 and sorted(n for _, n in things(s.captions["few_words"])) == sorted(o.name for o in s.objects)
+        assert len(things(s.captions["short"])) == 2
+        assert sorted(n for _, n in things(s.captions["few_words"])) == sorted(o.name for o in s.objects)
         assert things(s.captions["main_object"]) == [(s.objects[0].colour_name, s.objects[0].name)]
         assert not things(s.captions["background"]) and not things(s.captions["style"])
 
@@ -158,7 +169,8 @@ def test_a_sentence_about_one_object_names_that_object_and_no_other():
 
 
 def test_sizes_and_places_in_sentences_are_true():
-    sizes = {"small": "small", "little": "small", "tiny": "small", "medium-sized": "medium", "large": "large", "big": "large", "huge": "large"}
+    sizes = {"small": "small", "little": "small", "tiny": "small", "medium-sized": "medium",
+             "large": "large", "big": "large", "huge": "large"}
     checked = Counter()
     for s in SCENES:
         for text, about in zip(s.captions["long"], s.about):
@@ -170,7 +182,8 @@ def test_sizes_and_places_in_sentences_are_true():
                 assert sizes[word] == o.size
                 checked["size"] += 1
             x, y = o.x, o.y  # thirds of the picture
-            for words, true in (("left|on the left", x < 1 / 3), ("right", x >= 2 / 3), ("top|upper", y < 1 / 3), ("bottom|lower", y >= 2 / 3),
+            for words, true in (("left|on the left", x < 1 / 3), ("right", x >= 2 / 3),
+                                ("top|upper", y < 1 / 3), ("bottom|lower", y >= 2 / 3),
                                 ("centre|middle", 1 / 3 <= x < 2 / 3 and 1 / 3 <= y < 2 / 3)):
                 if re.search(rf"\b({words})\b", text, re.I):
                     assert true, (text, o)
@@ -179,7 +192,8 @@ def test_sizes_and_places_in_sentences_are_true():
 
 
 def test_relations_are_true():
-    relations = {"left of": lambda a, b: a.x < b.x, "right of": lambda a, b: a.x > b.x, "above": lambda a, b: a.y < b.y, "higher than": lambda a, b: a.y < b.y,
+    relations = {"left of": lambda a, b: a.x < b.x, "right of": lambda a, b: a.x > b.x,
+                 "above": lambda a, b: a.y < b.y, "higher than": lambda a, b: a.y < b.y,
                  "below": lambda a, b: a.y > b.y, "lower than": lambda a, b: a.y > b.y}
     checked = Counter()
     for s in SCENES:
@@ -196,24 +210,29 @@ def test_relations_are_true():
 
 
 def test_counts_background_and_style_are_true():
-    words = {"clean": "clean and bright|clear and even|crisp and fresh", "grainy": "grainy|noise|noisy", "dim": "dim|dark|gloomy", "faded": "faded|pale|haze"}
-    patterns = {"plain": "plain|wall", "graded": "fades|turns slowly|gradient", "striped": "stripe", "checkered": "checker|squares"}
-    numbered = 0
+    words = {"clean": "clean and bright|clear and even|crisp and fresh", "grainy": "grainy|noise|noisy",
+             "dim": "dim|dark|gloomy", "faded": "faded|pale|haze"}
+    patterns = {"plain": "plain|wall", "graded": "fades|turns slowly|gradient",
+                "striped": "stripe", "checkered": "checker|squares"}
+    numbered, any_number = 0, "|".join(NUMBERS)
     for s in SCENES:
         colours = Counter(o.colour_name for o in s.objects)
         for text in [*s.captions["long"], s.captions["background"], s.captions["style"]]:
             lower = text.lower()
-            if match := re.fullmatch(rf"({'|'.join(NUMBERS)}) of the objects are (\w+)\.", lower):
+            if match := re.fullmatch(rf"({any_number}) of the objects are (\w+)\.", lower):
                 assert colours[match[2]] == NUMBERS.index(match[1])
                 numbered += 1
-            elif match := re.search(rf"there are ({'|'.join(NUMBERS)}) objects|({'|'.join(NUMBERS)}) things|has ({'|'.join(NUMBERS)}) objects", lower):
+            elif match := re.search("there are (N) objects|(N) things|has (N) objects".replace("N", any_number), lower):
                 assert NUMBERS.index(next(filter(None, match.groups()))) == len(s.objects)
                 numbered += 1
-        grounds, style = ([t for t in (*s.captions["long"], s.captions[f]) if not things(t) and re.search(rule, t.lower())] for f, rule in (
-            ("background", "background|backdrop|wall|behind|squares tile"), ("style", "|".join(words.values()))))
+        grounds, style = (
+            [t for t in (*s.captions["long"], s.captions[f]) if not things(t) and re.search(rule, t.lower())]
+            for f, rule in (("background", "background|backdrop|wall|behind|squares tile"),
+                            ("style", "|".join(words.values()))))
         assert len(grounds) == 2 == len(style)
         for text in grounds:
-            assert re.search(patterns[s.pattern], text.lower()) and {b for b in BACKGROUNDS if re.search(rf"\b{b}\b", text.lower())} == set(s.ground), text
+            assert re.search(patterns[s.pattern], text.lower()), text
+            assert {b for b in BACKGROUNDS if re.search(rf"\b{b}\b", text.lower())} == set(s.ground), text
         assert all(re.search(words[s.style], text.lower()) for text in style)
     assert numbered > 100
 
@@ -221,10 +240,12 @@ def test_counts_background_and_style_are_true():
 def test_about_one_raw_caption_in_twenty_names_what_is_not_there():
     wrong = np.mean([not all(holds(s, ("", name)) for _, name in things(s.captions["raw"])) for s in SCENES])
     assert 0.02 < wrong < 0.08 and all(things(s.captions["raw"]) for s in SCENES)
-    assert 0.3 < np.mean([any(colour for colour, _ in things(s.captions["raw"])) for s in SCENES]) < 0.9  # often without the colour
+    coloured = np.mean([any(colour for colour, _ in things(s.captions["raw"])) for s in SCENES])
+    assert 0.3 < coloured < 0.9  # often without the colour
 
 
-@pytest.mark.parametrize("make", [lambda: Scenes("night"), lambda: Scenes(kinds=5), lambda: Scenes(kinds=len(KINDS) + 1)])
+@pytest.mark.parametrize("make", [
+    lambda: Scenes("night"), lambda: Scenes(kinds=5), lambda: Scenes(kinds=len(KINDS) + 1)])
 def test_a_split_or_number_of_kinds_that_is_not_there_is_refused(make):
     with pytest.raises(ValueError):
         make()
@@ -245,14 +266,16 @@ def drawn(s, captions=CAPTIONS, n=200):
 
 
 @pytest.mark.parametrize("method, slots", [
-    ("clip", ["raw"]), ("dreamlip", ["raw"] + ["sub"] * 3), ("lotlip", ["raw", "long"]), ("holistic", ["perspective"] * 5), ("sparc", ["raw"])])
+    ("clip", ["raw"]), ("dreamlip", ["raw"] + ["sub"] * 3), ("lotlip", ["raw", "long"]),
+    ("holistic", ["perspective"] * 5), ("sparc", ["raw"])])
 def test_each_method_draws_its_kinds_of_text(method, slots):
     s = settings(method)
     assert text_slots(s) == slots
     for texts in drawn(s):
         assert len(texts) == len(slots)
         for kind, text in zip(slots, texts):
-            assert {"raw": text == "raw", "sub": text in POOL, "long": text == " ".join(CAPTIONS.long), "perspective": text in CAPTIONS.perspectives}[kind]
+            assert {"raw": text == "raw", "sub": text in POOL, "long": text == " ".join(CAPTIONS.long),
+                    "perspective": text in CAPTIONS.perspectives}[kind]
 
 
 def test_holistic_puts_perspective_m_in_slot_m():
@@ -277,7 +300,8 @@ def test_sub_captions_come_with_replacement_only_when_there_are_too_few():
 
 
 @pytest.mark.parametrize("flags, pool", [
-    (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}), (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"}),
+    (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}),
+    (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"}),
     (dict(whole_caption=True), POOL | {" ".join(CAPTIONS.long)})])
 def test_the_pool_holds_the_raw_caption_unless_it_has_a_slot_and_the_short_and_the_whole_one_as_told(flags, pool):
     s = settings(sub_captions=2, **flags)
@@ -287,7 +311,8 @@ def test_the_pool_holds_the_raw_caption_unless_it_has_a_slot_and_the_short_and_t
 def test_sampling_first_takes_the_same_k_every_time_and_whole_the_long_caption_as_one_text():
     assert {tuple(row) for row in drawn(settings(sub_captions=3, sampling="first"))} == {("raw", "s0.", "s1.", "s2.")}
     whole = settings(sub_captions=3, sampling="whole", negatives="batch")
-    assert text_slots(whole) == ["raw", "long"] and {tuple(row) for row in drawn(whole)} == {("raw", " ".join(CAPTIONS.long))}
+    assert text_slots(whole) == ["raw", "long"]
+    assert {tuple(row) for row in drawn(whole)} == {("raw", " ".join(CAPTIONS.long))}
 
 
 def test_a_long_text_joins_consecutive_sentences():
@@ -305,11 +330,13 @@ def test_perspectives_that_an_image_lacks_are_drawn_from_its_other_texts():
 
 @pytest.mark.parametrize("row, expected", [
     ({"caption": "A dog. It runs."}, Captions("A dog. It runs.", [], ["A dog.", "It runs."], ["A dog. It runs."])),
-    ({"caption": ["raw", "One. Two.", "three"]}, Captions("raw", [], ["One.", "Two.", "three"], ["raw", "One. Two.", "three"])),
+    ({"caption": ["raw", "One. Two.", "three"]},
+     Captions("raw", [], ["One.", "Two.", "three"], ["raw", "One. Two.", "three"])),
     ({"caption": ["only"]}, Captions("only", [], ["only"], ["only"])),
     ({"caption": ["raw", "", None, " b "]}, Captions("raw", [], ["b"], ["raw", "b"])),
     ({"raw": "r", "short": "s", "long": "One. Two."}, Captions("r", ["s"], ["One.", "Two."], ["r"])),
-    ({"raw": "r", "long": ["One.", "Two. Three."], "details": "d", "style": "y"}, Captions("r", [], ["One.", "Two.", "Three."], ["r", "d", "y"])),
+    ({"raw": "r", "long": ["One.", "Two. Three."], "details": "d", "style": "y"},
+     Captions("r", [], ["One.", "Two.", "Three."], ["r", "d", "y"])),
     ({"caption": "c", "short": "s"}, Captions("c", ["s"], ["c"], ["c"])),
     ({"short": "s"}, Captions("s", ["s"], ["s"], ["s"])),
     ({"key": "000", "captions": {"raw": "r", "short": "s", "long": "One. Two.", "main_object": "m", "background": "b"}},
@@ -319,8 +346,10 @@ def test_captions_are_read_from_plain_lists_named_fields_and_re_captioning_recor
     assert read_captions(row) == expected
 
 
-@pytest.mark.parametrize("row", [{}, {"caption": ""}, {"caption": "  \n"}, {"caption": []}, {"caption": [None, ""]}, {"caption": 7}, {"raw": "", "captions": {}},
-                                 {"captions": None}, {"captions": ["a list", "no names"]}, {"captions": "text"}], ids=str)
+@pytest.mark.parametrize("row", [
+    {}, {"caption": ""}, {"caption": "  \n"}, {"caption": []}, {"caption": [None, ""]}, {"caption": 7},
+    {"raw": "", "captions": {}}, {"captions": None}, {"captions": ["a list", "no names"]}, {"captions": "text"}],
+    ids=str)
 def test_a_row_without_any_text_is_a_bad_sample(row):
     with pytest.raises(BadSample) as caught:
         read_captions({"image": "a.png", **row})
@@ -363,7 +392,8 @@ def test_training_and_validation_share_no_picture_and_lose_none(pictures):
 
 def test_lines_that_cannot_be_used_are_left_out_counted_and_named(pictures):
     bad = ["{not json", '"text"', "[1]", "7", "null", '{"caption": "no image"}', {"image": None, "caption": "x"},
-           {"image": 5, "caption": "x"}, {"image": ["0.png"], "caption": "x"}, {"image": " ", "caption": "x"}, "[" * 9999, ""]
+           {"image": 5, "caption": "x"}, {"image": ["0.png"], "caption": "x"}, {"image": " ", "caption": "x"},
+           "[" * 9999, ""]
     for line in bad:  # one by one, so that each is seen to be survived
         records = Records(write(pictures, [line, *good(3)]))
         assert len(records) == 3 and records.bad.total == (line != "") and records.bad.seen == 3 + (line != ""), line
@@ -374,17 +404,21 @@ def test_lines_that_cannot_be_used_are_left_out_counted_and_named(pictures):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ({"image": "gone.png", "caption": "x"}, "image missing"), ({"image": "a\0b.png", "caption": "x"}, "image will not decode"),
-    ({"image": "../", "caption": "x"}, "image will not decode"), ({"image": "x" * 5000, "caption": "x"}, "image will not decode"),
-    ({"image": "\ud800.png", "caption": "x"}, "image will not decode"), ({"image": "https://a.b/c/gone.png?d=e", "caption": "x"}, "image missing"),
-    ({"image": "1.png"}, "no caption"), ({"image": "1.png", "caption": ""}, "no caption"), ({"image": "1.png", "captions": ["x"]}, "no caption")],
-    ids=str)
+    ({"image": "gone.png", "caption": "x"}, "image missing"),
+    ({"image": "https://a.b/c/gone.png?d=e", "caption": "x"}, "image missing"),
+    ({"image": "a\0b.png", "caption": "x"}, "image will not decode"),
+    ({"image": "../", "caption": "x"}, "image will not decode"),
+    ({"image": "x" * 5000, "caption": "x"}, "image will not decode"),
+    ({"image": "\ud800.png", "caption": "x"}, "image will not decode"),
+    ({"image": "1.png"}, "no caption"), ({"image": "1.png", "caption": ""}, "no caption"),
+    ({"image": "1.png", "captions": ["x"]}, "no caption")], ids=str)
 def test_what_only_shows_when_a_sample_is_read_is_a_bad_sample_that_is_named(pictures, line, reason):
     data = Pictures(Records(write(pictures, [*good(1), line])), 16)
     assert data[0][0].shape == (3, 16, 16)
     with pytest.raises(BadSample) as caught:
         data[1]
-    assert caught.value.reason == reason and "captions.jsonl" in caught.value.detail and line["image"][:9] in caught.value.detail
+    assert caught.value.reason == reason
+    assert "captions.jsonl" in caught.value.detail and line["image"][:9] in caught.value.detail
 
 
 def test_the_picture_of_a_url_is_found_by_its_last_part(pictures):
@@ -470,14 +504,15 @@ def test_ranks_share_out_the_global_order_and_any_start_is_its_tail(n, batch, wo
     assert [len(step) for step in order] == [batch] * 20 and len(Steps(order_of(n), batch, 5, 20)) == 15
     ranks = [list(Steps(order_of(n), batch, 0, 20, rank, world)) for rank in range(world)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == order
-    for first in (1, 7, 19):
-        assert all(list(Steps(order_of(n), batch, first, 20, rank, world)) == ranks[rank][first:] for rank in range(world))
+    for first, rank in itertools.product((1, 7, 19), range(world)):
+        assert list(Steps(order_of(n), batch, first, 20, rank, world)) == ranks[rank][first:]
 
 
 def test_every_index_comes_once_an_epoch_and_epochs_and_seeds_are_shuffled_anew():
     flat = list(itertools.chain(*Steps(order_of(30, 0), 8, 0, 15)))  # 120 samples: four epochs
     epochs = [[i for e, i in flat if e == epoch] for epoch in range(4)]
-    assert [e for e, _ in flat] == sorted(e for e, _ in flat) and all(sorted(epoch) == list(range(30)) for epoch in epochs)
+    assert [e for e, _ in flat] == sorted(e for e, _ in flat)
+    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     other_seed = [i for _, i in itertools.chain(*Steps(order_of(30, 1), 8, 0, 15))][:30]
     assert len({tuple(e) for e in epochs}) == 4 and epochs[0] != other_seed
 
@@ -510,7 +545,8 @@ def test_a_batch_is_cut_to_its_longest_text_and_a_sample_depends_on_seed_epoch_a
 # ---- bad samples in a batch ------------------------------------------------------------------------------------------
 
 def test_a_bad_sample_keeps_its_slot_with_a_black_image_and_empty_texts(pictures):
-    lines = [{"image": "0.png", "caption": "a"}, {"image": "gone.png", "caption": "b"}, {"image": "2.png", "caption": "c"}]
+    named = ("0.png", "a"), ("gone.png", "b"), ("2.png", "c")
+    lines = [{"image": image, "caption": caption} for image, caption in named]
     tokenizer, s = load_tokenizer("scenes"), settings(batch=3)
     data = Pictures(Records(write(pictures, lines)), 32)
     images, tokens, good, bad = collate([TrainingTexts(data, tokenizer, s)[0, i] for i in range(3)])
@@ -533,16 +569,18 @@ def reference_loss(images, texts, scale, good):
 @pytest.mark.parametrize("marks", ["TTFTF", "FFFFF"])
 def test_bad_samples_have_no_gradient_and_are_negatives_of_similarity_0(method, marks):
     s, good = settings(method), torch.tensor([mark == "T" for mark in marks])
-    shapes = dict(branches=(5, s.branches, 8), patches=(5, 6, 8), summaries=(5, len(text_slots(s)), 1 + s.corner_tokens, 8),
-                  token_embeddings=(5 * len(text_slots(s)), 7, 8))
+    texts = len(text_slots(s))
+    shapes = dict(branches=(5, s.branches, 8), patches=(5, 6, 8), summaries=(5, texts, 1 + s.corner_tokens, 8),
+                  token_embeddings=(5 * texts, 7, 8))
     torch.manual_seed(0)
     out = {name: torch.nn.functional.normalize(torch.randn(shape, dtype=torch.float64), dim=-1).requires_grad_()
            for name, shape in shapes.items()}
-    ends = torch.where(good, 5, 1).repeat_interleave(len(text_slots(s)))
+    ends = torch.where(good, 5, 1).repeat_interleave(texts)
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     loss, parts = train.method_loss({**out, "logit_scale": scale, "ends": ends}, s, good)
     leaves = [*out.values(), scale]
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    gradients = functools.partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
+    grads = gradients(loss, leaves)
     assert all(torch.isfinite(grad).all() for grad in (loss, *grads))
     for grad in grads[:-1]:
         assert not grad[~good.repeat_interleave(len(grad) // 5)].any()
@@ -552,7 +590,7 @@ def test_bad_samples_have_no_gradient_and_are_negatives_of_similarity_0(method, 
         expected = reference_loss(out["branches"][:, 0], out["summaries"][:, 0, 0], scale, good)
         assert torch.allclose(loss, expected)
         if good.any():
-            for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)):
+            for grad, wanted in zip(grads, gradients(expected, leaves)):
                 assert torch.allclose(grad, wanted, atol=1e-12)
 
 
@@ -565,8 +603,7 @@ def test_over_the_limit_of_bad_samples_the_run_is_told_to_stop_in_one_sentence()
     bad.seen = 600
     bad.check(0.05)  # 5% exactly
     bad.seen = 599
-    with pytest.raises(UserError, match=r"^30 of 599 samples are bad, over --max-bad 0.05.*20 × image missing: 1.png") as caught:
+    with pytest.raises(UserError, match="^30 of 599 samples are bad, over --max-bad.*20 × image missing: 1") as caught:
         bad.check(0.05)
     assert "\n" not in str(caught.value) and max(map(len, bad.values())) == 5
-    with pytest.raises(UserError, match="100 of 900"):
-        bad.check(0.05, total=100, seen=900)  # those of all ranks
+    assert bad.over(0.1, total=100, seen=900) and not bad.over(0.2, total=100, seen=900)  # those of all ranks

@@ -270,7 +270,7 @@ def test_a_branch_or_their_mean_or_max_can_be_evaluated(branch, runs):
         texts = run.texts([data[i][1].short[0] for i in range(40)])
     each = torch.stack([branches[:, h] @ texts.T for h in range(5)])
     sim = {"mean": each.mean(0), "max": each.amax(0)}.get(branch)
-    positive = torch.tensor([[data[i][1].short == data[j][1].short[0] for j in range(40)] for i in range(40)])
+    positive = torch.tensor([[data[i][1].short == data[j][1].short for j in range(40)] for i in range(40)])
     assert rows["short I2T R@10"][0] == pytest.approx(brute_recall(each[int(branch)] if sim is None else sim, positive, 10))
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from csrc import fused  # noqa: E402
+from losses import grouping_loss, multi_positive_loss, multi_to_multi_loss  # noqa: E402
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
@@ -296,3 +298,46 @@ def test_cuda_sources_compile_for_sm80_sm90_and_later():
     library = Path(code.stdout.split()[-1]).read_bytes()
     for target in (b"sm_80", b"sm_90"):
         assert target in library
+
+
+# ---- two processes, each with its rows and columns --------------------------------------------------------------------
+
+LOSSES = {
+    "multi-positive": lambda i, p, t, s: multi_positive_loss(i, t, s),
+    "many-to-many, free": lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
+    **{f"grouping, {n}": lambda i, p, t, s, n=n: grouping_loss(p, t, s, negatives=n) for n in ("image", "batch", "slot")},
+}
+
+
+def global_batch(dtype):
+    return [embeddings(shape, shape, scale=20.0)[0].detach().to(dtype) for shape in ((8, 24), (8, 9, 24), (8, 3, 24))]
+
+
+def loss_and_gradients(loss, batch):
+    leaves = [x.clone().requires_grad_() for x in (*batch, torch.tensor(20.0, dtype=batch[0].dtype))]
+    value = loss(*leaves)
+    value.backward()
+    return [value.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    fused.set_mode("on")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = [x[4 * rank:4 * rank + 4] for x in global_batch(torch.float32)]
+    with torch.profiler.profile() as profile:
+        found = {name: loss_and_gradients(loss, part) for name, loss in LOSSES.items()}
+    calls = sum(e.count for e in profile.key_averages() if e.key == "similarity::logsumexp")
+    torch.save((calls, found), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_driving_the_extension_equal_one_with_stored_matrices(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    (calls, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert calls >= 2 * len(LOSSES) - 1  # rows and columns apart, but for the one loss that needs no other rank
+    fused.set_mode("off")  # small float64 matrices are stored
+    for name, loss in LOSSES.items():
+        value, *grads, scale = loss_and_gradients(loss, global_batch(torch.float64))
+        assert_close([(first[name][0] + second[name][0]) / 2, (first[name][-1] + second[name][-1]) / 2], [value, scale], 1e-5)
+        assert_close([torch.cat(parts) / 2 for parts in zip(first[name][1:-1], second[name][1:-1])], grads, 1e-5)

@@ -14,7 +14,8 @@ S = 7.25  # the same in float32 and float64
 
 
 def unit(*shape, seed=0, dtype=torch.float64):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(drawn, dim=-1).to(dtype)
 
 
 # ---- the formulas, in loops ------------------------------------------------------------------------------------------
@@ -40,7 +41,8 @@ def group(patches, text, threshold=None, allowed=None):
     P = len(patches)
     w = [dot(text, p) for p in patches]
     w = [(x - min(w)) / (max(w) - min(w)) for x in w]
-    w = [x if x >= (1 / P if threshold is None else threshold) and (allowed is None or allowed[p]) else 0 for p, x in enumerate(w)]
+    least = 1 / P if threshold is None else threshold
+    w = [x if x >= least and (allowed is None or allowed[p]) else 0 for p, x in enumerate(w)]
     g = [sum(w[p] / sum(w) * patches[p][d] for p in range(P)) for d in range(len(text))]
     return [x / math.sqrt(dot(g, g)) for x in g]
 
@@ -63,7 +65,9 @@ def close(value, expected, tolerance=1e-9):
 
 # ---- similarity_logsumexp --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("image, text", [((3, 5), (3, 5)), ((2, 5), (7, 5)), ((6, 4), (1, 4)), ((3, 2, 5), (3, 4, 5)), ((4, 5), (3, 2, 5)), ((3, 4, 5), (2, 5))])
+@pytest.mark.parametrize("image, text", [
+    ((3, 5), (3, 5)), ((2, 5), (7, 5)), ((6, 4), (1, 4)), ((3, 2, 5), (3, 4, 5)), ((4, 5), (3, 2, 5)),
+    ((3, 4, 5), (2, 5))])
 def test_row_and_column_logsumexp_are_those_of_the_scaled_similarities_and_a_shared_operand_needs_no_group(image, text):
     x, y = unit(*image), unit(*text, seed=1)
     rows, cols = similarity_logsumexp(x, y, torch.tensor(S))
@@ -95,10 +99,11 @@ def test_the_multi_positive_loss_is_the_mean_over_the_slots(K):
 def test_the_negatives_of_a_slot_come_from_that_slot_alone(name):
     image, patches, texts = unit(4, 6), unit(4, 9, 6, seed=2), unit(4, 3, 6, seed=1)
     if name == "multi-positive":
-        loss, term = (lambda t: multi_positive_loss(image, t, torch.tensor(S))), (lambda t: infonce(image.tolist(), t[:, 1].tolist()))
+        loss = lambda t: multi_positive_loss(image, t, torch.tensor(S))
+        term = lambda t: infonce(image.tolist(), t[:, 1].tolist())
     else:
-        loss, term = (lambda t: grouping_loss(patches, t, torch.tensor(S), negatives="slot")), (
-            lambda t: grouping(patches.tolist(), t[:, 1:2].tolist(), negatives="slot"))
+        loss = lambda t: grouping_loss(patches, t, torch.tensor(S), negatives="slot")
+        term = lambda t: grouping(patches.tolist(), t[:, 1:2].tolist(), negatives="slot")
     after = texts.clone()
     after[2, 1] = unit(6, seed=99)  # slot 1 of one image: the terms of slots 0 and 2 stay as they were
     change = (loss(after) - loss(texts)).item()
@@ -127,7 +132,8 @@ def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_branch_most_like_it(H
 
 def test_one_branch_makes_many_to_many_one_to_many():
     image, texts = unit(4, 1, 6), unit(4, 3, 6, seed=1)
-    assert multi_to_multi_loss(image, texts, torch.tensor(S)) == multi_positive_loss(image[:, 0], texts, torch.tensor(S))
+    s = torch.tensor(S)
+    assert multi_to_multi_loss(image, texts, s) == multi_positive_loss(image[:, 0], texts, s)
 
 
 # ---- grouping --------------------------------------------------------------------------------------------------------
@@ -138,12 +144,14 @@ PATCHES, TEXTS = unit(3, 9, 6, seed=2), unit(3, 4, 6, seed=3)
 
 
 @pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.0}, {"threshold": 0.6}, {"mask": MASK}, {"allowed": ALLOWED}, {"mask": MASK, "allowed": ALLOWED, "threshold": 0.3}],
-                         ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("options", [
+    {}, {"threshold": 0.0}, {"threshold": 0.6}, {"mask": MASK}, {"allowed": ALLOWED},
+    {"mask": MASK, "allowed": ALLOWED, "threshold": 0.3}], ids=lambda o: "+".join(o) or "plain")
 def test_the_grouping_loss_is_the_formula(negatives, options):
     loss = grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives=negatives, **options)
     lists = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    assert close(loss, grouping(PATCHES.tolist(), TEXTS.tolist(), negatives=negatives, **lists), 2e-5)  # EPS in the min-max
+    expected = grouping(PATCHES.tolist(), TEXTS.tolist(), negatives=negatives, **lists)
+    assert close(loss, expected, 2e-5)  # EPS in the min-max
 
 
 @pytest.mark.parametrize("P", [4, 9])
@@ -162,7 +170,8 @@ def test_the_three_kinds_of_negatives_differ_and_no_other_exists():
 
 def test_with_negatives_of_the_image_the_images_do_not_meet():
     whole = grouping_loss(PATCHES, TEXTS, torch.tensor(S))
-    assert close(whole, sum(float(grouping_loss(PATCHES[i:i + 1], TEXTS[i:i + 1], torch.tensor(S))) for i in range(3)) / 3)
+    alone = [grouping_loss(PATCHES[i:i + 1], TEXTS[i:i + 1], torch.tensor(S)).item() for i in range(3)]
+    assert close(whole, sum(alone) / 3)
 
 
 @pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
@@ -182,8 +191,10 @@ def test_padding_behind_a_mask_is_as_if_it_were_not_there(negatives, dtype, tole
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss", [
-    lambda i, p, t, s: contrastive_loss(i, t[:, 0], s), lambda i, p, t, s: multi_positive_loss(i, t, s), lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
-    *(lambda i, p, t, s, n=n, m=m: grouping_loss(p, t, s, negatives=n, mask=m) for n in ("image", "batch", "slot") for m in (None, MASK[:2, :3]))])
+    lambda i, p, t, s: contrastive_loss(i, t[:, 0], s), lambda i, p, t, s: multi_positive_loss(i, t, s),
+    lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
+    *(lambda i, p, t, s, n=n, m=m: grouping_loss(p, t, s, negatives=n, mask=m)
+      for n in ("image", "batch", "slot") for m in (None, MASK[:2, :3]))])
 def test_gradients_are_those_of_finite_differences(loss):
     inputs = unit(2, 4), unit(2, 5, 4, seed=2), unit(2, 3, 4, seed=1), torch.tensor(S, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
@@ -191,10 +202,13 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 @pytest.mark.parametrize("s", [1 / 0.07, 100.0])
 @pytest.mark.parametrize("negatives", ["image", "batch", "slot"])
-@pytest.mark.parametrize("what", ["one sentence", "equal patches", "one patch", "no token left in a text", "no token left at all", "batch of 1", "all the same", "opposite"])
+@pytest.mark.parametrize("what", [
+    "one sentence", "equal patches", "one patch", "no token left in a text", "no token left at all", "batch of 1",
+    "all the same", "opposite"])
 def test_degenerate_input_has_a_finite_loss_and_finite_gradients(what, negatives, s):
     B, K, P = 1 if what == "batch of 1" else 3, 1 if what == "one sentence" else 4, 1 if what == "one patch" else 9
-    patches, texts, mask = unit(B, P, 6, seed=2, dtype=torch.float32), unit(B, K, 6, dtype=torch.float32), torch.ones(B, K, dtype=torch.bool)
+    patches, texts = unit(B, P, 6, seed=2, dtype=torch.float32), unit(B, K, 6, dtype=torch.float32)
+    mask = torch.ones(B, K, dtype=torch.bool)
     if what == "equal patches":
         patches = patches[:, :1].repeat(1, P, 1)
     elif what == "no token left in a text":
@@ -202,10 +216,12 @@ def test_degenerate_input_has_a_finite_loss_and_finite_gradients(what, negatives
     elif what == "no token left at all":
         mask[:] = False
     elif what in ("all the same", "opposite"):
-        patches, texts = texts[:1, :1].repeat(B, P, 1) * (1 if what == "all the same" else -1), texts[:1, :1].repeat(B, K, 1)
+        one = texts[:1, :1]
+        patches, texts = one.repeat(B, P, 1) * (1 if what == "all the same" else -1), one.repeat(B, K, 1)
     leaves = [patches.requires_grad_(), texts.requires_grad_(), torch.tensor(s, requires_grad=True)]
+    patches, texts, scale = leaves
     for loss in (grouping_loss(*leaves, mask=mask, negatives=negatives), grouping_loss(*leaves, negatives=negatives),
-                 multi_positive_loss(patches[:, 0], texts, leaves[2]), multi_to_multi_loss(patches[:, :2], texts, leaves[2])):
+                 multi_positive_loss(patches[:, 0], texts, scale), multi_to_multi_loss(patches[:, :2], texts, scale)):
         assert loss.isfinite() and loss > -1e-4
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
         assert all(g is None or (g.isfinite().all() and g.abs().max() < 1e3) for g in grads)
@@ -213,14 +229,16 @@ def test_degenerate_input_has_a_finite_loss_and_finite_gradients(what, negatives
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
-UNEVEN = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 0, 0]], dtype=torch.bool)  # the first rank has 6 pairs, the second 2
+UNEVEN = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 0, 0]]).bool()  # the first rank has 6 pairs, the second 2
 GATHERING = {
     "contrastive": lambda i, p, t, m, s: contrastive_loss(i, t[:, 0], s),
     "multi-positive": lambda i, p, t, m, s: multi_positive_loss(i, t, s),
     "many-to-many": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :3], t, s),
     "many-to-many, free": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :2], t, s),
-    **{f"grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, negatives=n) for n in ("image", "batch", "slot")},
-    **{f"masked grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, mask=m, negatives=n) for n in ("image", "batch", "slot")},
+    **{f"grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, negatives=n)
+       for n in ("image", "batch", "slot")},
+    **{f"masked grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, mask=m, negatives=n)
+       for n in ("image", "batch", "slot")},
 }
 
 
@@ -239,7 +257,8 @@ def one_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     part = [x[2 * rank:2 * rank + 2] for x in global_batch()]
-    torch.save({name: loss_and_gradients(loss, *part) for name, loss in GATHERING.items()}, os.path.join(folder, f"{rank}.pt"))
+    results = {name: loss_and_gradients(loss, *part) for name, loss in GATHERING.items()}
+    torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 

@@ -406,3 +406,14 @@ def test_every_parameter_gets_a_gradient_with_every_method(method):
     loss, _ = train.method_loss(model(pictures(4, 32), tokens.view(4, T, 12), s.grouping == "token"), s)
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_under_bfloat16_on_the_cpu_attention_is_computed_in_float32(monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.dtype) or attention(q, *a, **k))
+    model, images = CLIP(CLIPConfig(image_size=16, patch=4, vision_width=32, vision_heads=2)), torch.randn(4, 3, 16, 16)
+    exact = model.encode_image(images)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.encode_image(images)[0]
+    assert set(seen) == {torch.float32} and not torch.equal(exact, rounded)
+    assert (exact * rounded).sum(-1).min() > 0.999

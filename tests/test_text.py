@@ -1,4 +1,4 @@
-"""Captions become CLIP's ids exactly, our own vocabulary is what its definition says, sentences are cut where they end."""
+"""Captions become CLIP's ids exactly, our vocabulary is what its definition says, sentences are cut where they end."""
 import gzip, hashlib, pickle, random, subprocess, sys, time, urllib.request
 from collections import Counter
 from pathlib import Path
@@ -16,14 +16,23 @@ from data import UserError, load_tokenizer, read_tiktoken, save_tiktoken, split_
 reference = SimpleTokenizer()
 clip = load_tokenizer("clip")
 
-ODD = ["", " ", "\n\t ", "a", "!", "A photo of a dog.", "it's we're I'VE they'd I'm you'll don't o'clock 'S", "'''", "!!!???...",
-    "3.5 x 1,000 = 3500", "½ ² Ⅷ ① ٣ ४ 一二三", "café naïve Ångström STRASSE straße ŒUVRE", "İstanbul ıI ǅ", "it'ſ a ſtart K Å",
-    "日本語の文章です。", "你好，世界！", "한국어 조선말", "العربية שָׁלוֹם", "हिन्दी தமிழ் ไทย ខ្មែរ", "e\u0301 vs \u00e9 a\u0308\u0323", "👍🏽 👨‍👩‍👧‍👦 🇩🇪 ❤️ ☃",
-    "a\u200bb \ufeffc \u00add\u2060e", "a\xa0b\u3000c\u2003d\u2028e\x85f\x1cg\x1fh", "ﬁne ﬂag ＦＵＬＬ ｗｉｄｔｈ ｶﾅ", "“curly” ‘quotes’ – — … «» ‹›",
-    "schÃ¶n â€œmojibakeâ€\x9d cafÃ©", "&lt;b&gt; &amp;amp; &quot;x&quot; &eacute; &#233; &#x1F600; &notanentity; &", "&amp;lt;p&amp;gt; &#xD800; &#0;", "<i> &amp;eacute; &amp;amp;amp;",
-    "<start_of_text> a <end_of_text> b<END_OF_TEXT>c !!<end_of_text>", "<|startoftext|> <|endoftext|> </w> a</w>b", "<ſtart_of_text>",
-    "x" * 5000, "ab" * 3000, "é" * 2000, "a b " * 1000, "\x00\x01\x1b[31mred\x7f", "a\r\nb\rc", "\ud800 lone \udfff surrogate",
-    "\U0010ffff \ue000 \U000e0001 \u0378 \U0001df00", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟘𝟙𝟚", "http://example.com/a_b?c=d&e=f#g", "snake_case __dunder__ a-b"]
+ODD = ["", " ", "\n\t ", "a", "!", "A photo of a dog.",
+    "it's we're I'VE they'd I'm you'll don't o'clock 'S", "'''", "!!!???...",
+    "3.5 x 1,000 = 3500", "½ ² Ⅷ ① ٣ ४ 一二三", "café naïve Ångström STRASSE straße ŒUVRE",
+    "İstanbul ıI ǅ", "it'ſ a ſtart K Å",
+    "日本語の文章です。", "你好，世界！", "한국어 조선말", "العربية שָׁלוֹם", "हिन्दी தமிழ் ไทย ខ្មែរ",
+    "e\u0301 vs \u00e9 a\u0308\u0323", "👍🏽 👨‍👩‍👧‍👦 🇩🇪 ❤️ ☃",
+    "a\u200bb \ufeffc \u00add\u2060e", "a\xa0b\u3000c\u2003d\u2028e\x85f\x1cg\x1fh",
+    "ﬁne ﬂag ＦＵＬＬ ｗｉｄｔｈ ｶﾅ", "“curly” ‘quotes’ – — … «» ‹›",
+    "schÃ¶n â€œmojibakeâ€\x9d cafÃ©",
+    "&lt;b&gt; &amp;amp; &quot;x&quot; &eacute; &#233; &#x1F600; &notanentity; &",
+    "&amp;lt;p&amp;gt; &#xD800; &#0;", "<i> &amp;eacute; &amp;amp;amp;",
+    "<start_of_text> a <end_of_text> b<END_OF_TEXT>c !!<end_of_text>",
+    "<|startoftext|> <|endoftext|> </w> a</w>b", "<ſtart_of_text>",
+    "x" * 5000, "ab" * 3000, "é" * 2000, "a b " * 1000, "\x00\x01\x1b[31mred\x7f",
+    "a\r\nb\rc", "\ud800 lone \udfff surrogate",
+    "\U0010ffff \ue000 \U000e0001 \u0378 \U0001df00", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟘𝟙𝟚",
+    "http://example.com/a_b?c=d&e=f#g", "snake_case __dunder__ a-b"]
 
 
 def ids_agree(text, context_length=77):
@@ -42,8 +51,9 @@ def test_any_unicode_text_gets_open_clips_ids(text):
     assert clip.encode(text) == reference.encode(text)
 
 
-SCRAPS = st.sampled_from(["&amp;", "&lt;", "&#39;", "&#x", "'s", "'LL", "’t", "<end_of_text>", "<start_of_text>", "</w>", " ",
-    "\n", "é", "e\u0301", "Ã©", "日", "☂", "👍", "3.5", "½", "...", "_", "DOG", "umbrellas", "\u200d", "\xa0", "ſ", ";", "&"])
+SCRAPS = st.sampled_from(["&amp;", "&lt;", "&#39;", "&#x", "'s", "'LL", "’t", "<end_of_text>",
+    "<start_of_text>", "</w>", " ", "\n", "é", "e\u0301", "Ã©", "日", "☂", "👍", "3.5", "½", "...", "_", "DOG",
+    "umbrellas", "\u200d", "\xa0", "ſ", ";", "&"])
 
 
 @settings(max_examples=1500, deadline=None, database=None)
@@ -102,9 +112,12 @@ def test_decoding_undoes_encoding_up_to_spacing(text):
 
 
 def test_a_pickled_tokenizer_works_in_a_process_that_never_saw_the_vocabulary():
-    code = "import pickle, sys; t = pickle.load(sys.stdin.buffer); print(t('a café umbrella', 9).tolist(), t.name, t.vocab_size)"
-    out = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(clip), capture_output=True, check=True).stdout.decode()
-    assert out.split("]]")[0] + "]]" == str(clip("a café umbrella", 9).tolist()) and out.split()[-2:] == ["clip", "49408"]
+    code = ("import pickle, sys; t = pickle.load(sys.stdin.buffer); "
+            "print(t('a café umbrella', 9).tolist(), t.name, t.vocab_size)")
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(clip), capture_output=True, check=True)
+    out = done.stdout.decode()
+    assert out.split("]]")[0] + "]]" == str(clip("a café umbrella", 9).tolist())
+    assert out.split()[-2:] == ["clip", "49408"]
 
 
 def test_without_ftfy_only_broken_text_differs_and_it_is_said_once(monkeypatch, capsys):
@@ -176,7 +189,8 @@ def test_a_failed_download_is_one_sentence_with_the_remedy_and_leaves_nothing(ba
     assert not list(bare_machine.cache.parent.rglob("*gz*"))
 
 
-def test_auto_takes_the_scenes_vocabulary_when_clips_cannot_be_had_and_says_so(bare_machine, monkeypatch, tmp_path, capsys):
+def test_auto_takes_the_scenes_vocabulary_when_clips_cannot_be_had_and_says_so(
+        bare_machine, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(data, "SCENES_VOCABULARY", tmp_path / "scenes.tiktoken")
     save_tiktoken(tmp_path / "scenes.tiktoken", train_bpe(["a red dog"], 270))
     assert load_tokenizer("auto").name == "scenes"
@@ -193,8 +207,10 @@ def test_a_clip_style_file_is_taken_by_path(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("clop", None, "auto, clip, scenes"), ("gone.txt.gz", None, "no tokenizer file"), ("gone.tiktoken", None, "no tokenizer file"),
-    ("bad.txt.gz", b"not gzip", "not a CLIP vocabulary"), ("bad.txt.gz", gzip.compress(b"v\na b c\n"), "not a CLIP vocabulary"),
+    ("clop", None, "auto, clip, scenes"), ("gone.txt.gz", None, "no tokenizer file"),
+    ("gone.tiktoken", None, "no tokenizer file"),
+    ("bad.txt.gz", b"not gzip", "not a CLIP vocabulary"),
+    ("bad.txt.gz", gzip.compress(b"v\na b c\n"), "not a CLIP vocabulary"),
     ("two.txt.gz", gzip.compress(b"v\na b\na b\n"), "listed twice"),
     ("cut.txt.gz", gzip.compress(b"v\na b\n" * 99)[:-12], "not a CLIP vocabulary"),
     ("bad.tiktoken", b"\x00\x01\n", "not a .tiktoken file"), ("bad.tiktoken", b"YQ== x\n", "not a .tiktoken file"),
@@ -211,7 +227,8 @@ def test_a_wrong_tokenizer_is_one_sentence(tmp_path, name, content, says):
 # ---- our own vocabulary ----------------------------------------------------------------------------------------------
 
 CORPUS = [f"A {size} {colour} {thing} is {place} the {other}, isn't it? It's {n}% café."
-    for n, (size, colour, thing, place, other) in enumerate((s, c, t, p, o) for s in ("small", "large") for c in ("red", "green", "greenish")
+    for n, (size, colour, thing, place, other) in enumerate(
+        (s, c, t, p, o) for s in ("small", "large") for c in ("red", "green", "greenish")
         for t in ("umbrella", "anchor", "aaaaaa", "banana") for p in ("above", "below") for o in ("snowman", "skull"))]
 
 
@@ -244,7 +261,8 @@ def test_training_does_not_depend_on_the_order_of_the_texts_and_stops_when_all_w
     ranks = train_bpe(CORPUS, 5000)
     assert ranks == train_bpe(CORPUS[::-1], 5000) and 256 < len(ranks) < 600
     tokenizer = data.Tokenizer("own", ranks)
-    assert all(len(tokenizer.encode(word)) == 1 for text in CORPUS for word in data.WORDS.findall(data.clean_text(text)))
+    assert all(len(tokenizer.encode(word)) == 1 for text in CORPUS
+               for word in data.WORDS.findall(data.clean_text(text)))
 
 
 own = data.Tokenizer("own", train_bpe(CORPUS, 320))
@@ -253,7 +271,8 @@ own = data.Tokenizer("own", train_bpe(CORPUS, 320))
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.text(max_size=40) | st.text("abn gre", max_size=60))
 def test_the_small_tokenizer_reads_any_text_as_the_definition_says(text):
-    words = [w.encode(errors="replace") for w in data.split_words(data.clean_text(text)) if w.strip() not in (data.SOT, data.EOT)]
+    words = [word.encode(errors="replace") for word in data.split_words(data.clean_text(text))
+             if word.strip() not in (data.SOT, data.EOT)]
     expected = [own.ranks[part] for word in words for part in naive_bpe([word], own.ranks)[word]]
     assert [i for i in own.encode(text) if i < own.sot] == expected
     assert own.decode(own.encode(text)) == own.decode(expected)
@@ -324,7 +343,8 @@ def test_nothing_gives_no_sentence(text):
 
 
 @settings(max_examples=500, deadline=None, database=None)
-@given(st.lists(st.tuples(st.sampled_from("dog Dr. e.g. U.S 3.5 No. 五 It's J. café 👍 a.b (see end) “ok”".split()) | st.text("abXé", min_size=1),
+@given(st.lists(st.tuples(
+    st.sampled_from("dog Dr. e.g. U.S 3.5 No. 五 It's J. café 👍 a.b (see end) “ok”".split()) | st.text("abXé", min_size=1),
     st.sampled_from([" ", ". ", "! ", "... ", ".\n", "。", "</s>", '." ', "\n"])), max_size=30))
 def test_no_word_is_lost_and_no_sentence_is_empty(pairs):
     text = "".join(word + gap for word, gap in pairs)

@@ -66,31 +66,38 @@ THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.S | re.I)
 MARKERS = re.compile(r"</?[a-z_]\w{0,24}/?>|<\|\w{1,24}\|>|\[/?INST\]|```\w*", re.I)
 TURN = re.compile(r"\b(?:USER|ASSISTANT|Human|User|Assistant)\s*:\s*")
 LINK = re.compile(r"!?\[([^\]\n]*)\]\([^)\s]*\)")
-LABEL = re.compile(r"(?:\*\*|__)[^*_\n]{1,40}(?::\s*(?:\*\*|__)|(?:\*\*|__)\s*:)\s*")  # **Background:** or **Background**:
+LABEL = re.compile(r"(?:\*\*|__)[^*_\n]{1,40}(?::\s*(?:\*\*|__)|(?:\*\*|__)\s*:)\s*")  # **Style:** or **Style**:
 EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
 LIST_ITEM = re.compile(r"\s*(?:>\s*)*(?:[-*•·▪‣+–—|]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 HEADING = re.compile(r"#{1,6}\s.*[^.!?]|(?:\*\*|__)[^.!?]+(?:\*\*|__)|[^.!?]{1,80}:")
-OPENER = re.compile(r"""(?:(?:(?:short|long|detailed|brief|image)\s)*(?:caption|description|answer|response|keywords)\s?:\s
+OPENER = re.compile(r"""
+    (?:(?:short|long|detailed|brief|image)\s)*(?:caption|description|answer|response|keywords)\s?:\s
     | here(?:'s|’s|\sis|\sare)\s[^:.]{0,80}:\s?
-    | (?:in|within)\s(?:the|this)\s(?:\w+\s)?(?:image|picture|photo|photograph)\s?,\s(?:(?:we|you|one)\scan\s(?:see|observe)\s)?
-    | (?:the|this)\s(?:given\s|provided\s)?(?:image|picture|photo|photograph)\s(?:\w+ly\s|also\s)?(?:shows|depicts|features|
-        displays|captures|presents|portrays|illustrates|showcases|contains|includes|consists\sof|is\sof)\s(?:that\s)?
+    | (?:in|within)\s(?:the|this)\s(?:\w+\s)?(?:image|picture|photo|photograph)\s?,\s
+    | (?:the|this)\s(?:given\s|provided\s)?(?:image|picture|photo|photograph)\s(?:\w+ly\s|also\s)?
+        (?:shows|depicts|features|displays|captures|presents|portrays|illustrates|showcases|contains|includes|
+        consists\sof|is\sof)\s(?:that\s)?
     | (?:(?:this|it)\sis\s)?(?:an|the)\simage\s(?:of|showing|depicting|featuring)\s
-    | (?:we|you|one)\scan\s(?:see|observe)\s)""", re.I | re.X)
-CHATTER = re.compile(r"""(?:sure|certainly|of\scourse|absolutely|okay)[!,.]|(?:please\s)?(?:let\sme\sknow|feel\sfree)\b
-    |i\shope\s(?:this|that|it)\b|would\syou\slike\b|is\sthere\sanything\b|if\syou\s(?:need|have|would|want|'d)\b""", re.I | re.X)
-REFUSAL = re.compile(r"""i(?:'|’)?m\s(?:\w+\s)?sorry\b|(?:i\s)?apologi[sz]e\b|as\san\s(?:ai|artificial)\b
-    |\b(?:i\s(?:can(?:no|'|’)?t|do\snot|don(?:'|’)t|could\snot)|i(?:\sam|'m|’m)\s(?:unable|not\sable|not\scapable))\s(?:\w+\s)?
-        (?:to\s)?(?:see|view|assist|help|describe|provide|identify|determine|access|process|analy[sz]e|comply|fulfil|fulfill|have)\b
-    |\bi\scan\sonly\sprocess\b|no\simage\s(?:was|is|has|were)\b|(?:upload|provide|share|attach)\s(?:the|an|your)\simage\b
-    |i\sneed\s(?:the|an)\simage\b""", re.I | re.X)
+    | (?:we|you|one)\scan\s(?:see|observe)\s""", re.I | re.X)
+CHATTER = re.compile(r"""
+    (?:sure|certainly|of\scourse|absolutely|okay)[!,.] | (?:please\s)?(?:let\sme\sknow|feel\sfree)\b
+    | i\shope\s(?:this|that|it)\b | would\syou\slike\b | is\sthere\sanything\b
+    | if\syou\s(?:need|have|would|want|'d)\b""", re.I | re.X)
+REFUSAL = re.compile(r"""
+    i(?:'|’)?m\s(?:\w+\s)?sorry\b | (?:i\s)?apologi[sz]e\b | as\san\s(?:ai|artificial)\b
+    | \bi(?:\s(?:can(?:no|'|’)?t|do\snot|don(?:'|’)t|could\snot)|(?:\sam|'m|’m)\s(?:unable|not\sable|not\scapable))\s
+        (?:\w+\s)?(?:to\s)?(?:see|view|assist|help|describe|provide|identify|determine|access|process|analy[sz]e|comply|
+        fulfill?|have)\b
+    | \bi\scan\sonly\sprocess\b | no\simage\s(?:was|is|has|were)\b | \bi\sneed\s(?:the|an)\simage\b
+    | (?:upload|provide|share|attach)\s(?:the|an|your)\simage\b""", re.I | re.X)
+LONGEST = 20_000  # letters: more is no caption
 
 
 def clean(answer, field="long", prompt="", finish="stop") -> tuple[str, str | None]:
     """A model's answer -> (caption, None), or (what is left of it, why it is bad).
 
     Bad is what holds nothing to train on: "empty", "not text", "refusal", "prompt echo", "cut off", "repetition". Stock
-    openers, small talk, markdown, repeated sentences and a cut-off last one only go. `finish`: the server's finish_reason.
+    openers, small talk, markdown, repeated sentences and a cut-off last one only go. `finish`: the finish_reason.
     """
     if not isinstance(answer, str) or not answer.strip():
         return "", "empty"
@@ -98,8 +105,8 @@ def clean(answer, field="long", prompt="", finish="stop") -> tuple[str, str | No
     echoed = sentences_of(prompt) | {""}
     if TURN.search(text):
         text = next((part for part in TURN.split(text) if sentences_of(part) - echoed), TURN.sub(" ", text))
-    if not is_text(text):
-        return text.strip(), "not text" if text.strip() else "empty"
+    if len(text) > LONGEST or not is_text(text):
+        return text.strip()[:100], "not text" if text.strip() else "empty"
     kept = [open_well(sentence) for sentence in split_sentences("\n".join(bare_lines(text)))]
     if field == "few_words":
         kept = [item.strip(" .\"'“”") for sentence in kept for item in re.split(r"[,;]\s", sentence)]
@@ -140,12 +147,12 @@ def plain(text):
 def is_text(text):
     """Not a picture of nothing, a lone address, JSON, HTML, or bytes that went astray."""
     letters, other = len(re.findall(r"[^\W\d_]", text)), len(re.findall(r"[^\w\s*#|>-]|\d", text))
-    astray = text.count("\ufffd") > 2 or re.search(r"[A-Za-z0-9+/=_-]{80}", text) or re.fullmatch(r"\s*\w+://\S+\s*", text)
-    return letters > max(1, other) and not astray and not text.lstrip().startswith(("{", "[{", '["', "<!"))
+    astray = text.count("\ufffd") > 2 or re.search(r"[A-Za-z0-9+/=_-]{80}|\A\s*(?:\w+://\S+\s*\Z|\{|\[[{\"]|<!)", text)
+    return letters > max(1, other) and not astray
 
 
 def bare_lines(text):
-    """The lines without headings, list marks and other markdown; a sentence that goes over a line's end is one line again."""
+    """The lines without headings, list marks and other markdown, with what was one sentence on one line again."""
     lines = [line.strip() for line in LINK.sub(r"\1", text).split("\n")]
     lines = [line for line in lines if re.search(r"\w", line)]
     kept = [line for line in lines if not HEADING.fullmatch(line)] or lines
@@ -175,8 +182,8 @@ def unquoted(text):
 
 
 def loops(text) -> bool:
-    """Whether up to 24 words come four times in a row (one word: six times). Words of letters alone, so counting up is no way
-    out; a Chinese or Japanese character is a word."""
+    """Whether up to 24 words come four times in a row (one word: six times). Words of letters alone, so that counting up
+    is no way out; a Chinese or Japanese character is a word."""
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", text.lower())
     for period in range(1, min(24, len(words) // 4) + 1):
         run = 0
@@ -201,8 +208,8 @@ class Lines:
         try:
             self.file = open(path, "a+b", buffering=0)
         except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link or "
-                            "copy the data into one") from None
+            raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link "
+                            "or copy the data into one") from None
         self.append(None)
 
     def has(self, key: int, fields) -> bool:
@@ -225,8 +232,8 @@ class Lines:
                 self.synced = time.monotonic()
             return True
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command goes "
-                            "on there") from None
+            raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command "
+                            "goes on there") from None
         finally:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
@@ -326,8 +333,8 @@ def crops(grid: int) -> list[tuple]:
 
 
 def pictures(source, side, boxes, as_url) -> tuple:
-    """The bytes or path of an image -> its upright (width, height), and for each box (None: all of it) a PIL image whose
-    longer side is at most `side`, or its JPEG as a data URL. Raises BadSample."""
+    """The bytes or path of an image -> its upright (width, height), and for each box (None: all of it) a PIL image with
+    a longer side of at most `side`, or its JPEG as a data URL. Raises BadSample."""
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
@@ -424,7 +431,8 @@ class Slot:
             await self.writer.drain()
             lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             version, status = lines[0].split(" ", 2)[:2]
-            headers = {name.strip().lower(): text.strip() for name, _, text in (line.partition(":") for line in lines[1:])}
+            pairs = (line.partition(":") for line in lines[1:])
+            headers = {name.strip().lower(): text.strip() for name, _, text in pairs}
             body = await self._body(headers)
             keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
             return int(status), headers, body
@@ -483,8 +491,8 @@ class Endpoints:
             reply = await self._at_last(self._fetch, slots[0], "GET", "/models")
             names = [str(row.get("id")) for row in reply.get("data") or ()] if isinstance(reply, dict) else []
             if len(names) != 1:
-                raise UserError(f"{slots[0].endpoint.url} serves {', '.join(names[:9]) or 'no model that it lists'}: name "
-                                "one with --model")
+                raise UserError(f"{slots[0].endpoint.url} serves {', '.join(names[:9]) or 'no model that it lists'}: "
+                                "name one with --model")
             self.name = names[0]
         red = data_url(jpeg(Image.new("RGB", (224, 224), "red")))
         for slot in slots[:len(self.endpoints)]:
@@ -492,7 +500,8 @@ class Endpoints:
             blind, seeing = [await self._at_last(self._answer, slot, question) for question in questions]
             where = f"{slot.endpoint.url} with model {self.name!r}"
             if seeing.error:
-                raise UserError(f"{where} takes no pictures ({seeing.error}): serve a vision-language model, or see --body")
+                raise UserError(f"{where} takes no pictures ({seeing.error}): serve a vision-language model, or see "
+                                "--body")
             if 0 < seeing.prompt_tokens <= blind.prompt_tokens:
                 raise UserError(f"{where} leaves pictures out (no more prompt tokens with one than without): serve a "
                                 "vision-language model")
@@ -506,8 +515,8 @@ class Endpoints:
             except Fault as fault:
                 self.retries[fault.cause] += 1
                 if fault.cause in ("no connection", "status 404") or attempt == self.s.retries:
-                    raise UserError(f"{slot.endpoint.url} does not answer as it should ({fault}): check --endpoint, --model "
-                                    "and the server") from None
+                    raise UserError(f"{slot.endpoint.url} does not answer as it should ({fault}): check --endpoint, "
+                                    "--model and the server") from None
                 await asyncio.sleep(fault.wait or backoff(attempt))
 
     async def ask(self, questions: list[Question]) -> list[Answer]:
@@ -546,8 +555,8 @@ class Endpoints:
         now = time.monotonic()
         self.retries[fault.cause] += 1
         if now - self.answered > self.s.patience:
-            raise UserError(f"no endpoint has answered for {self.s.patience:.0f} s (the last: {slot.endpoint.url}, {fault}); "
-                            "what is written stays, and the same command goes on there")
+            raise UserError(f"no endpoint has answered for {self.s.patience:.0f} s (the last: {slot.endpoint.url}, "
+                            f"{fault}); what is written stays, and the same command goes on there")
         slot.failures += 1
         if fault.wait is not None:
             slot.endpoint.rest_until = max(slot.endpoint.rest_until, now + fault.wait)
@@ -589,8 +598,8 @@ class Endpoints:
         message = " ".join(content[:300].decode(errors="replace").split())
         message = re.sub(re.escape(self.key), "***", message, flags=re.I) if self.key else message
         if status in (401, 403):
-            raise UserError(f"{slot.endpoint.url} refuses the key (status {status}): put the right one into the environment "
-                            f"as {self.s.key_env}")
+            raise UserError(f"{slot.endpoint.url} refuses the key (status {status}): put the right one into the "
+                            f"environment as {self.s.key_env}")
         if status >= 500 or status in (404, 408, 409, 425, 429):
             raise Fault(f"status {status}", message, retry_after(headers), blame=status not in (429, 502, 503))
         return f"status {status}: {message}"
@@ -617,7 +626,7 @@ def retry_after(headers) -> float | None:
 # ---- engine: a model of Hugging Face transformers --------------------------------------------------------------------
 
 class LocalModel:
-    """A vision-language model on this process's device, asked in batches of one field, whose answers are about as long."""
+    """A vision-language model on this process's device, asked in batches of one field: answers of about one length."""
 
     as_url = False
 
@@ -680,7 +689,8 @@ class LocalModel:
                 talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
                 processor_kwargs={"padding": True}).to(self.device, self.dtype)
             with self.torch.inference_mode():
-                ids = self.model.generate(**inputs, max_new_tokens=questions[0].tokens, stopping_criteria=[stop], **sampling)
+                ids = self.model.generate(**inputs, **sampling, max_new_tokens=questions[0].tokens,
+                                          stopping_criteria=[stop])
         except self.torch.OutOfMemoryError:
             raise UserError(f"--batch {self.batch} does not fit into the memory of {self.device}: halve it") from None
         ends, n = self.model.generation_config.eos_token_id, inputs["input_ids"].shape[1]
@@ -726,7 +736,7 @@ class SceneAnswers:
 
 
 def write_scenes(folder: Path, n: int) -> tuple[list[str], Scenes]:
-    """n training scenes as folder/images/*.png and folder/captions.jsonl with their raw captions, unless they are there."""
+    """n training scenes as folder/images/*.png and folder/captions.jsonl with their raw captions, if not there yet."""
     scenes, listing = Scenes("train", n), folder / "captions.jsonl"
     rows = [{"image": f"images/{i:06}.png", "caption": scenes.scene(i).captions["raw"]} for i in range(n)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -771,7 +781,8 @@ def jobs(sets, tally, s, rank, world):
             left -= len(places)
             output = Output(file)
             for place in places[rank::world].tolist():
-                missing = [name for name in s.fields if not output.captions.has(int(keys[place]), {column(name, s.name)})]
+                key = int(keys[place])
+                missing = [name for name in s.fields if not output.captions.has(key, {column(name, s.name)})]
                 if not missing:
                     tally["there"] += 1
                     continue
@@ -808,7 +819,7 @@ def questions_about(job, s, as_url) -> tuple:
 
 
 async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
-    """-> what was found, {field: text, or list of {"box", "text"}}, and why the other fields were not, {field: reason}."""
+    """-> what was found, {field: text, or list of {"box", "text"}}, and why the rest was not, {field: reason}."""
     good, bad = {}, {}  # by (field, box)
     for _ in range(s.tries):
         answers, again = await engine.ask(asked), []
@@ -832,16 +843,16 @@ async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
     found = {name: text for (name, box), text in good.items() if box is None}
     dense = [{"box": [round(x, 4) for x in box], "text": sentence} for box in crops(s.dense)
              for sentence in split_sentences(good.get(("dense", box), ""))]
-    for name, texts in {**{name: [text] for name, text in found.items()}, "dense": [part["text"] for part in dense]}.items():
-        tally["captions", name] += bool(texts)
-        tally["words", name] += sum(len(text.split()) for text in texts)
-        tally["sentences", name] += sum(len(split_sentences(text)) for text in texts)
     found |= {"dense": dense} if dense else {}
+    for name, value in found.items():
+        texts = [part["text"] for part in dense] if name == "dense" else split_sentences(value)
+        tally.update({("captions", name): 1, ("sentences", name): len(texts),
+                      ("words", name): sum(len(text.split()) for text in texts)})
     return found, {name: reason for (name, _), reason in bad.items() if name not in found}
 
 
 async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
-    """Captions all that lacks captions. -> counts for the report, and whether it came to the end (and not to Ctrl-C)."""
+    """Captions all that lacks captions. -> counts for the report, and whether it came to the end, not to Ctrl-C."""
     share = len(range(rank, min(s.limit or sys.maxsize, sum(map(len, sets))), world))
     tally, loop, failing, stop = Counter(), asyncio.get_running_loop(), set(), asyncio.Event()
     todo, reading, threads = jobs(sets, tally, s, rank, world), threading.Lock(), ThreadPoolExecutor(os.cpu_count())
@@ -869,8 +880,8 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
                 tally["failed"] += 1
             else:
                 captions = ({"raw": job.raw} if job.raw else {}) | found
-                tally["images"] += job.output.captions.append(
-                    {"key": job.key, "size": list(size), "captions": captions, "model": engine.name, "prompts": s.version})
+                row = {"key": job.key, "size": size, "captions": captions, "model": engine.name, "prompts": s.version}
+                tally["images"] += job.output.captions.append(row)
             if job.output.failed:
                 failing.add(job.output.file)
             bar.initial = tally["there"]  # so that the rate is that of this run
@@ -990,8 +1001,8 @@ def read_prompts(path) -> tuple[dict, str]:
                  for name, value in table.items()}
         return PROMPTS | {name: (str(prompt), int(tokens)) for name, (prompt, tokens) in pairs.items()}, version
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'--prompts {path} must be like {{"version": "mine-1", "long": "Describe ...", "colours": ["Which '
-                        f'colours ...?", 60]}} ({error!r})') from None
+        raise UserError(f'--prompts {path} must be like {{"version": "mine-1", "long": "Describe ...", "colours": '
+                        f'["Which colours ...?", 60]}} ({error!r})') from None
 
 
 def parse_flags(argv=None):
@@ -1003,9 +1014,9 @@ def parse_flags(argv=None):
     add("--engine", choices=["scenes"], help="the scenes' own true captions")
     add("--out", metavar="DIR", help="where the pictures of scenes are put")
     add("--fields", default="short,long", help="captions to make: %(default)s; all; or of " + ", ".join(PROMPTS))
-    add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops too, each sentence with its box")
+    add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops, too: sentences with a box")
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
-    add("--name", default="", help="the model's name in those of its captions (longNAME_captions), beside other models'")
+    add("--name", default="", help="the model's name in those of its captions: longNAME_captions, beside others'")
     add("--limit", type=int, default=0, help="only the first so many images")
     add("--preview", metavar="FILE.png", help="draw the first (up to 16) pictures with their captions")
     add("--dry-run", action="store_true", help="print the requests for the first --limit images (1), and send none")
@@ -1027,7 +1038,8 @@ def parse_flags(argv=None):
     s.fields = names if s.fields == "all" else s.fields.split(",")
     unknown = [name for name in s.fields if name not in names]
     if unknown:
-        raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(names)} (and --dense GRID for crops)")
+        raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(names)}, and --dense GRID for "
+                        "crops")
     s.fields += ["dense"] * bool(s.dense)
     low = [flag for flag in ("in_flight", "tries", "batch", "side", "timeout") if getattr(s, flag) <= 0]
     low += [flag for flag in ("retries", "limit", "dense", "temperature", "patience") if getattr(s, flag) < 0]

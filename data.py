@@ -1369,9 +1369,9 @@ def look(path, image_root, fields, tokenizer, n, sheet):
                   f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
             width = max(found) // 12 + 1
             counts = np.bincount(np.array(found) // width)
-            for i, count in enumerate(counts):
-                bar = "█" * math.ceil(50 * count / max(counts))
-                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {count}")
+            for i in range(min(found) // width, len(counts)):
+                bar = "█" * math.ceil(50 * counts[i] / max(counts))
+                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
     if sheet and shown:
         contact_sheet(sheet, shown)
         print(f"\nwrote {sheet}")

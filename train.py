@@ -11,6 +11,7 @@ all. A run that ends before its time goes on with `--resume auto`; under torchru
 import argparse
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import math
@@ -113,7 +114,7 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.3, whole_caption=True)
+SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=True)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
@@ -122,7 +123,7 @@ SIZES = {
                  images=8_000, batch=32, lr=2e-3, kinds=12),
     "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
                  text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
-                 images=100_000, batch=32, lr=1e-3, kinds=24),
+                 images=150_000, batch=32, lr=1e-3, kinds=24),
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),
@@ -186,9 +187,12 @@ def resolve(flags: dict, world: int = 1) -> Settings:
         s.pool = "average" if small else "class"
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
+    native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
+    fast = native.get(device.split(":")[0], bool)()  # whether the device multiplies bfloat16 by itself
     if s.precision == "auto":
-        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
-        s.precision = "bf16" if native.get(device.split(":")[0], bool)() else "fp32"
+        s.precision = "bf16" if fast else "fp32"
+    if device == "cpu" and not fast and "images" not in flags:  # an older processor takes 1.5 times as long an image
+        s.images = s.images * 2 // 3
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
     if s.tokenizer == "auto" and s.data == ("scenes",):
@@ -240,14 +244,24 @@ def check_device(device: str):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def join_group(s: Settings):
+def join_group(s: Settings, rank: int, world: int):
     """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts, which talk of what is no tensor of the
     model's. A process that dies closes its connections, and so is noticed by the others at the next step."""
-    backend = "gloo"
+    backend, store = "gloo", None
     if s.device.startswith("cuda"):
         s.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(s.device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=s.timeout_minutes))
+    timeout = timedelta(minutes=s.timeout_minutes)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def restarts() -> int:
+    """How often torchrun has started this machine's processes again, because one of them had died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def is_chief() -> bool:
@@ -518,9 +532,9 @@ def swap_average(state: State):
 
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
-def run_folder(s: Settings) -> Path:
-    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
-    Raises UserError."""
+def run_folder(s: Settings, again: bool = False) -> Path:
+    """Where this run writes: a new folder, or with --resume, and when torchrun starts it `again`, the one it goes on
+    in. Raises UserError."""
     if s.resume not in ("no", "auto"):
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
@@ -528,7 +542,6 @@ def run_folder(s: Settings) -> Path:
     base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
     numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
     taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's, after one of the group had died
     started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
     if started and (again or s.resume == "auto"):
         return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
@@ -728,13 +741,14 @@ def train(flags: dict) -> Path:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
-        join_group(s)
+        join_group(s, rank, world)
     chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
+    again = agree(restarts())[0] > 0
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s)
-        place = [(folder := run_folder(s), newest_whole(folder))] if chief else [None]
+        place = [(folder := run_folder(s, again), newest_whole(folder))] if chief else [None]
     if world > 1:
         dist.broadcast_object_list(place)
     folder, newest = place[0]
@@ -817,6 +831,8 @@ def train(flags: dict) -> Path:
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:
+        del network  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
+        gc.collect()
         dist.destroy_process_group()
     if chief:
         (folder / "finished").touch()
@@ -832,10 +848,11 @@ def main():
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:
-        if not distributed() or not re.search(r"closed by peer|reset by peer|broken pipe|timed out", str(error), re.I):
+        gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
+        if not gone or os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        sys.exit(f"error: process {dist.get_rank()} lost another one of the group, which died or fell silent: see what "
-                 "that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+        sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
+                 "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
 
 
 if __name__ == "__main__":

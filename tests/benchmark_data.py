@@ -3,6 +3,7 @@ same run, taking turns; and where our time goes.
 
     python tests/benchmark_data.py                          10,000 pictures of 256 px, 2 workers, three turns each
 
+Needs: pip install open_clip_torch webdataset
 Both read shards, decode, crop at random to 224 px, tokenise one caption with CLIP's tokenizer at 77 tokens, and end in
 batches of normalised float32 tensors: open_clip's workers normalise; ours hand over bytes, `normalize` does the rest.
 The shards are made once, under --folder: scenes with noise, as JPEGs of about 20 kB, the size of photographs at 256 px.

@@ -442,7 +442,7 @@ def test_of_samples_with_the_same_key_the_first_stays(tmp_path, keys):
     assert [read_captions(record.row).raw for record in records] == [f"picture {keys.index(key)}" for key in "ab"]
 
 
-def test_a_file_that_grows_while_it_is_scanned_is_read_as_far_and_scanned_anew_the_next_time(tmp_path, cache, monkeypatch):
+def test_a_file_that_grows_while_it_is_scanned_is_scanned_anew_the_next_time(tmp_path, cache, monkeypatch):
     folder, (scan, parse) = shards(tmp_path / "a", (5,)), data.READERS[".tar"]
 
     def slow(path):
@@ -623,3 +623,46 @@ def test_8_workers_and_their_parent_take_less_than_1_3_times_the_memory_of_one(t
     n, alone, together, index = map(int, done.stdout.split())
     print(f"{n} rows: {alone / 1e6:.0f} MB alone, {together / 1e6:.0f} MB with 8 workers, index {index / 1e6:.0f} MB")
     assert n == rows and index == 20 * rows and together < 1.3 * alone
+
+
+# ---- from the command line -------------------------------------------------------------------------------------------
+
+RUN = dict(size="nano", method="clip", images=64, batch=16, eval_images=0, device="cpu", workers=0, log_every=1,
+           tokenizer="scenes", precision="fp32")
+
+
+def test_a_run_trains_on_weighted_sets_of_shards_and_rows_and_names_what_was_bad(tmp_path, capsys):
+    folder = shards(tmp_path / "a")
+    with open(folder / "00002.tar", "r+b") as file:
+        file.truncate(40_000)
+    (tmp_path / "b.csv").write_text("file,title\n" + "".join(f"{i}.jpg,title {i}\n" for i in range(30)))
+    for i in range(29):
+        (tmp_path / f"{i}.jpg").write_bytes(PICTURE[i])
+    flags = ["--data", f"{folder}/{{00000..00002}}.tar", str(tmp_path / "b.csv"), "--data-weights", "1", "3",
+             "--caption-fields", "raw=title", "--max-bad", "0.5", "--out", str(tmp_path / "run")]
+    train.train({**RUN, **train.parse_flags(flags)})
+    printed = capsys.readouterr().out
+    assert "1 × tar cut off: 00002.tar in" in printed and "image missing: b.csv: 29.jpg" in printed
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_set_that_is_bad_by_its_index_alone_is_refused_before_training(tmp_path):
+    lines = [json.dumps({"image": f"{i}.jpg", "caption": "x"}) for i in range(300)] + ["{torn"] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for i in range(300):
+        (tmp_path / f"{i}.jpg").write_bytes(PICTURE[0])
+    with pytest.raises(UserError, match="20 of 320 samples are bad, over --max-bad 0.05"):
+        train.train({**RUN, "data": str(tmp_path / "a.jsonl"), "out": str(tmp_path / "run")})
+
+
+def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path):
+    folder = shards(tmp_path / "a", (30,))
+    shard(folder / "00001.tar", {"x": {"jpg": b"", "txt": b"x"}, "y": {"txt": b"y"}, "z": {
+        "jpg": PICTURE[0], "txt": b"costs $5 and $6", "json": json.dumps({"long": "One two. Three."}).encode()}})
+    command = [sys.executable, str(ROOT / "data.py"), "--look", str(folder), "--tokenizer", "scenes", "--sheet"]
+    done = subprocess.run([*command, str(tmp_path / "sheet.png")], capture_output=True, text=True)
+    assert "2 files, 32 samples; left out: 1 × no image: 00001.tar/y" in done.stdout and not done.stderr
+    assert "32 looked at, 1 bad: 1 × image will not decode" in done.stdout and "raw caption: 31, tokens: mean" in done.stdout
+    assert "sentence of long: 32," in done.stdout and np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).std() > 5
+    gone = subprocess.run([*command[:2], "--look", "gone.tar"], capture_output=True, text=True)
+    assert gone.returncode == 1 and gone.stderr.startswith("error: no file gone.tar") and gone.stderr.count("\n") == 1

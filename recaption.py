@@ -182,8 +182,8 @@ def unquoted(text):
 
 
 def loops(text) -> bool:
-    """Whether up to 24 words come four times in a row (one word: six times). Words of letters alone, so that counting up
-    is no way out; a Chinese or Japanese character is a word."""
+    """Whether up to 24 words come four times in a row (one word: six times). Words are letters alone, so counting up is
+    no way out; a Chinese or Japanese character is a word."""
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", text.lower())
     for period in range(1, min(24, len(words) // 4) + 1):
         run = 0

@@ -934,7 +934,12 @@ def read_indices(files: list[Path]) -> list:
         processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         with ProcessPoolExecutor(min(processes, len(new))) as pool:
             made = dict(zip(new, progress(pool.map(make_index, new))))
-    return [made.get(file) or load_index(file) for file in files]
+    return [made.get(file) or index_of(file) for file in files]
+
+
+def index_of(file):
+    """The index of a file that another process may be writing to: what is kept may be outdated before it is read."""
+    return load_index(file) or make_index(file) or index_of(file)
 
 
 @functools.lru_cache(maxsize=512)

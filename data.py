@@ -495,10 +495,12 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
     """The T texts of one image for one step, in the order of text_slots.
 
     Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short captions, the raw one unless it has a
-    slot of its own, and with `whole_caption` all sentences as one text: without replacement while they last. Long texts
-    (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
+    slot of its own, and, in the share `whole_caption` of the draws, all sentences as one text: without replacement
+    while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
     """
-    pool = c.long + c.short * s.short_caption + [c.raw] * (not s.raw_caption) + [" ".join(c.long)] * s.whole_caption
+    pool = c.long + c.short * s.short_caption + [c.raw] * (not s.raw_caption)
+    if rng.random() < s.whole_caption:
+        pool = [*pool, " ".join(c.long)]
 
     def sub(k):
         if s.sampling == "first":  # the ablation: the same K texts every time

@@ -60,7 +60,7 @@ class Settings(CLIPConfig):
     sub_captions: int = 0  # K slots for sub-captions
     sampling: str = "random"  # sub-captions: "random" anew each time, "first" K always, "whole": all as one text
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
-    whole_caption: bool = False  # the whole long caption, as one text, is among them too
+    whole_caption: float = 0.0  # share of the draws in which the whole long caption, as one text, is among them, too
     long_texts: int = 0  # J slots for long texts
     long_sentences: int = 0  # consecutive sentences in a long text; 0: the whole caption
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
@@ -114,7 +114,7 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=True)
+SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=0.5)
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
@@ -211,8 +211,10 @@ def check(s: Settings, world: int = 1):
                  "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 <= s.warmup <= 1 and 0 < s.crop <= 1 and 0 <= s.max_bad <= 1):
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop and --max-bad from 0 to 1")
+    shares = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption))
+    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 < s.crop <= 1 and shares):
+        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop, --max-bad and --whole-caption "
+                        "from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -661,7 +663,7 @@ def restore(state: State, content: dict):
 MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
     "size", "device", "precision", "compile", "fused", "grad_checkpointing", "fsdp", "workers", "accumulate",
     "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "keep", "eval_steps",
-    "eval_images", "log_every")
+    "eval_images", "log_every", "image_root")
 
 
 def compare_settings(s: Settings, before: dict, folder: Path):

@@ -258,7 +258,7 @@ SENTENCES, POOL = set(CAPTIONS.long), {*CAPTIONS.long, "short"}
 
 
 def settings(method="dreamlip", **flags):
-    return train.resolve({"method": method, "size": "nano", "whole_caption": False, **flags})
+    return train.resolve({"method": method, "size": "nano", "whole_caption": 0.0, **flags})
 
 
 def drawn(s, captions=CAPTIONS, n=200):
@@ -302,10 +302,16 @@ def test_sub_captions_come_with_replacement_only_when_there_are_too_few():
 @pytest.mark.parametrize("flags, pool", [
     (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}),
     (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"}),
-    (dict(whole_caption=True), POOL | {" ".join(CAPTIONS.long)})])
+    (dict(whole_caption=1.0), POOL | {" ".join(CAPTIONS.long)})])
 def test_the_pool_holds_the_raw_caption_unless_it_has_a_slot_and_the_short_and_the_whole_one_as_told(flags, pool):
     s = settings(sub_captions=2, **flags)
     assert {t for row in drawn(s) for t in row[len(row) - 2:]} == pool and len(text_slots(s)) == 2 + s.raw_caption
+
+
+def test_the_whole_caption_is_in_the_pool_of_the_given_share_of_the_images():
+    whole = " ".join(CAPTIONS.long)
+    rows = drawn(settings(sub_captions=len(POOL) + 1, whole_caption=0.25))  # the whole pool, and one more
+    assert 0.15 < sum(whole in row for row in rows) / len(rows) < 0.35
 
 
 def test_sampling_first_takes_the_same_k_every_time_and_whole_the_long_caption_as_one_text():

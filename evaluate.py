@@ -38,7 +38,7 @@ from data import MEAN, BadCount, BadSample, Parser, UserError, load_image, load_
 from losses import group_patches
 from model import CLIP, CLIPConfig, from_state_dict, resized, to_open_clip
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, Scenes, article, held_out
-from train import check_device, load_checkpoint
+from train import check_device, checkpoints, load_checkpoint
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class Model:
 
     def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256):
         path = Path(path)
-        file = path if path.is_file() else path / "checkpoint.pt"
+        file = path if path.is_file() else next(iter(checkpoints(path)), path / "checkpoint.pt")  # the newest there
         content = read_checkpoint(path) if path.is_file() else load_checkpoint(file)
         self.ours = "settings" in content and "model" in content
         self.folder, self.name = (file.parent, file.parent.name) if self.ours else (None, file.stem)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from csrc import fused
 from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import distributed, grouping_loss, multi_to_multi_loss
+from model import CHOICES as model_choices
 from model import CLIP, CLIPConfig, config_from
 
 
@@ -137,11 +138,10 @@ SIZES = {
                      text_width=768, text_depth=12, text_heads=12, context=77, embed=768,
                      images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
 }
-CHOICES = dict(
+CHOICES = model_choices | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot"), fused=("auto", "on", "off"),
-    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"), branch_type=("class", "mlp"),
-    stem=("patch", "conv"), text_attention=("causal", "bidirectional"), activation=("gelu", "quickgelu"))
+    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

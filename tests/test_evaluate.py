@@ -597,6 +597,16 @@ def test_evaluation_is_deterministic_and_leaves_no_figures_if_told(runs, tmp_pat
     assert first == second and not list((tmp_path / "run").glob("*.png"))
 
 
+def test_a_save_that_was_killed_between_its_renames_leaves_a_run_to_evaluate(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-1.pt").write_bytes((runs / "clip-0" / "checkpoint.pt").read_bytes())
+    found, whole = (Model(folder, "cpu").clip.state_dict() for folder in (tmp_path / "run", runs / "clip-0"))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    (tmp_path / "run" / "checkpoint-1.pt").unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        Model(tmp_path / "run", "cpu")
+
+
 def test_the_averaged_weights_are_the_ones_evaluated(tmp_path):
     train.train({**RUN, "method": "clip", "ema": 0.5, "out": str(tmp_path / "run")})
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)

@@ -812,7 +812,7 @@ def draw_branches(model: Model, found: dict, path: Path):
             matrix[h, m] = round((sim.diag().mean() - sim.mean()).item(), 2) + 0.0  # no "-0.00"
     figure, axis = plt.subplots(figsize=(1.25 * len(names) + 2, 0.6 * H + 2), layout="constrained")
     draw_matrix(axis, matrix, [f"branch {h}" for h in range(H)], [n.replace("_", " ") for n in names], "{:.2f}")
-    axis.set_title("similarity to the own picture's text, above the mean over pictures")
+    axis.set_title("similarity to the own picture's text,\nabove the mean over pictures")
     figure.suptitle(model.name)
     save_figure(plt, figure, path)
 

@@ -138,8 +138,8 @@ def clip():
     axis.set(xlim=(0, WIDTH), ylim=(3.7, 0), aspect="auto")
     axis.text(left + 2 * wide, 3.5, "green: the positive of its row and of its column; grey: their negatives",
               ha="center", fontsize=9.5)
-    axis.text(left + 4 * wide + 0.1, top + 2 * high, "softmax of each row:\nwhich text belongs\nto the image?\n\nsoftmax of each\n"
-              "column: which image\nbelongs to the text?", va="center", fontsize=9.5)
+    axis.text(left + 4 * wide + 0.1, top + 2 * high, "softmax of each row:\nwhich text belongs\nto the image?\n\n"
+              "softmax of each\ncolumn: which image\nbelongs to the text?", va="center", fontsize=9.5)
     return figure
 
 

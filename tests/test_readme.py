@@ -78,6 +78,12 @@ def options(script):
     return set(parser_of(script)._option_string_actions)
 
 
+def scripts(text):
+    """The scripts named in a text, of those that take arguments."""
+    return {word for word in re.findall(r"[\w/]+\.py", text)
+            if (ROOT / word).is_file() and re.search(r"Parser\(description", (ROOT / word).read_text())}
+
+
 def torchruns():
     return torch.distributed.run.get_args_parser()
 
@@ -98,7 +104,7 @@ def test_every_command_is_one_that_its_script_takes(words):
     world = 1
     if words[0] == "torchrun":
         launched = torchruns().parse_args([*launch, script])
-        world = int(launched.nproc_per_node) * int(launched.nnodes)
+        world = int(launched.nproc_per_node) * int(launched.nnodes.split(":")[0])
     parser_of(script).parse_args(arguments)  # raises UserError or SystemExit
     if script == "train.py":
         resolve(arguments, world)
@@ -128,20 +134,17 @@ def test_every_method_has_a_recipe():
 def test_every_flag_named_is_one_of_the_script_it_is_shown_with():
     wrong, seen = [], 0
     for section in sections():
-        scripts = {word for word in re.findall(r"[\w/]+\.py", section) if (ROOT / word).is_file()
-                   and "add_argument" in (ROOT / word).read_text()} | {"train.py"}
-        known = set().union(*map(options, scripts))
+        known = set().union(*map(options, scripts(section) | {"train.py"}))
         known |= {flag for words in commands(section) if not split(words)[1] for flag in words}  # other programs'
         if "torchrun" in section:
             known |= set(torchruns()._option_string_actions)
         for diff in blocks("diff", section):  # the flags of settings that it adds
             known |= {"--" + name.replace("_", "-") for name in re.findall(r"^\+    (\w+): .+ = ", diff, re.M)}
         for span in re.findall(r"`([^`\n]+)`", BLOCK.sub("", section)):
-            script = next((word for word in span.split() if word.endswith(".py") and (ROOT / word).is_file()), None)
-            flags = FLAG.findall(span[span.index(script):] if script else span)
-            allowed = options(script) if script and "add_argument" in (ROOT / script).read_text() else known
-            wrong += [(flag, span) for flag in flags if flag not in allowed and flag not in known - options("train.py")]
-            seen += len(flags)
+            for script in scripts(span):
+                wrong += [flag for flag in FLAG.findall(span[span.index(script):]) if flag not in options(script)]
+            wrong += [flag for flag in FLAG.findall(span) if flag not in known]
+            seen += len(FLAG.findall(span))
     assert seen > 100 and not wrong
 
 

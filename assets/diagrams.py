@@ -185,7 +185,7 @@ def dreamlip():
     scene, s = SCENES.scene(16), resolve(dict(method="dreamlip", size="base-16", device="cpu"))
     c = scene.captions
     captions = Captions(c["raw"], [c["short"]], c["long"], [])
-    draws = [draw_texts(captions, s, random.Random(seed)) for seed in (10, 2)]
+    draws = [[text for text, _ in draw_texts(captions, s, random.Random(seed))] for seed in (10, 2)]
     figure = plt.figure(figsize=(WIDTH, 5.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.05, 1))
     left, right = upper.subplots(1, 2, width_ratios=(1, 2.9))

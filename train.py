@@ -68,7 +68,7 @@ class Settings(CLIPConfig):
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
     # the loss
     grouping: str = "none"  # patches grouped by "sub-caption" (DreamLIP), by "token" (SPARC), or "none"
-    negatives: str = "image"  # grouping's: same "image" (papers), whole "batch" (DreamLIP's code), same "slot"
+    negatives: str = "image"  # grouping's: "image" (papers), "batch" (DreamLIP's code), "slot", "regrouped" (FLAIR's)
     threshold: float | None = None  # of the grouping weights; default 1/P
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
@@ -142,8 +142,8 @@ SIZES = {
 }
 CHOICES = model_choices | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
-    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot"), fused=("auto", "on", "off"),
-    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
+    fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -230,6 +230,9 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
+    if s.grouping == "token" and s.negatives == "regrouped":
+        raise UserError("--negatives regrouped is for sub-captions: add --grouping sub-caption, or choose --negatives "
+                        "image")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")

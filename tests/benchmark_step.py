@@ -112,9 +112,9 @@ def anatomy(s, steps: int = 30):
                 spent.clear()
                 whole = now()
             batch = timed_call("data", next)(batches)
-            images, tokens, good = timed_call("copies", train.to_device)(batch, s)
+            images, tokens, *which = timed_call("copies", train.to_device)(batch, s)
             with FlopCounterMode(display=False) if step == -1 else nullcontext() as counter:
-                train.backward(network, images, tokens, s, good)
+                train.backward(network, images, tokens, s, *which)
             flops = counter.get_total_flops() if step == -1 else flops
             timed_call("optimiser", train.update)(state, 0.0, s)
             used, padded = used + (tokens.argmax(-1) + 1).sum().item(), padded + tokens.shape[0] * tokens.shape[1] * s.context

@@ -207,8 +207,9 @@ def test_compiles_into_one_graph_under_autocast_too(device):
     loss = lambda *x: sum(o.square().mean() for o in fused.similarity_logsumexp(*x))  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True)
     assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")  # no code is generated: quicker
     with torch.autocast(device, torch.bfloat16):
-        assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+        assert_close(torch.autograd.grad(traced(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
 
 
 @devices

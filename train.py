@@ -401,6 +401,7 @@ class State:
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
+    bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
 
 
 def build(s: Settings) -> CLIP:
@@ -640,7 +641,8 @@ def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     content = dict(model=whole(state.model.state_dict()), average=whole(state.average), step=state.step,
                    settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
     if not best:
-        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best)
+        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best,
+                        bad=of_all_processes(state.bad).plain())
     path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", s.keep)
     return agree(is_chief() and write_whole(path, content, keep))[0] > 0
 
@@ -672,6 +674,8 @@ def restore(state: State, content: dict):
         state.average = [like(p, a) for p, a in zip(state.model.parameters(), content["average"], strict=True)]
     state.skipped.copy_(content["skipped"])
     state.step, state.best = content["step"], content["best"]
+    if is_chief():
+        state.bad = BadCount.of(*content["bad"])
 
 
 MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
@@ -787,17 +791,13 @@ def train(flags: dict) -> Path:
     say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)
                          if getattr(s, f.name) != f.default))
 
-    first, bad = state.step, BadCount()
+    first = state.step
     loader = until_error(training_loader(dataset, tokenizer, s, first, steps, rank, world))
     saved, mark = time.monotonic(), (first, time.monotonic())
     with signals_caught() as caught, tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1,
                                           dynamic_ncols=True) as bar:
         for batch in loader:
-            failed = isinstance(batch, UserError)
-            if not failed:
-                bad.seen += len(batch[0])
-                for sample in batch[3]:
-                    bad.add(sample)
+            failed, bad = isinstance(batch, UserError), state.bad  # of the steps before
             late = chief and time.monotonic() - saved > 60 * s.save_minutes
             stop, late, failed, n_bad, n_seen = agree(bool(caught), late, failed, bad.total, bad.seen)
             due = late or s.save_steps and state.step % s.save_steps == 0
@@ -813,6 +813,9 @@ def train(flags: dict) -> Path:
                     if isinstance(batch, UserError):
                         raise batch
                     bad.check(s.max_bad)
+            bad.seen += len(batch[0])
+            for sample in batch[3]:
+                bad.add(sample)
 
             images, tokens, *which = to_device(batch, s)
             loss, parts = backward(network, images, tokens, s, *which)
@@ -824,7 +827,7 @@ def train(flags: dict) -> Path:
             if evaluating or last or state.step % s.log_every == 0:
                 rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
                 row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
-                           bad=int(n_bad), images_per_s=rate)
+                           bad=int(agree(bad.total)[0]), images_per_s=rate)
                 if evaluating:
                     row["held_out_loss"] = held_out_loss(network, state, held_out, tokenizer, s)
                     if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
@@ -846,7 +849,7 @@ def train(flags: dict) -> Path:
             raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
     if state.skipped[0]:
         say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
-    bad = of_all_processes(bad)
+    bad = of_all_processes(state.bad)
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:

@@ -674,7 +674,7 @@ def restore(state: State, content: dict):
         state.average = [like(p, a) for p, a in zip(state.model.parameters(), content["average"], strict=True)]
     state.skipped.copy_(content["skipped"])
     state.step, state.best = content["step"], content["best"]
-    if is_chief():
+    if is_chief() and "bad" in content:  # older checkpoints count none
         state.bad = BadCount.of(*content["bad"])
 
 

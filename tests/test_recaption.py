@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
 from multiprocessing import get_context
@@ -207,6 +208,10 @@ def test_a_small_upright_jpeg_goes_out_as_it_is_and_all_else_is_made_one(tmp_pat
         found, (sent,) = pictures(source, side, [None], True)
         image = Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2])))
         assert found == size and image.format == "JPEG" and max(image.size) == min(side, 48) and (image.width > image.height) == (size[0] > size[1])
+    for exif in (turned, b"Exif\0\0broken"):  # decoded at a quarter; the size is that of the whole
+        found, parts = pictures(jpeg(1, 1600, exif=exif), 100, [None, *crops(2)], False)
+        assert found == ((800, 1600) if exif is turned else (1600, 800))
+        assert [part.size for part in parts] == [(50, 100) if exif is turned else (100, 50)] * 5
     with pytest.raises(BadSample, match="truncated"):
         pictures(data[:-40], 64, [None], True)
     with pytest.raises(BadSample, match="missing"):
@@ -329,6 +334,8 @@ def captioned_so_far(data):
 
 
 def quiet(flags):
+    # tqdm's lock is shared with forked processes: one killed while it draws its bar would stop all the others for good
+    recaption.tqdm.set_lock(threading.RLock())
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)
     os._exit(recaption.main(flags))

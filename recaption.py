@@ -3,6 +3,7 @@
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the engine: any OpenAI-compatible server will do
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
     python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
+    python recaption.py /data/cc3m --endpoint http://localhost:8000 --dense 2   crops: for train.py --region-grouping
     torchrun --nproc_per_node=8 recaption.py pictures --model llava-hf/llava-onevision-qwen2-7b-ov-hf   without a server
     python recaption.py scenes --engine scenes --out scenes             embedded scenes with their true captions
 

@@ -587,6 +587,35 @@ def test_scenes_go_from_pictures_to_captions_to_a_trained_model(tmp_path):
         train.train({**flags, "region_grouping": True, "out": str(tmp_path / "none"), "caption_fields": "long=long"})
 
 
+def paced(tmp_path, serve, n):
+    """n images of 60 KB, one question each, of an endpoint that answers in 50 ms and takes 64 at a time -> the report,
+    and the client's memory in MB, second by second."""
+    for i in range(50):
+        noise = np.random.default_rng(i).integers(0, 255, (192, 256, 3), np.uint8)
+        Image.fromarray(noise).resize((512, 384)).save(tmp_path / f"{i}.jpg", quality=60)
+    lines = [{"key": f"{i:06}", "image": f"{i % 50}.jpg", "caption": "raw"} for i in range(n)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, HERE.parent / "recaption.py", tmp_path / "a.jsonl", "--fields", "short"]
+    process = subprocess.Popen([*command, "--endpoint", serve("--delay", 0.05), "--in-flight", "64"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    memory = []
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        memory += [int(kb) / 1024 for kb in re.findall(r"RssAnon:\s+(\d+)", status)]
+        time.sleep(1)
+    assert process.returncode == 0 and len(captioned(tmp_path)) == n
+    return json.loads((tmp_path / "recaption.json").read_text()), memory
+
+
+@pytest.mark.slow
+def test_100_000_images_are_asked_about_at_the_endpoints_pace_and_in_flat_memory(tmp_path, serve):
+    report, memory = paced(tmp_path, serve, 100_000)
+    rate, early = report["requests a second"], memory[len(memory) // 5]
+    print(f"\n{rate} requests a second, {100 * rate / (64 / 0.05):.0f}% of what the endpoint can; "
+          f"memory {early:.0f} MB after a fifth, {memory[-1]:.0f} MB at the end")
+    assert report["captioned"] == 100_000 and memory[-1] - early < 64  # a key that is done takes 100 to 200 bytes
+
+
 # ---- real servers and models -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

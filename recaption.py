@@ -43,8 +43,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (FIELDS, BadSample, Parser, Records, UserError, captions_path, clean_field, hashed, load_image,
-                  split_sentences)
+from data import (FIELDS, BadSample, Parser, Records, UserError, all_fields, captions_path, clean_field, hashed,
+                  load_image, split_sentences)
 from scenes import Scenes
 
 VERSION = "1"
@@ -817,8 +817,7 @@ def jobs(sets, tally, s, rank, world):
 
 def raw_caption(row) -> str | None:
     """The caption found with the image, under the names that published files use."""
-    inner = row.get("captions")
-    row = {**row, **inner} if isinstance(inner, dict) else row
+    row = all_fields(row)
     texts = [clean_field(row.get(name)) for name in FIELDS["raw"] + FIELDS["caption"]]
     return next((found[0] for found in texts if found), None)
 

@@ -334,6 +334,16 @@ test_train.fit({str(tmp_path / 'run')!r}, **{{**test_train.LONG, 'save_minutes':
     assert [line["step"] for line in lines] == list(range(1, 13))
 
 
+def test_a_run_older_than_a_setting_goes_on_with_the_settings_default(tmp_path):
+    s = train.resolve({**RUN, "method": "dreamlip"})
+    before = dataclasses.asdict(s)
+    del before["region_grouping"]
+    train.compare_settings(s, before, tmp_path)
+    s.region_grouping = True
+    with pytest.raises(train.UserError, match="region_grouping .False there, True here"):
+        train.compare_settings(s, before, tmp_path)
+
+
 def test_runs_are_numbered_and_never_overwrite_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

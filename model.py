@@ -12,8 +12,10 @@ resolution.
 Attention masks are boolean, True where a query may look at a key.
 """
 
+import copy
 import re
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -57,6 +59,26 @@ ACTIVATIONS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
 NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # what each adds to the variance in its LayerNorms
 
 
+class Packing(NamedTuple):
+    """What stands in a mask's place where N texts lie one behind the other, without padding, as one row of T tokens;
+    behind them their C·N corners: the first of every text, then the second of every text, and so on."""
+
+    starts: Tensor  # [N+1] int32: text n is the tokens starts[n] to starts[n+1] - 1
+    summary: Tensor  # [N], the place of each text's end-of-text token (causal) or [CLS]
+    longest: int  # no text is longer
+    corners: int  # C
+    causal: bool
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int,
+                     k_longest: int, causal: bool = False) -> Tensor:
+    """Attention of sequences that lie one behind the other: q [R,heads,d], k and v [T,heads,d] -> [R,heads,d]. The
+    queries q_starts[n] to q_starts[n+1] - 1 look at the keys k_starts[n] to k_starts[n+1] - 1. It is flash attention,
+    which a GPU has, in half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, q_starts, k_starts, q_longest, k_longest, window_size=(-1, 0 if causal else -1))
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -68,7 +90,9 @@ class Attention(nn.Module):
         """x [B,N,W] -> queries, keys, values [3, B, heads, N, W/heads]."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Packing | None = None, causal: bool = False) -> Tensor:
+        if isinstance(mask, Packing):
+            return self.packed(x[0], mask)[None]
         B, N, W = x.shape
         q, k, v = self.split(x)
         if q.dtype == torch.bfloat16 and q.is_cpu:  # PyTorch's attention is several times slower there than in float32
@@ -77,6 +101,19 @@ class Attention(nn.Module):
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
+
+    def packed(self, x: Tensor, p: Packing) -> Tensor:
+        """x [T+C·N,W] -> the same. A corner looks at its text as the summary token does, with itself in that token's
+        place; no other token looks at a corner (LoTLIP's mask, `text_mask`)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T+C·N, heads, W/heads]
+        N = len(p.summary)
+        T = len(x) - p.corners * N
+        parts = [varlen_attention(q[:T], k[:T], v[:T], p.starts, p.starts, p.longest, p.longest, p.causal)]
+        each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
+        for c in range(T, len(x), N):
+            keys, values = (y[:T].index_copy(0, p.summary, y[c:c + N]) for y in (k, v))
+            parts.append(varlen_attention(q[c:c + N], keys, values, each, p.starts, 1, p.longest))
+        return self.out(torch.cat(parts).flatten(1))
 
     def weights(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Who looks how much at whom, [B, heads, N, N], rows summing to 1: for figures, forward never stores them."""
@@ -220,6 +257,39 @@ class TextTransformer(nn.Module):
         summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
         return torch.cat([summary[:, None], x[:, L:]], 1), x[:, :L]
 
+    def packed(self, tokens: Tensor, total: int, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
+        """forward without padding: all texts one behind the other. `total` is the number of their tokens, which the
+        host must know, as it cannot ask the device without waiting for it. Token embeddings (zeros behind each text)
+        only if asked for.
+
+        D texts more are put behind the N, of such lengths that the total is a multiple of N: so there are few shapes,
+        for torch.compile and the allocator, at the price of half a token a text.
+        """
+        (N, L), longest, device = tokens.shape, len(self.positional_embedding), tokens.device
+        D = -(-N // max(1, longest - 1))
+        rest = D + -(total + D) % N  # tokens of the D texts, at least one each and at most `longest`
+        length = torch.cat([tokens.argmax(-1) + 1, (rest + torch.arange(D, device=device)) // D])  # [N+D]
+        starts = F.pad(length.cumsum(0), (1, 0))
+        text = torch.arange(N + D, device=device).repeat_interleave(length, output_size=total + rest)  # [T]
+        place = torch.arange(total + rest, device=device) - starts[text]
+        ids = tokens[text.clamp(max=N - 1), place.clamp(max=L - 1)]  # what the D texts say is of no consequence
+        x, C = self.token_embedding(ids) + F.embedding(place, self.positional_embedding), 0
+        if self.corner_embedding is not None:
+            C = len(self.corner_embedding)
+            x = torch.cat([x, self.corner_embedding.repeat_interleave(N + D, 0)])  # [T + C·(N+D), W]
+        summary = starts[1:] - 1 if self.causal else starts[:-1]
+        packing = Packing(starts.int(), summary, longest, C, self.causal)
+        x = self.ln_pre(x)[None, None]
+        for block in self.blocks:
+            x = block(x, packing)
+        x, corners = x[0, 0].split([total + rest, C * (N + D)])
+        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N + D))])[:, :N].transpose(0, 1)
+        embed = lambda y: self.pooler(self.ln_final(y)) @ self.proj  # noqa: E731
+        if not with_tokens:
+            return embed(summaries), None
+        words = embed(x[:total])
+        return embed(summaries), words.new_zeros(N, L, words.shape[1]).index_put((text[:total], place[:total]), words)
+
 
 def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
     """Who sees whom among L text places and C corner places: [N, L+C, L+C], True where row may look at column.
@@ -243,7 +313,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 
 class CLIP(nn.Module):
-    bucketed = True  # texts of like length go through the text tower together; else all at once, in a single call
+    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), in "buckets" of like length
+    # with little of it, or "padded", which like "packed" is a single call of the text tower.
+    layout = "buckets"
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -273,26 +345,30 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         branches, patches = self.visual(images)
-        return F.normalize(branches.float(), dim=-1), F.normalize(patches.float(), dim=-1)
+        return normalized(branches), normalized(patches)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
         summaries, token_embeddings = self.text(tokens)
-        return F.normalize(summaries.float(), dim=-1), F.normalize(token_embeddings.float(), dim=-1)
+        return normalized(summaries), normalized(token_embeddings)
 
-    def encode_texts(self, tokens: Tensor, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """encode_text for texts of mixed length: those of up to 16, 32, 64 ... tokens together, cut to the longest of
-        their bucket, so that little padding is computed.
+    def encode_texts(self, tokens: Tensor, with_tokens: bool = False, lengths=None) -> tuple[Tensor, Tensor | None]:
+        """encode_text for texts of mixed length, computed without most of the padding (`layout`).
 
-        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (zeros behind a bucket's longest
-        text).
+        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
+        zeros or those of padding). `lengths` [N], a NumPy array, are the texts' lengths: given, the device need not be
+        asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the longest of the bucket.
         """
-        if not self.bucketed:
+        if self.layout == "padded":
             return self.encode_text(tokens)
-        length, order = (tokens.argmax(-1) + 1).sort()
+        lengths = tokens.argmax(-1) + 1 if lengths is None else torch.from_numpy(lengths)
+        if self.layout == "packed":
+            summaries, embeddings = self.text.packed(tokens, int(lengths.sum()), with_tokens)
+            return normalized(summaries), normalized(embeddings) if with_tokens else None
+        length, order = lengths.cpu().sort()
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
-        ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist()
-        ends.append(len(length))
+        ends = [*torch.searchsorted(length, torch.tensor(edges), right=True).tolist(), len(length)]
+        order = order.to(tokens.device, non_blocking=True)
         summaries, embeddings = [], []
         for start, end in zip([0, *ends], ends):
             if end > start:
@@ -302,11 +378,12 @@ class CLIP(nn.Module):
         back = order.argsort()
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
-        for DDP)."""
+        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
         branches, patches = self.encode_image(images)
-        summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens=with_tokens)
+        lengths = lengths.reshape(-1) if lengths is not None else None
+        summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens, lengths)
         return {
             "branches": branches,  # [B, H, D]
             "patches": patches,  # [B, P, D]
@@ -315,6 +392,32 @@ class CLIP(nn.Module):
             "ends": tokens.flatten(0, 1).argmax(-1),  # [B·T], place of the end-of-text token
             "logit_scale": self.logit_scale.exp(),
         }
+
+
+def normalized(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+def packing_trouble(model: CLIP, device: str, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Embeds a few texts packed and padded on the device: what keeps the model from packing, or "" if the embeddings
+    and gradients agree."""
+    if model.config.corner_tokens and not model.config.corner_mask:
+        return "corner tokens that see one another are not packed"
+    text, end, place = copy.deepcopy(model.text).to(device), model.config.vocab - 1, torch.arange(model.config.context)
+    length = torch.arange(1, 10)[:, None].clamp(max=len(place))
+    tokens = torch.where(place < length - 1, place % end, torch.where(place == length - 1, end, 0)).to(device)
+    results = []
+    for encode in (lambda: text(tokens)[0], lambda: text.packed(tokens, int(length.sum()))[0]):
+        try:
+            with torch.autocast(device.split(":")[0], dtype):
+                summaries = normalized(encode())
+            loss = (summaries * torch.linspace(-1, 1, summaries.numel(), device=device).view_as(summaries)).sum()
+            grads = torch.autograd.grad(loss, [*text.blocks.parameters()])
+        except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        results.append([summaries.flatten(), torch.cat([g.flatten() for g in grads])])
+    far = max(float((packed - padded).detach().norm() / padded.norm()) for padded, packed in zip(*results))
+    return "" if far < 0.1 else f"packed and padded texts differ by {far:.2g} of their norm"
 
 
 POSITIVE = ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",

@@ -39,7 +39,7 @@ from csrc import fused
 from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CHOICES as model_choices
-from model import CLIP, CLIPConfig, config_from
+from model import CLIP, CLIPConfig, config_from, packing_trouble
 
 
 @dataclasses.dataclass
@@ -324,8 +324,8 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tup
                 out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
     slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
     texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    long = [t for t, slot in enumerate(slots) if slot != "raw"]
-    corners = summaries[:, long, 1:].flatten(1, 2)  # ... and all but the raw caption by their corners too (LoTLIP)
+    # ... and all but the raw caption, which comes first, by their corners too (LoTLIP)
+    corners = summaries[:, slots.count("raw"):, 1:].flatten(1, 2)
     parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
     loss = s.contrastive_weight * parts["contrastive"]
     if s.grouping != "none":
@@ -342,38 +342,45 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tup
     return loss * (1 + 0 * loss.detach()), parts
 
 
-def embed(network, images, tokens, s: Settings) -> dict:
+def embed(network, images, tokens, s: Settings, lengths=None) -> dict:
+    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token")
+        return network(normalize(images), tokens, s.grouping == "token", lengths)
 
 
-def backward(network, images, tokens, s: Settings, good=None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts.
+def backward(network, images, tokens, s: Settings, good=None, more=(None,), mark=lambda part: None):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
+    `embed` takes; `mark` is told when a part of the step is done.
 
     In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
     gradients, embed part by part again and send those gradients through. The result is the big batch's gradient;
     memory is one part's.
     """
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, images, tokens, s), s, good)
+        loss, parts = method_loss(embed(network, images, tokens, s, *more), s, good)
+        mark("losses")
         loss.backward()
+        mark("backward")
     else:
-        chunks = list(zip(images.chunk(s.accumulate), tokens.chunk(s.accumulate)))
+        chunks = [(*chunk[:2], s, *chunk[2:]) for chunk in zip(
+            *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
         with torch.no_grad():
-            embedded = [embed(network, *chunk, s) for chunk in chunks]
+            embedded = [embed(network, *chunk) for chunk in chunks]
         names = [k for k, value in embedded[0].items() if value is not None and k not in ("logit_scale", "ends")]
         leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
         leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
         loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good)
         loss.backward()
+        mark("losses")
         scale = leaves.pop("logit_scale").grad
         grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if leaf.grad is not None}
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1  # DDP sums over the processes once; FSDP keeps its shard's sum of every part
             with nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
-                out = embed(network, *chunk, s)
+                out = embed(network, *chunk)
                 surrogate = sum((out[name] * grad[i]).sum() for name, grad in grads.items())
                 (surrogate + out["logit_scale"] * scale * last).backward()
+                mark("backward")
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
 
@@ -403,6 +410,7 @@ def build(s: Settings) -> CLIP:
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+    model.layout = text_layout(model, s)
     blocks = [*model.visual.blocks, *model.text.blocks]
     for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
         if s.compile:
@@ -410,7 +418,6 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
         if s.grad_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if s.fsdp:
-        model.bucketed = False  # all processes must call the text tower equally often
         model.logit_scale.data = model.logit_scale.data.to(s.device)  # FSDP shards no scalars: each process holds it
         mesh = init_device_mesh(s.device.split(":")[0], (dist.get_world_size(),))
         for module in (*blocks, model):
@@ -419,9 +426,21 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     else:
         network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
         if distributed():
-            network = DistributedDataParallel(model, [s.device] if s.device.startswith("cuda") else None)
+            network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     average = [p.detach().clone() for p in model.parameters()] if s.ema else None
     return State(model, make_optimizer(model, s), average, torch.zeros(2, device=s.device)), network
+
+
+def text_layout(model: CLIP, s: Settings) -> str:
+    """How the texts are embedded: packed where the device can, which is tried out, else in buckets; but with FSDP all
+    processes must call the text tower equally often."""
+    if s.device.startswith("cuda") and s.precision == "bf16":
+        trouble = packing_trouble(model, s.device)
+        if not trouble:
+            return "packed"
+        if is_chief():
+            print(f"WARNING: texts are not packed, which is slower: {trouble}", flush=True)
+    return "padded" if s.fsdp else "buckets"
 
 
 def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
@@ -489,13 +508,32 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     return norm
 
 
+@functools.cache
+def copying(device: str):
+    return torch.cuda.Stream(device)
+
+
+def send(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
+    if not device.startswith("cuda"):
+        return x.to(device)
+    with torch.cuda.stream(copying(device)):
+        sent = x.to(device, non_blocking=True)
+    now = torch.cuda.current_stream()
+    now.wait_stream(copying(device))
+    sent.record_stream(now)  # its memory is not given away before `now` is done with it
+    return sent
+
+
 def to_device(batch, s: Settings):
-    """A loader's batch -> images, tokens and good on the device; good is None where all samples are good."""
+    """A loader's batch -> images, tokens and good on the device, and what else `embed` takes: the texts' lengths [B,T],
+    which stay on the host; good is None where all samples are good."""
     images, tokens, good, _ = batch
+    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
+    images, tokens, good = send(images, s.device), send(tokens, s.device), None if good.all() else send(good, s.device)
     if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
         tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    images, tokens = images.to(s.device, non_blocking=True), tokens.to(s.device, non_blocking=True)
-    return images, tokens, None if good.all() else good.to(s.device, non_blocking=True)
+    return images, tokens, good, (lengths,)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
@@ -518,8 +556,8 @@ def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> flo
     swap_average(state)
     total = torch.zeros((), device=s.device)
     for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
-        images, tokens, good = to_device(batch, s)
-        total += method_loss(embed(network, images, tokens, s), s, good)[0]
+        images, tokens, good, more = to_device(batch, s)
+        total += method_loss(embed(network, images, tokens, s, *more), s, good)[0]
     swap_average(state)
     return agree(total.item())[0] / world / (n // s.batch)
 
@@ -797,8 +835,8 @@ def train(flags: dict) -> Path:
                         raise batch
                     bad.check(s.max_bad)
 
-            images, tokens, good = to_device(batch, s)
-            loss, parts = backward(network, images, tokens, s, good)
+            images, tokens, good, more = to_device(batch, s)
+            loss, parts = backward(network, images, tokens, s, good, more)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
 

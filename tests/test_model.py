@@ -1,14 +1,17 @@
 """The towers are open_clip's CLIP where they should be, and the parts the papers add see, share and branch as they
 define."""
 import dataclasses
+import itertools
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as OpenCLIP
 
+import model as model_module
 import train
 from data import text_slots
 from model import CLIP, CLIPConfig, class_token_mask, from_state_dict, text_mask, to_open_clip
@@ -291,6 +294,66 @@ def test_texts_in_buckets_are_embedded_as_without(width, lengths, settings):
             assert all(same(words[i, :n], embeddings[i, :n]) for i, n in enumerate(lengths))
         else:
             assert words is None
+
+
+def varlen_reference(q, k, v, q_starts, k_starts, q_longest, k_longest, causal=False):
+    """model.varlen_attention, sequence by sequence; what lies outside of all is NaN, as on a GPU it may be anything."""
+    out = torch.full_like(q, torch.nan)
+    assert q.shape[1:] == k.shape[1:] == v.shape[1:] and q_starts.dtype == k_starts.dtype == torch.int32
+    for (a, b), (c, d) in zip(*(itertools.pairwise(starts.tolist()) for starts in (q_starts, k_starts))):
+        assert 0 < b - a <= q_longest and 0 < d - c <= k_longest and (b - a == d - c or not causal)
+        parts = (q[a:b], k[c:d], v[c:d])
+        out[a:b] = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts), is_causal=causal).transpose(0, 1)
+    return out
+
+
+PACKED = [settings for settings in KINDS_OF_TEXT if settings.get("corner_mask", True)]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+@pytest.mark.parametrize("width, lengths", [
+    (70, (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63, 2)), (12, (12, 3)), (1, (1,)), (9, (5,) * 9)])
+def test_packed_texts_have_the_embeddings_and_gradients_of_padded_ones(width, lengths, settings, monkeypatch):
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    model = small(context=70, **settings)
+    tokens = texts(*lengths, width=width) if width > 1 else torch.tensor([[39]])
+    results = []
+    for model.layout, known in (("padded", None), ("packed", None), ("packed", np.array(lengths))):
+        summaries, words = model.encode_texts(tokens, True, known)
+        words = torch.cat([row[:n] for row, n in zip(words, lengths)])
+        assert same(model.encode_texts(tokens, False, known)[0], summaries)
+        loss = sum((x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum()
+                   for x in (summaries, words))
+        grads = torch.autograd.grad(loss, [*model.text.parameters()])
+        results.append([summaries, words, *grads])
+    for packed in results[1:]:
+        assert all(same(a, b, 1e-5 + 1e-5 * float(b.abs().max())) for a, b in zip(packed, results[0], strict=True))
+
+
+def test_packed_texts_come_in_few_shapes(monkeypatch):
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    model, rows = small(context=77), []
+    model.layout = "packed"
+    model.text.blocks[0].register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[2]))
+    used = []
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).lognormal(math.log(24), 0.395, 512).round().clip(4, 77).astype(int)
+        used.append(lengths.sum())
+        with torch.no_grad():
+            model.encode_texts(texts(*lengths, width=77), lengths=lengths)
+    assert len(set(used)) == 20 and len(set(rows)) <= 3 and max(rows) < 1.05 * max(used)
+
+
+@pytest.mark.parametrize("settings", [*PACKED, dict(corner_tokens=1, corner_mask=False)], ids=str)
+def test_packing_is_tried_before_it_is_used(settings, monkeypatch):
+    model = small(context=70, **settings)
+    assert model_module.packing_trouble(model, "cpu")  # there is no such kernel
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    assert bool(model_module.packing_trouble(model, "cpu")) == ("corner_mask" in settings)
+    unmasked = lambda *a: varlen_reference(*a[:7], causal=len(a) == 7 or not a[7])  # noqa: E731  wrong in every kind
+    monkeypatch.setattr(model_module, "varlen_attention", unmasked)
+    assert model_module.packing_trouble(model, "cpu")
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3),

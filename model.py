@@ -182,20 +182,28 @@ class VisionTransformer(nn.Module):
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm. `kept` [B,P] places: the model
+        sees no other patches, and P is their number."""
         T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
-        x = torch.cat([(self.class_embedding + self.positional_embedding[:1]).to(x).expand(len(x), -1, -1),
-                       x + self.positional_embedding[1:].to(x)], 1)  # [B, T+P, W]
+        x = x + self.positional_embedding[1:].to(x)
+        if kept is not None:
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(self.class_embedding + self.positional_embedding[:1]).to(x).expand(len(x), -1, -1), x], 1)
+        mask = self.mask[:x.shape[1], :x.shape[1]] if self.mask is not None else None  # it treats all patches alike
         x = self.ln_pre(x)[None]  # [1, B, T+P, W]
         for block in self.blocks:
-            x = block(x, self.mask)  # [1 or H, B, T+P, W]
+            x = block(x, mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
         summary, patches = x[:, :, :T], x[:, :, T:]
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         return summary.permute(1, 0, 2, 3).flatten(1, 2), patches.mean(0)
+
+
+def patches_left(patches: int, dropout: float) -> int:
+    return max(1, round(patches * (1 - dropout)))
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -283,12 +291,12 @@ class TextTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, packing)
         x, corners = x[0, 0].split([total + rest, C * (N + D)])
-        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N + D))])[:, :N].transpose(0, 1)
-        embed = lambda y: self.pooler(self.ln_final(y)) @ self.proj  # noqa: E731
+        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N + D))])  # [1+C, N+D, W]
+        summaries = self.pooler(self.ln_final(summaries[:, :N].transpose(0, 1))) @ self.proj  # [N, 1+C, D]
         if not with_tokens:
-            return embed(summaries), None
-        words = embed(x[:total])
-        return embed(summaries), words.new_zeros(N, L, words.shape[1]).index_put((text[:total], place[:total]), words)
+            return summaries, None
+        words = self.pooler(self.ln_final(x[:total])) @ self.proj
+        return summaries, words.new_zeros(N, L, words.shape[1]).index_put((text[:total], place[:total]), words)
 
 
 def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
@@ -342,9 +350,10 @@ class CLIP(nn.Module):
                 for layer in (block.attn.qkv, block.fc, block.attn.out, *block.proj):
                     nn.init.zeros_(layer.bias)
 
-    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
-        branches, patches = self.visual(images)
+    def encode_image(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] (normalised), and perhaps the patches `kept` [B,P] -> branches [B,H,D], patches [B,P,D],
+        unit-norm float32."""
+        branches, patches = self.visual(images, kept)
         return normalized(branches), normalized(patches)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,27 +370,53 @@ class CLIP(nn.Module):
         """
         if self.layout == "padded":
             return self.encode_text(tokens)
-        lengths = tokens.argmax(-1) + 1 if lengths is None else torch.from_numpy(lengths)
+        lengths = (tokens.argmax(-1) + 1).cpu().numpy() if lengths is None else lengths
         if self.layout == "packed":
             summaries, embeddings = self.text.packed(tokens, int(lengths.sum()), with_tokens)
             return normalized(summaries), normalized(embeddings) if with_tokens else None
-        length, order = lengths.cpu().sort()
+        order = lengths.argsort(kind="stable")
+        ascending, order = lengths[order], torch.from_numpy(order).to(tokens.device)
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
-        ends = [*torch.searchsorted(length, torch.tensor(edges), right=True).tolist(), len(length)]
-        order = order.to(tokens.device, non_blocking=True)
+        ends = [*ascending.searchsorted(edges, "right").tolist(), len(ascending)]
         summaries, embeddings = [], []
         for start, end in zip([0, *ends], ends):
             if end > start:
-                s, t = self.encode_text(tokens[order[start:end], :int(length[end - 1])])
+                s, t = self.encode_text(tokens[order[start:end], :int(ascending[end - 1])])
                 summaries.append(s)
                 embeddings.append(F.pad(t, (0, 0, 0, tokens.shape[1] - t.shape[1])) if with_tokens else None)
         back = order.argsort()
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
+    def flops(self, lengths: Tensor, patch_dropout: float = 0.0) -> float:
+        """Multiplications and additions for the embeddings of an image and its texts, a mean over `lengths` [n,T]:
+        forward, what the model needs and no padding. Biases, norms and the like do not count."""
+        def tower(blocks, width, tokens, pairs):  # pairs of a query and a key
+            total, streams = 0, 1
+            for block in blocks:
+                total += streams * (16 * width ** 2 * tokens + 4 * width * pairs)  # all but the MLP's second layer
+                streams = len(block.proj)
+                total += streams * 8 * width ** 2 * tokens
+            return total
+
+        c, total, side, n = self.config, 0, self.config.image_size, lengths.double()
+        for layer in self.visual.patch_embedding.modules():
+            if isinstance(layer, nn.Conv2d):
+                side //= layer.stride[0]
+                total += 2 * layer.weight.numel() * side ** 2
+        places = len(self.visual.class_embedding) + patches_left(side ** 2, patch_dropout)
+        total += tower(self.visual.blocks, c.vision_width, places, places ** 2)
+        total += 2 * c.vision_width * c.embed * places * len(self.visual.blocks[-1].proj)
+        pairs = n * (n + 1) / 2 if self.text.causal else n ** 2
+        total += tower(self.text.blocks, c.text_width, (n + c.corner_tokens).sum() / len(n),
+                       (pairs + c.corner_tokens * n).sum() / len(n))
+        return float(total + 2 * c.text_width * c.embed * n.shape[1] * (1 + c.corner_tokens))
+
+    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None,
+                kept: Tensor | None = None) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
-        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
-        branches, patches = self.encode_image(images)
+        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them; `kept` [B,P]: the patches
+        that are seen."""
+        branches, patches = self.encode_image(images, kept)
         lengths = lengths.reshape(-1) if lengths is not None else None
         summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens, lengths)
         return {

@@ -13,15 +13,18 @@ import dataclasses
 import functools
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
 import typing
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +42,7 @@ from csrc import fused
 from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
 from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CHOICES as model_choices
-from model import CLIP, CLIPConfig, config_from, packing_trouble
+from model import CLIP, CLIPConfig, config_from, packing_trouble, patches_left
 
 
 @dataclasses.dataclass
@@ -71,6 +74,7 @@ class Settings(CLIPConfig):
     threshold: float | None = None  # of the grouping weights; default 1/P
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
+    patch_dropout: float = 0.0  # share of each image's patches that a training step leaves out (FLIP, 2212.00794)
     # optimisation
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
@@ -165,6 +169,8 @@ def parse_flags(argv=None) -> dict:
             parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
                                 nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
                                 choices=list(choices) if choices else None, help=help)
+    parser.add_argument("--profile", action="store_true", default=argparse.SUPPRESS,
+                        help="print where the time of the run's steps goes, and the hours it would take; no training")
     return vars(parser.parse_args(argv))
 
 
@@ -212,9 +218,10 @@ def check(s: Settings, world: int = 1):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
     shares = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption))
-    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 < s.crop <= 1 and shares):
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop, --max-bad and --whole-caption "
-                        "from 0 to 1")
+    if not (0 <= min(s.ema, s.beta2, s.patch_dropout) <= max(s.ema, s.beta2, s.patch_dropout) < 1 and shares
+            and 0 < s.crop <= 1):
+        raise UserError("--ema, --beta2 and --patch-dropout must be from 0 to below 1, --warmup, --crop, --max-bad and "
+                        "--whole-caption from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -342,13 +349,13 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tup
     return loss * (1 + 0 * loss.detach()), parts
 
 
-def embed(network, images, tokens, s: Settings, lengths=None) -> dict:
+def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
     lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths)
+        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
 
 
-def backward(network, images, tokens, s: Settings, good=None, more=(None,), mark=lambda part: None):
+def backward(network, images, tokens, s: Settings, good=None, more=(), mark=lambda part: None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
     `embed` takes; `mark` is told when a part of the step is done.
 
@@ -525,15 +532,27 @@ def send(x: torch.Tensor, device: str) -> torch.Tensor:
     return sent
 
 
-def to_device(batch, s: Settings):
+def patches_kept(s: Settings, step: int) -> torch.Tensor:
+    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
+    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
+    parts share it, in each of GradCache's two passes, and after a restart."""
+    P = (s.image_size // s.patch) ** 2
+    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
+    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
+    kept = order[:, :patches_left(P, s.patch_dropout)]
+    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
+
+
+def to_device(batch, s: Settings, step: int | None = None):
     """A loader's batch -> images, tokens and good on the device, and what else `embed` takes: the texts' lengths [B,T],
-    which stay on the host; good is None where all samples are good."""
+    which stay on the host, and the patches kept in this `step` of training (None: all). good is None where all samples
+    are good."""
     images, tokens, good, _ = batch
     lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
     images, tokens, good = send(images, s.device), send(tokens, s.device), None if good.all() else send(good, s.device)
     if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
         tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images, tokens, good, (lengths,)
+    return images, tokens, good, (lengths, patches_kept(s, step) if s.patch_dropout and step is not None else None)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
@@ -776,14 +795,20 @@ def until_error(batches):
         yield error
 
 
-def train(flags: dict) -> Path:
-    """Trains as the flags say and returns the run's folder."""
+def begin(flags: dict) -> tuple[int, int, Settings]:
+    """-> this process's rank, the number of processes, who have met, and the settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
         join_group(s, rank, world)
-    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
+    return rank, world, s
+
+
+def train(flags: dict) -> Path:
+    """Trains as the flags say and returns the run's folder."""
+    rank, world, s = begin(flags)
+    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     again = agree(restarts())[0] > 0
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
@@ -835,7 +860,7 @@ def train(flags: dict) -> Path:
                         raise batch
                     bad.check(s.max_bad)
 
-            images, tokens, good, more = to_device(batch, s)
+            images, tokens, good, more = to_device(batch, s, state.step)
             loss, parts = backward(network, images, tokens, s, good, more)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
@@ -882,9 +907,121 @@ def train(flags: dict) -> Path:
     return folder
 
 
+# ---- where a step's time goes ----------------------------------------------------------------------------------------
+
+class Clock:
+    """Marks on the device's own time line: what lies between two was spent on the later one. A GPU is not waited for,
+    so the parts of a step overlap with the host as ever, and add up to the whole."""
+
+    def __init__(self, device: str):
+        self.marks, self.cuda = [], device.startswith("cuda")
+
+    def __call__(self, part: str):
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((part, now))
+
+    def spent(self) -> Counter:
+        """Seconds a part."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = Counter()
+        for (_, start), (part, end) in itertools.pairwise(self.marks):
+            seconds[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        return seconds
+
+
+def matmul_ceiling(s: Settings) -> float:
+    """FLOP/s of this process in large matrix products of the run's precision: the best of twenty."""
+    clock, n = Clock(s.device), 8192 if s.device.startswith("cuda") else 1024
+    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    best = math.inf
+    for _ in range(20):
+        clock.marks.clear()
+        clock("start")
+        a @ a
+        clock("product")
+        best = min(best, clock.spent()["product"])
+    return 2 * n ** 3 / best
+
+
+def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
+    """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    rank, world, s = begin(flags)
+    with together():
+        tokenizer, dataset, _ = open_data(s, flags)
+        model = build(s)
+    state, network = prepare(model, s)
+    clock, used, computed = Clock(s.device), [], []
+    model.visual.register_forward_hook(lambda *_: clock("image tower"))
+    model.register_forward_hook(lambda *_: clock("text tower"))
+    model.text.blocks[0].register_forward_pre_hook(lambda _, x: computed.append(x[0][..., 0].numel()))
+    batches = iter(training_loader(dataset, tokenizer, s, 0, warm + steps + traced, rank, world))
+
+    def step():
+        batch = next(batches)
+        clock("waiting for data")
+        images, tokens, good, more = to_device(batch, s, state.step)
+        clock("to the device")
+        backward(network, images, tokens, s, good, more, clock)
+        update(state, 0.0, s)
+        clock("optimiser")
+        used.append(more[0])
+
+    for _ in range(warm):
+        step()
+    for marks in (clock.marks, used, computed):
+        marks.clear()
+    clock("start")
+    for _ in range(steps):
+        step()
+    spent, lengths = clock.spent(), torch.cat(used)  # [images, T]
+    padding = 1 - (1 + (s.accumulate > 1)) * (lengths + s.corner_tokens).sum().item() / sum(computed)
+    talk = busy = 0
+    if world > 1 or clock.cuda:
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CUDA if clock.cuda else activity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as trace:
+            for _ in range(traced):  # apart from the others, for tracing slows the host
+                step()
+            clock.spent()
+        for e in trace.key_averages():
+            seconds = (e.self_device_time_total if clock.cuda else e.cpu_time_total) / 1e6 / traced
+            busy += seconds * (not e.is_user_annotation)
+            talk += seconds * e.key.startswith(("ncclDevKernel", "gloo:"))  # NCCL's kernels, spans of gloo's threads
+    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
+    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if clock.cuda:
+        memory = torch.cuda.max_memory_allocated()
+    if rank == 0:
+        print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
+              f"texts {model.layout}: {rate:.0f} images/s, {1000 * whole:.1f} ms a step")
+        for part, seconds in spent.most_common():
+            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / whole:5.1f}%")
+        if world > 1:
+            print(f"    communication       {1000 * talk:10.2f} ms, within these parts or beside them")
+        if clock.cuda:
+            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / whole:5.1f}%: the GPU is busy")
+        print(f"texts: {lengths.sum() / len(lengths):.1f} tokens an image, "
+              f"{100 * lengths.float().mean() / s.context:.0f}% of those padded to {s.context}; "
+              f"{100 * padding:.1f}% of what is computed is padding\n"
+              f"model: {flops / 1e9:.2f} GFLOP an image, forward and backward; {speed / 1e12:.3f} TFLOP/s a {device}, "
+              f"{100 * speed / ceiling:.1f}% (MFU) of the {ceiling / 1e12:.3f} of its matrix products\n"
+              f"memory: {memory / 2 ** 30:.2f} GiB a {device} at most\n"
+              f"the run's {s.images:,} images would take {hours:.2f} hours, {hours * world:.2f} {device}-hours")
+    if world > 1:
+        del network
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def main():
+    flags = parse_flags()
     try:
-        train(parse_flags())
+        profile(flags) if flags.pop("profile", False) else train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:

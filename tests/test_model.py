@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as OpenCLIP
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 import train
@@ -450,6 +452,43 @@ def test_class_branches_mlp_branches_and_average_pooling_are_what_the_loops_say(
         summary, cells = vision(model, image)
         assert same(branches[i].double(), F.normalize(summary, dim=-1), 2e-6)
         assert same(patches[i].double(), F.normalize(cells, dim=-1), 2e-6)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(branches=3), dict(branches=3, branch_mask=False),
+                                      dict(branches=2, branch_type="mlp", pool="average")], ids=str)
+@torch.no_grad()
+def test_of_an_image_only_the_patches_kept_are_seen(settings):
+    model, images, kept = small(**settings), pictures(2), torch.tensor([[3, 0, 9], [15, 7, 8]])
+    branches, patches = model.encode_image(images, kept)
+    assert branches.shape[1] == settings.get("branches", 1) and patches.shape == (2, 3, 8)
+    for i, places in enumerate(kept.tolist()):
+        other = torch.randn(3, 16, 16)
+        for p in places:
+            rows, columns = (slice(x, x + 4) for x in (p // 4 * 4, p % 4 * 4))
+            other[:, rows, columns] = images[i, :, rows, columns]
+        again = model.encode_image(other[None], kept[i:i + 1])
+        assert same(again[0][0], branches[i]) and same(again[1][0], patches[i])
+    everything = torch.arange(16).flip(0).expand(2, -1)
+    assert all(same(a, b) for a, b in zip((model.encode_image(images)[0], model.encode_image(images)[1].flip(1)),
+                                          model.encode_image(images, everything)))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(stem="conv", corner_tokens=2, branches=3, branch_type="mlp", branch_layers=2, vision_depth=3)],
+    ids=str)
+@torch.no_grad()
+def test_the_model_s_operations_are_those_that_pytorch_counts(settings):
+    model = small(text_attention="bidirectional", **settings)
+    C = settings.get("corner_tokens", 0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.encode_image(pictures(1))
+        model.encode_text(texts(12))
+        model.encode_text(texts(12))
+    # of the words PyTorch's count has the projections, too, and it has the corners as keys
+    more = 2 * 2 * 16 * 8 * 11 + 2 * settings.get("text_depth", 2) * 4 * 16 * ((12 + C) ** 2 - 12 ** 2 - 12 * C)
+    assert model.flops(torch.tensor([[12, 12]])) == counter.get_total_flops() - more
+    kept, whole = model.flops(torch.tensor([[12, 5]]), 0.5), model.flops(torch.tensor([[12, 12], [5, 12]]))
+    assert kept < whole < model.flops(torch.tensor([[12, 12]]))
 
 
 @pytest.mark.parametrize("kind", ["class", "mlp"])

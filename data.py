@@ -39,7 +39,7 @@ from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -434,6 +434,7 @@ FIELDS = {
     "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption"),
     **{name: (name,) for name in PERSPECTIVES if name != "raw"},
 }
+DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # with --region-grouping, of "long", too
 
 
 @dataclass
@@ -444,11 +445,35 @@ class Captions:
     short: list[str]  # one-sentence captions, one a model
     long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
+    boxes: list[tuple | None] = field(default_factory=list)  # of each sentence of `long`; None: no place; []: all None
+
+    def within(self, crop: tuple) -> "Captions":
+        """The captions of what a crop leaves of the image: their boxes as shares of it. A sentence whose box has its
+        middle outside tells of what is hardly to be seen, and goes; all stay, without places, if none would be left.
+
+        crop and boxes: (left, top, right, bottom) as shares of the image.
+        """
+        if not self.boxes:
+            return self
+        left, top, right, bottom = crop
+        kept = []
+        for sentence, box in zip(self.long, self.boxes):
+            if box:
+                x0, y0, x1, y1 = box
+                if not (2 * left <= x0 + x1 <= 2 * right and 2 * top <= y0 + y1 <= 2 * bottom):
+                    continue
+                w, h = right - left, bottom - top
+                box = (max((x0 - left) / w, 0), max((y0 - top) / h, 0),
+                       min((x1 - left) / w, 1), min((y1 - top) / h, 1))
+            kept.append((sentence, box))
+        long, boxes = map(list, zip(*kept)) if kept else (self.long, [])
+        return replace(self, long=long, boxes=boxes)
 
 
-def read_fields(text: str) -> dict:
-    """"raw=title,long=a+b" -> FIELDS with these names instead. Raises UserError."""
-    fields = dict(FIELDS)
+def read_fields(text: str, dense: bool = False) -> dict:
+    """"raw=title,long=a+b" -> FIELDS with these names instead; `dense`: else the crops' sentences are among the long
+    captions. Raises UserError."""
+    fields = FIELDS | {"long": FIELDS["long"] + DENSE * dense}
     for part in filter(None, text.split(",")):
         kind, _, names = part.partition("=")
         if kind.strip() not in fields or not names.strip():
@@ -460,8 +485,9 @@ def read_fields(text: str) -> dict:
 
 def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     """A row of a data file -> its texts, found by the names in `fields`. What is under "captions" (re-captioning's
-    records) wins over the same names outside. A text may be a string or a list of its sentences.
-    Raises BadSample, with `name` as its detail, if there is no text."""
+    records) wins over the same names outside. A text may be a string or a list of its sentences, and of a long caption
+    a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}. Raises BadSample, with `name` in its
+    detail, if there is no text or a box is none."""
     inner = row.get("captions")
     row = {**row, **inner} if isinstance(inner, dict) else row
     found = {kind: [texts for field in names if (texts := clean_field(row.get(field)))]
@@ -471,10 +497,13 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     raw = " ".join(next(filter(None, anything), []))
     if not raw:
         raise BadSample("no caption", name or str(row.get("image", row.get("key", ""))))
-    long = [text for texts in found["long"] for text in texts] or listed[1:] or listed or [raw]
-    long = [sentence for text in long for sentence in split_sentences(text)] or [raw]
+    long = [part for field in fields["long"] for part in with_boxes(row.get(field), name)]
+    long = long or [(text, None) for text in listed[1:] or listed or [raw]]
+    long = [(sentence, box) for text, box in long for sentence in split_sentences(text)] or [(raw, None)]
+    sentences, boxes = map(list, zip(*long))
     perspectives = [" ".join(found[kind][0]) for kind in PERSPECTIVES if kind != "raw" and found[kind]] or listed[1:]
-    return Captions(raw, [" ".join(texts) for texts in found["short"]], long, [raw, *perspectives])
+    return Captions(raw, [" ".join(texts) for texts in found["short"]], sentences, [raw, *perspectives],
+                    boxes if any(boxes) else [])
 
 
 LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged file
@@ -482,7 +511,20 @@ LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged f
 
 def clean_field(value) -> list[str]:
     texts = value if isinstance(value, list) else [value]
+    texts = [part.get("text") if isinstance(part, dict) and "box" in part else part for part in texts]
     return [t.strip()[:LONGEST_TEXT] for t in texts if isinstance(t, str) and t.strip()]
+
+
+def with_boxes(value, name) -> list[tuple[str, tuple | None]]:
+    """clean_field, each text with its box, or None. Raises BadSample."""
+    found = []
+    for part in value if isinstance(value, list) else [value]:
+        box = part.get("box") if isinstance(part, dict) else None
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
+        if box is not None and not (numbers and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
+        found += [(text, box and tuple(box)) for text in clean_field([part])]
+    return found
 
 
 def text_slots(s) -> list[str]:
@@ -491,16 +533,20 @@ def text_slots(s) -> list[str]:
     return ["raw"] * s.raw_caption + sub + ["long"] * s.long_texts + ["perspective"] * s.perspectives
 
 
-def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
-    """The T texts of one image for one step, in the order of text_slots.
+def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | None]]:
+    """The T texts of one image for one step, in the order of text_slots, each with its box, if it has one.
 
     Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short captions, the raw one unless it has a
     slot of its own, and, in the share `whole_caption` of the draws, all sentences as one text: without replacement
     while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
     """
-    pool = c.long + c.short * s.short_caption + [c.raw] * (not s.raw_caption)
+    def anywhere(texts):
+        return [(text, None) for text in texts]
+
+    pool = [*zip(c.long, c.boxes)] if c.boxes else anywhere(c.long)
+    pool += anywhere(c.short * s.short_caption + [c.raw] * (not s.raw_caption))
     if rng.random() < s.whole_caption:
-        pool = [*pool, " ".join(c.long)]
+        pool += anywhere([" ".join(c.long)])
 
     def sub(k):
         if s.sampling == "first":  # the ablation: the same K texts every time
@@ -513,9 +559,18 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[str]:
         return " ".join(c.long[start:start + n])
 
     slots = text_slots(s)
-    texts = [c.raw] * slots.count("raw") + sub(slots.count("sub")) + [long() for _ in range(slots.count("long"))]
+    texts = anywhere([c.raw] * slots.count("raw")) + sub(slots.count("sub"))
+    texts += anywhere(long() for _ in range(slots.count("long")))
     perspectives = c.perspectives[:slots.count("perspective")]
-    return texts + perspectives + sub(slots.count("perspective") - len(perspectives))
+    return texts + anywhere(perspectives) + sub(slots.count("perspective") - len(perspectives))
+
+
+def patches_of(boxes, side: int) -> torch.Tensor:
+    """Which of side · side patches, row by row, each box overlaps; of None all: T boxes -> bool [T, side²]."""
+    edges = torch.tensor([box or (0, 0, 1, 1) for box in boxes], dtype=torch.float64)[:, None] * side  # [T, 1, 4]
+    first, behind, place = edges[..., :2].floor(), edges[..., 2:].ceil(), torch.arange(side)
+    x, y = ((first[..., k] <= place) & (place < behind[..., k]) for k in (0, 1))  # [T, side]
+    return (y[:, :, None] & x[:, None]).flatten(1)
 
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
@@ -1069,15 +1124,17 @@ class SceneImages:
     def __getitem__(self, i, rng=None):
         scene = self.scenes.scene(i)
         image, _ = self.scenes.draw(scene)
-        if self.train and rng:
-            reach = max(1, self.scenes.size // 32)
-            pad = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            top, left = rng.randint(0, 2 * reach), rng.randint(0, 2 * reach)
-            image = pad[top:top + image.shape[0], left:left + image.shape[1]]
         c = scene.captions
         perspectives = [c[name] for name in PERSPECTIVES]
-        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return image, Captions(c["raw"], [c["short"]], c["long"], perspectives)
+        captions = Captions(c["raw"], [c["short"]], c["long"], perspectives, self.scenes.boxes(scene))
+        if self.train and rng:
+            size, reach = self.size, max(1, self.size // 32)
+            pad = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+            top, left = rng.randint(0, 2 * reach), rng.randint(0, 2 * reach)
+            image = pad[top:top + size, left:left + size]
+            x, y = (left - reach) / size, (top - reach) / size
+            captions = captions.within((x, y, x + 1, y + 1))
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), captions
 
     def order(self, rng, window):
         return rng.permutation(len(self))
@@ -1131,8 +1188,9 @@ class Pictures:
         name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
         picture = self._picture(i, record.image, name)
-        box = crop_box(*picture.size, *((self.crop, rng) if self.train else ()))
+        (w, h), box = picture.size, crop_box(*picture.size, *((self.crop, rng) if self.train else ()))
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+        captions = captions.within((box[0] / w, box[1] / h, box[2] / w, box[3] / h))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), captions
 
     def _picture(self, i, source, name):
@@ -1184,12 +1242,15 @@ class Sets:
 
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.8, image_root: str | None = None,
-                 caption_fields: str = ""):
-    """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes. Raises UserError."""
+                 caption_fields: str = "", dense: bool = False):
+    """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes; dense: the crops'
+    sentences are among the long captions. Raises UserError."""
+    fields = read_fields(caption_fields, dense)
+
     def open_one(path):
         if path != "scenes":
             records = Records(path, image_root)
-            return Pictures(records, size, "validation" if part == "test" else part, crop, read_fields(caption_fields))
+            return Pictures(records, size, "validation" if part == "test" else part, crop, fields)
         try:
             return SceneImages(part, n, size, kinds)
         except ValueError as error:
@@ -1197,6 +1258,17 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
 
     parts = [open_one(path) for path in ([data] if isinstance(data, str) else data)]
     return parts[0] if len(parts) == 1 else Sets(parts)
+
+
+def check_boxes(dataset, n: int = 64):
+    """Raises UserError if of n samples of each set, spread over it, not one has a sentence with a place."""
+    for part in getattr(dataset, "parts", [dataset]):
+        for i in np.linspace(0, len(part) - 1, min(len(part), n)).astype(int).tolist():
+            with suppress(BadSample):
+                if part[i][1].boxes:
+                    return
+    raise UserError(f"--region-grouping: none of {n} samples looked at has a sentence with a place; caption crops with "
+                    "recaption.py --dense 2, or name their field, as in --caption-fields long=long+denseX_captions")
 
 
 # ---- the order of samples, and batches -------------------------------------------------------------------------------
@@ -1280,8 +1352,9 @@ class Steps(torch.utils.data.Sampler):
 
 
 class TrainingTexts(torch.utils.data.Dataset):
-    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None; of a bad sample a black image, empty texts
-    and the BadSample, so that the batch keeps its size and the order does not depend on what is found to be bad.
+    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None, with --region-grouping the patches in each
+    text's box [T,P] (bool), else None; of a bad sample a black image, empty texts and the BadSample, so that the batch
+    keeps its size and the order does not depend on what is found to be bad.
 
     All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
     a restart. `at` [workers, 2], shared by the processes, holds what each worker is reading.
@@ -1295,20 +1368,24 @@ class TrainingTexts(torch.utils.data.Dataset):
         epoch, index = where
         worker = torch.utils.data.get_worker_info()
         self.at[worker.id if worker else 0] = torch.tensor(where)
-        rng, context = random.Random(f"{self.settings.seed} {epoch} {index}"), self.settings.context
+        s, rng, problem = self.settings, random.Random(f"{self.settings.seed} {epoch} {index}"), None
         try:
             image, captions = self.dataset.__getitem__(index, rng)
+            texts, boxes = zip(*draw_texts(captions, s, rng))
         except BadSample as bad:
-            image = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8)
-            return image, self.tokenizer([""] * len(text_slots(self.settings)), context), bad
-        return image, self.tokenizer(draw_texts(captions, self.settings, rng), context), None
+            image, problem = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8), bad
+            texts, boxes = zip(*[("", None)] * len(text_slots(s)))
+        allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
+        return image, self.tokenizer(texts, s.context), problem, allowed
 
 
 def collate(samples):
-    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the batch's longest text, good [B] (bool), the BadSamples."""
-    images, tokens, bad = zip(*samples)
-    tokens, good = torch.stack(tokens), torch.tensor([b is None for b in bad])
-    return torch.stack(images), tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous(), good, [*filter(None, bad)]
+    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the batch's longest text, good [B] (bool), the BadSamples, and
+    with --region-grouping allowed [B,T,P] (bool), else None."""
+    images, tokens, bad, allowed = zip(*samples)
+    images, tokens, good = torch.stack(images), torch.stack(tokens), torch.tensor([b is None for b in bad])
+    tokens = tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous()
+    return images, tokens, good, [*filter(None, bad)], None if allowed[0] is None else torch.stack(allowed)
 
 
 def begin_worker(_number):

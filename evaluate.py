@@ -6,6 +6,7 @@
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets coco:coco urban1k:Urban1k voc:data
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
+    python evaluate.py --claims runs/claims               the papers' claims put to the test: an hour on two cores
 
 Every number is in percent (ranks apart) and stands beside its chance level. A tie counts against the model. --help
 lists the benchmarks.
@@ -14,13 +15,16 @@ lists the benchmarks.
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import sys
 import textwrap
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +42,7 @@ from data import MEAN, BadCount, BadSample, Parser, UserError, load_image, load_
 from losses import group_patches
 from model import CLIP, CLIPConfig, from_state_dict, resized, to_open_clip
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, Scenes, article, held_out
-from train import check_device, checkpoints, load_checkpoint
+from train import check_device, checkpoints, load_checkpoint, train
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 
@@ -353,7 +357,7 @@ def scene_metrics(model: Model, scenes: Scenes) -> tuple[dict, dict]:
         image, mask = scenes.draw(facts[i])
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask), i
 
-    place, branches = Places(model, names), []
+    place, branches = Places(model, names, torch.cat(sentences).mean(0)), []
     for part, patches, masks, numbers in model.batches(Samples(len(facts), draw)):
         branches.append(part)
         place.add(patches, torch.stack(masks), [facts[i] for i in numbers], [sentences[i] for i in numbers])
@@ -381,31 +385,39 @@ class Places:
     """Where in a scene patch-text similarity points; `rows` has the metrics.
 
     pointing: is the patch most similar to a sentence about one object (or to the object's name) on the object, that is,
-    does the object's mask cover at least 1/16 of it? grouped by sentence: the share of a sentence's grouping weights
-    (DreamLIP, section 3.3) on such patches. mIoU: every pixel gets the class, kind or background, whose name its
-    upsampled patches resemble most.
+    does the object's mask cover at least 1/16 of it? centred: less the similarity to the mean of all sentences (names),
+    as CLIP Surgery (2304.05653) takes away what all classes share. grouped by sentence: the share of a sentence's
+    grouping weights (DreamLIP, section 3.3) on such patches; patches grouped: the share of patches whose weight is not
+    0 (100: the weights are dense). patches alike: 100 times the mean cosine between the patches of an image.
+    mIoU: every pixel gets the class, kind or background, whose name its upsampled patches resemble most.
     """
 
-    def __init__(self, model: Model, names: list[str]):
-        self.side, self.threshold = model.side, model.settings.get("threshold")
+    ROWS = ("pointing by sentence", "pointing by sentence, centred", "pointing by name", "pointing by name, centred",
+            "grouped by sentence")
+
+    def __init__(self, model: Model, names: list[str], centre: Tensor):
+        """names of the kinds; centre [D]: the mean of all sentences' embeddings."""
+        self.side, self.threshold, self.centre = model.side, model.settings.get("threshold"), centre
         self.named = model.texts([article(name) for name in names])
         ground = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS]).mean(0, keepdim=True)
         self.classes = torch.cat([F.normalize(ground, dim=-1), self.named])
-        self.confusion, self.found = Confusion(len(self.classes)), []
+        self.confusion, self.found, self.alike, self.dense = Confusion(len(self.classes)), [], [], []
 
     def add(self, patches: Tensor, masks: Tensor, facts: list, sentences: list):
         """patches [b,P,D], masks [b,S,S] of 1 + the object's index, the scenes, their sentences' embeddings [K,D]."""
-        side, step = self.side, masks.shape[-1] // self.side
+        side, P = self.side, patches.shape[1]
+        self.alike += ((patches @ patches.mT).mean((1, 2)) * P - 1).div(max(P - 1, 1)).tolist()
         for cells, mask, scene, texts in zip(patches, masks, facts, sentences):
             weights = group_patches(cells[None], texts[None], self.threshold)[1][0].cpu()  # [K, P]
-            by_sentence, by_name = ((cells @ x.T).argmax(0).tolist() for x in (texts, self.named))
-            covers = [(mask == k + 1).float().view(side, step, side, step).mean((1, 3)).flatten() >= 1 / 16
-                      for k in range(len(scene.objects))]
+            self.dense.append((weights > 0).float().mean().item())
+            queries = (texts, texts - self.centre, self.named, self.named - self.named.mean(0))
+            peaks = [(cells @ x.T).argmax(0).tolist() for x in queries]
+            covers = [on_object(mask, k, side) for k in range(len(scene.objects))]
             for k, about in enumerate(scene.about):
                 if about >= 0:
-                    on = covers[about]
-                    self.found.append((on[by_sentence[k]], on[by_name[scene.objects[about].kind]], weights[k, on].sum(),
-                                       on.float().mean()))
+                    on, kind = covers[about], scene.objects[about].kind
+                    hits = [on[peak[which]] for peak, which in zip(peaks, (k, k, kind, kind))]
+                    self.found.append((*hits, weights[k, on].sum(), on.float().mean()))
         maps = (patches @ self.classes.T).mT.unflatten(-1, (side, side))  # [b, C, side, side]
         guess = F.interpolate(maps, size=masks.shape[-2:], mode="bilinear").argmax(1).cpu()
         kinds = [torch.tensor([0] + [o.kind + 1 for o in scene.objects]) for scene in facts]
@@ -413,8 +425,31 @@ class Places:
 
     def rows(self) -> dict:
         *values, chance = (100 * torch.tensor(self.found, dtype=torch.float64).mean(0)).tolist()
-        names = ("pointing by sentence", "pointing by name", "grouped by sentence")
-        return {name: (value, chance) for name, value in zip(names, values)} | {"mIoU": self.confusion.miou()}
+        return {name: (value, chance) for name, value in zip(self.ROWS, values)} | {
+            "mIoU": self.confusion.miou(), "patches grouped": (100 * float(np.mean(self.dense)), 100.0),
+            "patches alike": (100 * float(np.mean(self.alike)), 0.0)}
+
+
+def on_object(mask: Tensor, k: int, side: int) -> Tensor:
+    """[P] (bool): which patches of a scene lie on object k, that is, are covered by its mask to 1/16 at least."""
+    step = mask.shape[-1] // side
+    return (mask == k + 1).float().view(side, step, side, step).mean((1, 3)).flatten() >= 1 / 16
+
+
+def locality(model: Model, scenes: Scenes, n: int = 300) -> tuple[float, float]:
+    """Does a patch embedding tell of its own place? A scene's smaller object is taken away: what share of the squared
+    change of all patch embeddings lies on the patches where it was, in percent? -> (value, chance: a change that is
+    equal everywhere). Near 100: patches are local; at chance every patch knows of the whole picture."""
+    n, shares = min(n, len(scenes)), []
+    facts = [scenes.scene(i) for i in range(n)]
+    without = [replace(scene, objects=scene.objects[:-1]) for scene in facts]
+    samples = Samples(2 * n, lambda i: (torch.from_numpy(scenes.draw((facts + without)[i])[0]).permute(2, 0, 1),))
+    full, less = torch.cat([patches.cpu() for _, patches in model.batches(samples)]).float().split(n)  # [n, P, D]
+    for scene, change in zip(facts, (full - less).square().sum(-1)):
+        on = on_object(torch.from_numpy(scenes.draw(scene)[1]), len(scene.objects) - 1, model.side)
+        if on.any():
+            shares.append((change[on].sum() / change.sum(), on.float().mean()))
+    return tuple((100 * torch.tensor(shares).mean(0)).tolist())
 
 
 def pair_metrics(model: Model, dataset, n: int) -> tuple[dict, dict]:
@@ -711,6 +746,17 @@ def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) ->
     return dict(length=length, place=place)
 
 
+def specialisation(model: Model, found: dict) -> dict:
+    """How much more similar branch h is to perspective m of its own picture than to that of other pictures: matrix
+    [H][M], and the names of the perspectives."""
+    names, matrix = [name for name in PERSPECTIVES if all(name in c for c in found["captions"])], []
+    for name in names:
+        texts = model.texts([c[name] for c in found["captions"]])
+        sims = [branch @ texts.T for branch in found["branches"].unbind(1)]
+        matrix.append([(sim.diag().mean() - sim.mean()).item() for sim in sims])
+    return dict(matrix=np.transpose(matrix).tolist(), perspectives=names)
+
+
 @contextmanager
 def last_attention(tower):
     """Collects the attention of the tower's last block, averaged over heads, of all that is embedded in the `with`."""
@@ -799,21 +845,19 @@ def draw_matrix(axis, matrix, rows, columns, form):
         axis.text(x, y, form.format(value), ha="center", va="center", color=colour, fontsize=9.5)
 
 
-def draw_branches(model: Model, found: dict, path: Path):
-    """How much more similar branch h is to perspective m of its own picture than to that of other pictures."""
+def draw_branches(matrices: dict, path: Path):
+    """{title: what `specialisation` found} -> a matrix each, side by side."""
     plt = plots()
-    names = [name for name in PERSPECTIVES if all(name in c for c in found["captions"])]
-    H = found["branches"].shape[1]
-    matrix = np.zeros((H, len(names)))
-    for m, name in enumerate(names):
-        texts = model.texts([c[name] for c in found["captions"]])
-        for h in range(H):
-            sim = found["branches"][:, h] @ texts.T
-            matrix[h, m] = round((sim.diag().mean() - sim.mean()).item(), 2) + 0.0  # no "-0.00"
-    figure, axis = plt.subplots(figsize=(1.25 * len(names) + 2, 0.6 * H + 2), layout="constrained")
-    draw_matrix(axis, matrix, [f"branch {h}" for h in range(H)], [n.replace("_", " ") for n in names], "{:.2f}")
-    axis.set_title("similarity to the own picture's text,\nabove the mean over pictures")
-    figure.suptitle(model.name)
+    H, M = (max(len(side(found)) for found in matrices.values())
+            for side in (lambda f: f["matrix"], lambda f: f["perspectives"]))
+    figure, axes = plt.subplots(1, len(matrices), squeeze=False, layout="constrained",
+                                figsize=((1.0 * M + 1.8) * len(matrices), 0.6 * H + 2))
+    for axis, (title, found) in zip(axes[0], matrices.items()):
+        matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
+        draw_matrix(axis, matrix, [f"branch {h}" for h in range(len(matrix))],
+                    [name.replace("_", " ") for name in found["perspectives"]], "{:.2f}")
+        axis.set_title(title)
+    figure.suptitle("similarity to the own picture's text,\nabove the mean over pictures")
     save_figure(plt, figure, path)
 
 
@@ -911,7 +955,7 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
     writes evaluation.json (benchmarks.json) and figures into its folder -> dict of name, settings, metrics {name:
     (value, chance)}, reading. `options`: Model's."""
     model = Model(path, device, branch, **options)
-    s, reads = model.settings, None
+    s, reads, special = model.settings, None, None
     if benchmarks:
         rows, about = run_benchmarks(model, benchmarks), {}
     else:
@@ -922,29 +966,33 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
         dataset = open_dataset(data, "test", n, model.config.image_size, s["kinds"], **where)
         scenes = getattr(dataset, "scenes", None)
         rows, found = scene_metrics(model, scenes) if scenes else pair_metrics(model, dataset, n)
+        if scenes:
+            rows["locality of patches"] = locality(model, scenes)
         about = {"data": data if isinstance(data, str) else " ".join(data), "images": len(found["captions"])}
         if any(len(c["long"]) > 1 for c in found["captions"]):
             reads = reading(model, model.merge(found["branches"]), found["captions"])
-    report = about | dict(branch=branch, image_size=model.config.image_size, reading=reads, metrics={
-        name: {"value": value, "chance": chance} for name, (value, chance) in rows.items()})
+        if model.config.branches > 1:
+            special = specialisation(model, found)
+    report = about | dict(branch=branch, image_size=model.config.image_size, reading=reads, specialisation=special,
+                          metrics={name: {"value": value, "chance": chance} for name, (value, chance) in rows.items()})
     if model.folder:
         file = model.folder / ("benchmarks.json" if benchmarks else "evaluation.json")
         file.write_text(json.dumps(report, indent=1))
     print(run_table(model.name, rows))
     if not benchmarks:
-        drawn = draw_run(model, found, reads) if figures and model.folder else []
+        drawn = draw_run(model, found, reads, special) if figures and model.folder else []
         print(f"{about['images']} held-out images of {about['data']}"
               + (f"; figures in {model.folder}: {', '.join(drawn)}" if drawn else ""))
     return dict(name=model.name, settings=s, metrics=rows, reading=reads)
 
 
-def draw_run(model: Model, found: dict, reads: dict | None) -> list[str]:
+def draw_run(model: Model, found: dict, reads: dict | None, special: dict | None) -> list[str]:
     """Every figure that this run has something to show in, into its folder -> their names."""
     figures = {"curves": lambda path: draw_curves(model, path)} if (model.folder / "metrics.jsonl").exists() else {}
     figures |= {"patches": lambda path: draw_groups(model, found, path),
                 "attention": lambda path: draw_attention(model, found, path)}
-    if model.config.branches > 1:
-        figures["branches"] = lambda path: draw_branches(model, found, path)
+    if special:
+        figures["branches"] = lambda path: draw_branches({model.name: special}, path)
     if reads:
         figures["reading"] = lambda path: draw_reading({model.name: reads}, path)
     for name, draw in figures.items():
@@ -1036,9 +1084,270 @@ def export(model: Model, kind: str, file: Path):
               "trained with --tokenizer clip can be scored there")
 
 
+# ---- the claims of the papers ----------------------------------------------------------------------------------------
+
+# Every row is trained with the same seeds on the same scenes and sees equally many images (but for `times`); CLAIMS
+# compares rows, seed by seed. A row is flags of train.py, those of all rows are CLAIMS_SIZE's.
+CLAIMS_SIZE = {"cpu": dict(size="tiny", kinds=12, images=16_000), "cuda": dict(size="tiny", kinds=24, images=200_000)}
+SUBS = dict(method="dreamlip", whole_caption=0.0)  # DreamLIP's paper draws no whole caption
+SLOT = SUBS | dict(grouping_weight=1.0)  # the papers' weight of the grouping loss
+ROWS = {
+    "raw (CLIP)": dict(method="clip"),
+    "raw, twice the images": dict(method="clip", times=2),
+    "raw, whole long": dict(method="lotlip", corner_tokens=0),
+    "raw, sub-captions": SUBS | dict(grouping="none", short_caption=False),
+    "raw, sub-captions, short": SUBS | dict(grouping="none"),
+    "+ token grouping (SPARC)": SLOT | dict(grouping="token", negatives="image"),
+    "+ grouping (DreamLIP)": SLOT | dict(negatives="image"),
+    "+ grouping, slot negatives": SLOT,
+    "+ the same, λ = 0.2": SUBS,
+    "+ the same, λ = 1, σ = 0.7": SLOT | dict(threshold=0.7),
+    "+ the same, λ = 1, in boxes": SLOT | dict(region_grouping=True),
+    "our dreamlip row": dict(method="dreamlip"),
+    "long alone": dict(method="lotlip", corner_tokens=0, raw_caption=False),
+    "raw, long, 1 corner": dict(method="lotlip", corner_tokens=1),
+    "raw, long, 2 corners (LoTLIP)": dict(method="lotlip"),
+    "raw, long, 4 corners": dict(method="lotlip", corner_tokens=4),
+    "raw, long, 4 corners, unmasked": dict(method="lotlip", corner_tokens=4, corner_mask=False),
+    "O2O": dict(method="clip", pool="class"),
+    "O2M": dict(method="holistic", branches=1, pool="class"),
+    **{f"M2M, {m} class tokens": dict(method="holistic", perspectives=m, branches=m) for m in (2, 3, 4, 5)},
+    "M2M, 5 MLPs": dict(method="holistic", branch_type="mlp", pool="class"),
+    "our dreamlip, 2 corners": dict(method="dreamlip", corner_tokens=2),
+    "our dreamlip, 5 MLPs": dict(method="dreamlip", branches=5, branch_type="mlp"),
+    "our dreamlip, 2 corners, 5 MLPs": dict(method="dreamlip", corner_tokens=2, branches=5, branch_type="mlp"),
+}
+MEASURES = {  # a name for the tables: the metrics that it is the mean of
+    "short R@1": ("short T2I R@1", "short I2T R@1"), "long R@1": ("long T2I R@1", "long I2T R@1"),
+    "by sentence R@1": ("long by sentence T2I R@1", "long by sentence I2T R@1"), "zero-shot": ("zero-shot top-1",),
+    "unseen pairs": ("unseen colour and object",), "pointing": ("pointing by sentence",), "mIoU": ("mIoU",),
+    "centred": ("pointing by sentence, centred",), "by name": ("pointing by name",),
+    "by name, centred": ("pointing by name, centred",), "weight on object": ("grouped by sentence",),
+    "patches grouped": ("patches grouped",), "patches alike": ("patches alike",), "locality": ("locality of patches",),
+}
+USUAL = tuple(MEASURES)[:7]
+
+
+def span(first: str, last: str) -> list[str]:
+    """The names in ROWS from the first to the last."""
+    names = list(ROWS)
+    return names[names.index(first):names.index(last) + 1]
+
+
+CLAIMS = {  # paper: the rows and the measures of its table, and its claims: what is said, of which row, beside which
+    "DreamLIP": ([*span("raw (CLIP)", "+ grouping (DreamLIP)"), "our dreamlip row"], USUAL, (
+        ("a long caption beside the raw one helps", "raw, whole long", "raw (CLIP)"),
+        ("its sentences one by one help more", "raw, sub-captions", "raw, whole long"),
+        ("the short caption among them helps, too", "raw, sub-captions, short", "raw, sub-captions"),
+        ("grouping the patches helps, too", "+ grouping (DreamLIP)", "raw, sub-captions, short"),
+        ("better by sub-caption than by token", "+ grouping (DreamLIP)", "+ token grouping (SPARC)"),
+        ("all better than CLIP with the same time", "+ grouping (DreamLIP)", "raw, twice the images"),
+        ("and so is our row of settings", "our dreamlip row", "raw, twice the images"))),
+    "Localisation": (span("raw, sub-captions, short", "+ the same, λ = 1, in boxes"),
+                     ("zero-shot", *tuple(MEASURES)[5:]), (
+        ("grouping helps: slot negatives", "+ grouping, slot negatives", "raw, sub-captions, short"),
+        ("less of it localises better", "+ the same, λ = 0.2", "+ grouping, slot negatives"),
+        ("so do sparser weights", "+ the same, λ = 1, σ = 0.7", "+ grouping, slot negatives"),
+        ("so does grouping within boxes", "+ the same, λ = 1, in boxes", "+ grouping, slot negatives"))),
+    "LoTLIP": (["raw (CLIP)", "raw, whole long", *span("long alone", "raw, long, 4 corners, unmasked")], USUAL, (
+        ("short texts suffer from long ones alone", "long alone", "raw (CLIP)"),
+        ("raw texts beside them mend that", "raw, whole long", "long alone"),
+        ("corners lift long, keep short texts", "raw, long, 2 corners (LoTLIP)", "raw, whole long"),
+        ("four do more than one", "raw, long, 4 corners", "raw, long, 1 corner"),
+        ("the mask between them helps", "raw, long, 4 corners", "raw, long, 4 corners, unmasked"))),
+    "Holistic CLIP": (span("O2O", "M2M, 5 MLPs"), USUAL, (
+        ("several texts are better than one", "O2M", "O2O"),
+        ("a class token for each is better still", "M2M, 5 class tokens", "O2M"),
+        ("so are parallel MLPs", "M2M, 5 MLPs", "O2M"),
+        ("more branches are better", "M2M, 5 class tokens", "M2M, 2 class tokens"))),
+    "Together": (["raw (CLIP)", "our dreamlip row", *span("our dreamlip, 2 corners", list(ROWS)[-1])], USUAL, (
+        ("corners add to our dreamlip row", "our dreamlip, 2 corners", "our dreamlip row"),
+        ("branches add to it", "our dreamlip, 5 MLPs", "our dreamlip row"),
+        ("both add to it", "our dreamlip, 2 corners, 5 MLPs", "our dreamlip row"))),
+}
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, two-sided 95%, 1 to 9 degrees
+
+
+def run_of(folder: Path, row: str, seed: int) -> Path:
+    return folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', row).strip('-')}-{seed}"
+
+
+def train_row(out: Path, flags: dict, threads: int) -> dict:
+    """Trains a run and evaluates it, as far as that is not done yet -> its evaluation, with the seconds an image took
+    in training. It is called in a process of its own; what it prints is in a .log beside the run."""
+    torch.set_num_threads(threads)
+    flags = flags | dict(out=str(out), resume="auto", eval_images=0, images=flags["images"] * flags.pop("times", 1))
+    with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        train(flags)  # of a run that is done already it only checks that it was the same
+        if not (out / "evaluation.json").exists():
+            evaluate_run(out, n=1000, figures=False)
+    rates = [json.loads(line)["images_per_s"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((out / "evaluation.json").read_text()) | dict(seconds=1 / np.median(rates))
+
+
+def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: dict) -> tuple[dict, float]:
+    """Trains and evaluates all rows with all seeds, `jobs` at a time -> {row: [evaluations]}, minutes."""
+    gpus = torch.cuda.device_count()
+    jobs = jobs or 3 * gpus or os.cpu_count() or 1
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # OpenMP reads it once, when a process begins
+    folder.mkdir(parents=True, exist_ok=True)
+    started, found, futures = time.monotonic(), {}, {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for i, (seed, row) in enumerate((seed, row) for seed in range(seeds) for row in rows):
+            settings = flags | rows[row] | dict(seed=seed) | (dict(device=f"cuda:{i % gpus}") if gpus else {})
+            futures[pool.submit(train_row, run_of(folder, row, seed), settings, threads)] = row, seed
+        for future in as_completed(futures):
+            row, seed = futures[future]
+            try:
+                found[row, seed] = future.result()
+            except (UserError, SystemExit) as error:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"the row {row!r}, seed {seed}: {error}") from None
+            minutes, done = (time.monotonic() - started) / 60, len(found)
+            print(f"[{done}/{len(futures)}] {row}, seed {seed}; {minutes:.0f} min, about "
+                  f"{minutes / done * (len(futures) - done):.0f} more", flush=True)
+    return {row: [found[row, seed] for seed in range(seeds)] for row in rows}, minutes
+
+
+def run_claims(folder: Path, seeds: int, jobs: int | None, flags: dict):
+    """Trains what is not trained yet of ROWS and writes claims.md and figures into the folder."""
+    size = CLAIMS_SIZE["cuda" if torch.cuda.is_available() else "cpu"]
+    found, minutes = train_rows(ROWS, folder, seeds, jobs, size | flags)
+    (folder / "claims.md").write_text(text := claims_text(found, minutes))
+    print("\n" + text)
+    draw_claims(found, folder / "claims.png")
+    draw_localisation(found, folder, folder / "localisation.png")
+    readers = ("raw (CLIP)", "long alone", "raw, whole long", "raw, long, 2 corners (LoTLIP)",
+               "raw, sub-captions, short", "our dreamlip row")
+    draw_reading({row: mean_of(found[row], "reading", "length", "place") for row in readers}, folder / "reading.png")
+    draw_branches({row: mean_of(found[row], "specialisation", "matrix") for row in
+                   ("M2M, 5 class tokens", "M2M, 5 MLPs")}, folder / "branches.png")
+    print(f"{folder}: claims.md, claims.png, localisation.png, reading.png, branches.png")
+
+
+def mean_of(runs: list[dict], what: str, *keys: str) -> dict:
+    """What the probe `what` found in several runs, its `keys` averaged."""
+    return runs[0][what] | {key: np.mean([run[what][key] for run in runs], 0).tolist() for key in keys}
+
+
+def measured(runs: list[dict], measure: str) -> np.ndarray:
+    """A measure of a row's runs, in the order of their seeds."""
+    return np.array([np.mean([run["metrics"][name]["value"] for name in MEASURES[measure]]) for run in runs])
+
+
+def interval(better: np.ndarray, than: np.ndarray) -> tuple[float, float]:
+    """Values of two rows, seed by seed -> the mean of their differences and half of its 95% confidence interval, by
+    Student's t (infinite for a single seed)."""
+    d = better - than
+    if len(d) == 1:
+        return float(d[0]), float("inf")
+    return float(d.mean()), float(STUDENT[min(len(d) - 2, 8)] * d.std(ddof=1) / len(d) ** 0.5)
+
+
+def claims_text(rows: dict, minutes: float) -> str:
+    """Markdown: for each paper the table of its rows, mean ± sd over seeds, and the differences that it claims."""
+    seeds, cost = len(rows["raw (CLIP)"]), np.median([run["seconds"] for run in rows["raw (CLIP)"]])
+    lines = [f"{len(rows)} rows × {seeds} seeds, {minutes:.0f} minutes. Rows: mean ± one standard deviation over "
+             "seeds; time: of the whole training, beside raw. Claims: the differences paired by seed, ± half of the "
+             "95% confidence interval, in bold where it leaves out 0. R@1: mean of both directions."]
+    for paper, (names, measures, claims) in CLAIMS.items():
+        columns = " | ".join(measures)
+        lines += ["", f"### {paper}", "", f"| % | {columns} | time |", "|---|" + "---:|" * (len(measures) + 1)]
+        for row in names:
+            values = [measured(rows[row], m) for m in measures]
+            cells = [f"{v.mean():.1f} ± {v.std(ddof=1) if seeds > 1 else 0:.1f}" for v in values]
+            seconds = np.median([run["seconds"] for run in rows[row]]) * ROWS[row].get("times", 1)
+            lines.append(f"| {row} | " + " | ".join(cells) + f" | {seconds / cost:.1f} |")
+        first = rows[names[0]][0]["metrics"]
+        chance = [np.mean([first[name]["chance"] for name in MEASURES[m]]) for m in measures]
+        lines += ["| chance | " + " | ".join(f"{c:.1f}" for c in chance) + " | |", "",
+                  f"| claim | {columns} |", "|---|" + "---:|" * len(measures)]
+        for claim, better, than in claims:
+            cells = [interval(measured(rows[better], m), measured(rows[than], m)) for m in measures]
+            cells = [f"{'**' * (abs(d) > half)}{d:+.1f}{'**' * (abs(d) > half)} ± {half:.1f}" for d, half in cells]
+            lines.append(f"| {claim}: *{better}* less *{than}* | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_claims(rows: dict, path: Path):
+    """Every claim against every usual measure: the paired difference and its confidence interval, in colour where the
+    interval leaves out 0."""
+    plt = plots()
+    lines = [(paper, *claim) for paper, (_, _, claims) in CLAIMS.items() for claim in claims]
+    places = [i + list(CLAIMS).index(line[0]) for i, line in enumerate(lines)]  # a free line between two papers
+    figure, axes = plt.subplots(1, len(USUAL), sharey=True, figsize=(14, 0.31 * places[-1] + 1.7), layout="constrained")
+    for axis, measure in zip(axes, USUAL):
+        for y, (_, _, better, than) in zip(places, lines):
+            d, half = interval(measured(rows[better], measure), measured(rows[than], measure))
+            colour = PALETTE[7] if abs(d) <= half else PALETTE[2] if d > 0 else PALETTE[1]
+            axis.errorbar(d, y, xerr=min(half, 1e3), fmt="o", color=colour, ms=5.5, capsize=2.5, lw=1.5)
+        reach = max(8, 1.15 * max(abs(line.get_xdata()).max() for line in axis.lines if len(line.get_xdata()) == 1))
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(xlim=(-reach, reach), ylim=(places[-1] + 0.7, -1.4), title=measure, yticks=places,
+                 yticklabels=[claim for _, claim, _, _ in lines])
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", alpha=0.25)
+        for spine in ("left", "top"):
+            axis.spines[spine].set_visible(False)
+    for paper in CLAIMS:
+        y = places[[line[0] for line in lines].index(paper)] - 0.95
+        axes[0].text(-0.03, y, paper, transform=axes[0].get_yaxis_transform(), ha="right", va="center",
+                     fontweight="bold", fontsize=12)
+    figure.supxlabel("difference in percentage points and its 95% confidence interval over seeds; "
+                     "green: better, orange: worse, grey: not told apart", fontsize=11)
+    save_figure(plt, figure, path)
+
+
+@torch.no_grad()
+def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
+    """Where do sentences point, and why? Bars for every row of the table; and for some rows' first seeds the similarity
+    of a held-out scene's patches to a sentence about each of its objects, the most similar patch marked."""
+    plt, names = plots(), CLAIMS["Localisation"][0]
+    figure = plt.figure(figsize=(13, 13), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(0.3, 1))
+    panels = {"pointing": "sentence's best patch\non its object", "centred": "the same, less the\nmean sentence",
+              "zero-shot": "zero-shot class", "patches grouped": "patches with a\nweight above 0",
+              "weight on object": "weight on the\nsentence's object", "locality": "object's effect on\nits own patches"}
+    axes = upper.subplots(1, len(panels), sharey=True)
+    for axis, (measure, title) in zip(axes, panels.items()):
+        values = [measured(rows[row], measure) for row in names]
+        axis.barh(range(len(names)), [v.mean() for v in values], 0.62, color=PALETTE[4],
+                  xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], error_kw=dict(lw=1))
+        axis.set(yticks=range(len(names)), yticklabels=names, title=title, xlabel="%")
+        axis.grid(axis="x", alpha=0.25)
+    axes[0].invert_yaxis()
+    shown = [names[0], *names[2:5], names[6]]
+    grid = lower.subplots(len(shown), 1 + objects, squeeze=False)
+    for line, row in zip(grid, shown):
+        model = Model(run_of(folder, row, 0))
+        scenes = Scenes("test", 1000, model.config.image_size, model.settings["kinds"])
+        facts = next(f for f in map(scenes.scene, range(1000)) if len(f.objects) == objects)
+        told = {about: text for text, about in zip(facts.captions["long"], facts.about) if about >= 0}
+        texts = [told[about] for about in range(objects)]
+        image = torch.from_numpy(scenes.draw(facts)[0]).permute(2, 0, 1)
+        patches = model.clip.encode_image(normalize(image[None].to(model.device)))[1][0]
+        line[0].imshow(image.permute(1, 2, 0).numpy())
+        line[0].set_title("\n".join(textwrap.wrap(row, 22)), fontsize=11, fontweight="bold")
+        for axis, text, sims in zip(line[1:], texts, (patches @ model.texts(texts).T).T.cpu()):
+            draw_heat(axis, image, ((sims - sims.min()) / (sims.max() - sims.min())).view(model.side, model.side))
+            y, x = divmod(int(sims.argmax()), model.side)
+            x, y = ((c + 0.5) * model.config.patch - 0.5 for c in (x, y))
+            axis.plot(x, y, "o", mfc="none", mec="red", ms=15, mew=2.5)
+            axis.set_title("\n".join(textwrap.wrap(text, 28, max_lines=2)) if row == shown[0] else "", fontsize=10)
+        for axis in line:
+            axis.axis("off")
+    save_figure(plt, figure, path)
+
+
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or checkpoint files, ours or released ones")
+    parser.add_argument("runs", nargs="*", help="folders of runs, or checkpoint files, ours or released ones")
+    parser.add_argument("--claims", metavar="FOLDER", help="train all rows of ROWS with all seeds into this folder and "
+                        "put the papers' claims to the test; interrupted, the same command goes on")
+    parser.add_argument("--seeds", type=int, default=3, help="of --claims")
+    parser.add_argument("--jobs", type=int, help="of --claims, at once: one a core, or three a GPU")
+    parser.add_argument("--train-images", type=int, help="of --claims, for each run")
     parser.add_argument("--benchmark", nargs="+", metavar="NAME:PATH", default=[], help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
     parser.add_argument("--images", type=int, help="held-out images to use")
@@ -1051,8 +1360,15 @@ def main(argv=None):
     parser.add_argument("--no-figures", action="store_true")
     parser.add_argument("--export", nargs=2, metavar=("open_clip", "FILE"), help="write the weights instead")
     options = parser.parse_args(argv)
-    if options.images is not None and options.images < 1:
-        raise UserError(f"--images must be at least 1, not {options.images}")
+    for name in ("images", "seeds", "jobs", "train_images"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    if options.claims:
+        images = dict(images=options.train_images) if options.train_images else {}
+        run_claims(Path(options.claims), options.seeds, options.jobs, images)
+        return
+    if not options.runs:
+        raise UserError("name the folder of a run, as runs/dreamlip-tiny, or a checkpoint; or --claims FOLDER")
     check_device(options.device or "cpu")
     model = dict(image_size=options.image_size, activation=options.activation, tokenizer=options.tokenizer)
     if options.export:

@@ -6,6 +6,8 @@ own images and texts: the functions gather what the other ranks hold, so that th
 global batch, with its gradients.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -107,13 +109,17 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
     section 3.3).
 
     patches [B,P,D], texts [B,K,D] -> (grouped [B,K,D] unit-norm, weights [B,K,P] summing to 1). w_p = <t_k, patch_p>,
-    min-max normalised over p, set to 0 under the threshold (None: 1/P), divided by the sum. `allowed` [B,K,P] (bool)
-    rules patches out.
+    min-max normalised over p, set to 0 under the threshold (None: 1/P), divided by the sum. `allowed` [B,K or 1,P]
+    (bool, at least one True a text): the result is as if a text's image had no other patches.
     """
     w = texts @ patches.mT  # [B, K, P]
-    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    low, high, P = w, w, patches.shape[1]
+    if allowed is not None:
+        low, high = w.masked_fill(~allowed, math.inf), w.masked_fill(~allowed, -math.inf)
+        P = allowed.sum(-1, keepdim=True)
+    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
     w = (w - low + EPS) / (high - low + EPS)  # EPS makes equal patches weigh the same, instead of 0/0
-    w = w * (w >= (1 / patches.shape[1] if threshold is None else threshold))
+    w = w * (w >= (1 / P if threshold is None else threshold))
     if allowed is not None:
         w = w * allowed
     w = w / w.sum(-1, keepdim=True).clamp_min(EPS)
@@ -126,7 +132,8 @@ def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold
     section 3.3) when the texts are sub-captions, SPARC's fine-grained loss (2401.09865, equation 5) when they are the
     tokens of one caption.
 
-    patches [B,P,D], texts [B,K,D], mask [B,K] (bool, True: a text; False: padding) -> scalar.
+    patches [B,P,D], texts [B,K,D], mask [B,K] (bool, True: a text; False: padding) -> scalar. `allowed`: see
+    group_patches.
     negatives: "image" the other texts of the same image (both papers); "batch" all B·K pairs (DreamLIP's released
     code); "slot" the same slot of the other images (as in multi_positive_loss).
     """

@@ -95,8 +95,9 @@ class Scene:
 class Scenes:
     """`n` scenes of one split, numbered 0..n-1, at `size` pixels with the first `kinds` kinds of object.
 
-    `scene(i)` gives the facts and the captions, `draw(scene)` the image uint8 [S, S, 3] and the mask uint8 [S, S], whose value is
-    0 for background and 1 + the object's index elsewhere."""
+    `scene(i)` gives the facts and the captions, `draw(scene)` the image uint8 [S, S, 3] and the mask uint8 [S, S], whose
+    value is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long caption's
+    sentences."""
 
     def __init__(self, split: str = "train", n: int = 40_000, size: int = 64, kinds: int = 24):
         if split not in SPLITS:
@@ -144,7 +145,7 @@ class Scenes:
         size, mask = self.size, np.zeros((self.size, self.size), np.uint8)
         image = background(scene.pattern, scene.ground, size, scene.seed).copy()
         for k, o in enumerate(scene.objects):
-            alpha = glyph(o.kind, max(6, round(o.side * size)))
+            alpha = glyph(o.kind, self._pixels(o))
             h, w = alpha.shape
             top, left = round(o.y * size - h / 2), round(o.x * size - w / 2)
             t, l, b, r = max(top, 0), max(left, 0), min(top + h, size), min(left + w, size)
@@ -159,6 +160,19 @@ class Scenes:
         elif scene.style == "grainy":
             image += np.random.default_rng(scene.seed).normal(0, 12, image.shape[:2]).astype(np.float32)[..., None]
         return image.clip(0, 255).astype(np.uint8), mask
+
+    def _pixels(self, o):
+        return max(6, round(o.side * self.size))
+
+    def boxes(self, scene: Scene) -> list:
+        """For every sentence of the long caption the box (x0, y0, x1, y1), as shares of the image, of the one object it
+        describes, or None."""
+        boxes = []
+        for o in scene.objects:
+            reach = (self._pixels(o) + 1) / 2 / self.size  # drawing rounds the place by up to half a pixel
+            boxes.append((max(o.x - reach, 0), max(o.y - reach, 0), min(o.x + reach, 1), min(o.y + reach, 1)))
+        boxes.append(None)  # for -1
+        return [boxes[k] for k in scene.about]
 
 
 @functools.lru_cache(maxsize=None)

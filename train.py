@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from csrc import fused
-from data import BadCount, Parser, UserError, load_tokenizer, normalize, open_dataset, text_slots, training_loader
+from data import (BadCount, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
+                  training_loader)
 from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CHOICES as model_choices
 from model import CLIP, CLIPConfig, config_from, packing_trouble, patches_left
@@ -72,6 +73,7 @@ class Settings(CLIPConfig):
     grouping: str = "none"  # patches grouped by "sub-caption" (DreamLIP), by "token" (SPARC), or "none"
     negatives: str = "image"  # grouping's: same "image" (papers), whole "batch" (DreamLIP's code), same "slot"
     threshold: float | None = None  # of the grouping weights; default 1/P
+    region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
     patch_dropout: float = 0.0  # share of each image's patches that a training step leaves out (FLIP, 2212.00794)
@@ -235,6 +237,12 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
+    if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
+        raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
+                        "--sub-captions 3, or leave it")
+    if s.region_grouping and s.patch_dropout:
+        raise UserError("--patch-dropout may leave no patch where a sentence of --region-grouping has its place: leave "
+                        "one of them")
     if s.batch % (world * s.accumulate):
         raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose "
                         f"a multiple of {world * s.accumulate}")
@@ -317,11 +325,12 @@ def signals_caught():
 
 # ---- the loss of a step ----------------------------------------------------------------------------------------------
 
-def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
+def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
+                allowed: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
     """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
 
     `good` [B] (bool; None: all are): the embeddings of bad samples become 0. So they have no gradient, and are a
-    negative at right angles.
+    negative at right angles. `allowed` [B,T,P] (bool; None: all are): the patches that each text may group.
     """
     if good is not None:
         out = dict(out)
@@ -337,13 +346,15 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None) -> tup
     loss = s.contrastive_weight * parts["contrastive"]
     if s.grouping != "none":
         if s.grouping == "sub-caption":
-            parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, negatives=s.negatives)
+            parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, None, s.negatives, allowed)
         else:
             tokens = out["token_embeddings"]  # [B·T, L, D]; the two end tokens and the padding are no words
             place, end = torch.arange(tokens.shape[1], device=tokens.device), out["ends"][:, None]
             words = (place > 0) & (place < end)  # [B·T, L]
             patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
-            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives)
+            if allowed is not None:
+                allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
+            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives, allowed)
         loss = loss + s.grouping_weight * parts["grouping"]
     # An infinite loss becomes NaN, and with it every gradient on every process: so they all skip this step alike.
     return loss * (1 + 0 * loss.detach()), parts
@@ -355,7 +366,7 @@ def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict
         return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
 
 
-def backward(network, images, tokens, s: Settings, good=None, more=(), mark=lambda part: None):
+def backward(network, images, tokens, s: Settings, good=None, allowed=None, more=(), mark=lambda part: None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
     `embed` takes; `mark` is told when a part of the step is done.
 
@@ -364,7 +375,7 @@ def backward(network, images, tokens, s: Settings, good=None, more=(), mark=lamb
     memory is one part's.
     """
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, images, tokens, s, *more), s, good)
+        loss, parts = method_loss(embed(network, images, tokens, s, *more), s, good, allowed)
         mark("losses")
         loss.backward()
         mark("backward")
@@ -376,7 +387,7 @@ def backward(network, images, tokens, s: Settings, good=None, more=(), mark=lamb
         names = [k for k, value in embedded[0].items() if value is not None and k not in ("logit_scale", "ends")]
         leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
         leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
-        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good)
+        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good, allowed)
         loss.backward()
         mark("losses")
         scale = leaves.pop("logit_scale").grad
@@ -418,10 +429,12 @@ def build(s: Settings) -> CLIP:
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
     model.layout = text_layout(model, s)
+    if s.compile:
+        torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
     blocks = [*model.visual.blocks, *model.text.blocks]
-    for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
-        if s.compile:
-            block.forward = torch.compile(block.forward)
+    for i, block in enumerate(blocks):  # by their forward alone, so that no name in a checkpoint changes
+        if s.compile:  # the number of words changes from step to step, that of patches does not
+            block.forward = torch.compile(block.forward, dynamic=i >= len(model.visual.blocks))
         if s.grad_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if s.fsdp:
@@ -544,15 +557,17 @@ def patches_kept(s: Settings, step: int) -> torch.Tensor:
 
 
 def to_device(batch, s: Settings, step: int | None = None):
-    """A loader's batch -> images, tokens and good on the device, and what else `embed` takes: the texts' lengths [B,T],
-    which stay on the host, and the patches kept in this `step` of training (None: all). good is None where all samples
-    are good."""
-    images, tokens, good, _ = batch
+    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
+    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
+    where all samples are good, allowed without --region-grouping."""
+    images, tokens, good, _, allowed = batch
     lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
-    images, tokens, good = send(images, s.device), send(tokens, s.device), None if good.all() else send(good, s.device)
+    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
+    images, tokens, good, allowed = (x if x is None else send(x, s.device)
+                                     for x in (images, tokens, None if good.all() else good, allowed))
     if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
         tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images, tokens, good, (lengths, patches_kept(s, step) if s.patch_dropout and step is not None else None)
+    return images, tokens, good, allowed, (lengths, kept)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
@@ -575,8 +590,8 @@ def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> flo
     swap_average(state)
     total = torch.zeros((), device=s.device)
     for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
-        images, tokens, good, more = to_device(batch, s)
-        total += method_loss(embed(network, images, tokens, s, *more), s, good)[0]
+        images, tokens, *which, more = to_device(batch, s)
+        total += method_loss(embed(network, images, tokens, s, *more), s, *which)[0]
     swap_average(state)
     return agree(total.item())[0] / world / (n // s.batch)
 
@@ -725,8 +740,9 @@ MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are com
 
 def compare_settings(s: Settings, before: dict, folder: Path):
     """Raises UserError if the settings are not those that the run was started with."""
-    different = [f"{f.name} ({before.get(f.name)} there, {getattr(s, f.name)} here)" for f in dataclasses.fields(s)
-                 if f.name not in MAY_CHANGE and before.get(f.name) != getattr(s, f.name)]
+    before = {f.name: f.default for f in dataclasses.fields(s)} | before  # a run may be older than a setting
+    different = [f"{f.name} ({before[f.name]} there, {getattr(s, f.name)} here)" for f in dataclasses.fields(s)
+                 if f.name not in MAY_CHANGE and before[f.name] != getattr(s, f.name)]
     if different:
         raise UserError(f"{folder} was started with other settings: {', '.join(different)}; give the same flags, or "
                         "start anew without --resume")
@@ -761,8 +777,8 @@ def open_data(s: Settings, flags: dict):
     """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
     tokenizer = load_tokenizer(s.tokenizer)
     s.vocab = tokenizer.vocab_size
-    options, scenes = (s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields), s.data == ("scenes",)
-    dataset = open_dataset(s.data, "train", s.images, *options)
+    options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping
+    dataset, scenes = open_dataset(s.data, "train", s.images, *options), s.data == ("scenes",)
     if dataset.bad and is_chief():
         print(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
     dataset.bad.check(s.max_bad)
@@ -770,6 +786,8 @@ def open_data(s: Settings, flags: dict):
     held_out = open_dataset(s.data, "validation", s.eval_images, *options) if s.eval_images else None
     if not scenes and "images" not in flags:
         s.images = min(s.images, 30 * len(dataset))
+    if s.region_grouping:
+        check_boxes(dataset)
     if not scenes and len(dataset) < s.batch:
         raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
                         "choose a smaller --batch")
@@ -860,8 +878,8 @@ def train(flags: dict) -> Path:
                         raise batch
                     bad.check(s.max_bad)
 
-            images, tokens, good, more = to_device(batch, s, state.step)
-            loss, parts = backward(network, images, tokens, s, good, more)
+            images, tokens, *rest = to_device(batch, s, state.step)
+            loss, parts = backward(network, images, tokens, s, *rest)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
 
@@ -962,9 +980,9 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     def step():
         batch = next(batches)
         clock("waiting for data")
-        images, tokens, good, more = to_device(batch, s, state.step)
+        images, tokens, *which, more = to_device(batch, s, state.step)
         clock("to the device")
-        backward(network, images, tokens, s, good, more, clock)
+        backward(network, images, tokens, s, *which, more, clock)
         update(state, 0.0, s)
         clock("optimiser")
         used.append(more[0])

@@ -57,7 +57,7 @@ def make_shard(folder, n):
 def ours(folder, workers, images, method):
     s = train.resolve(dict(size="base-16", method=method, batch=BATCH, workers=workers, crop=0.9, tokenizer="clip"))
     dataset = data.open_dataset(str(folder), "train", 0, 224, 0, crop=0.9)
-    for pictures, tokens, good, _ in data.training_loader(dataset, data.load_tokenizer("clip"), s, 0, images // BATCH):
+    for pictures, tokens, good, *_ in data.training_loader(dataset, data.load_tokenizer("clip"), s, 0, images // BATCH):
         assert good.all()
         yield data.normalize(pictures), tokens
 

@@ -7,8 +7,8 @@ lengths.
 
 Rows:   ours       train.py's step: texts without padding, fused losses
         padded     ours, but every text padded to the context, attention and losses by stored matrices
-        open_clip  the same architecture in open_clip (pip install open_clip_torch), autocast to bfloat16, its attention by
-                   PyTorch's SDPA, K texts padded to the context, its loss slot by slot, as DreamLIP's release does it
+        open_clip  the same architecture in open_clip (pip install open_clip_torch), under autocast too, its attention
+                   by PyTorch's SDPA, K texts padded to the context, its loss slot by slot, as DreamLIP's release does
         compiled   ours block by block, as --compile does; open_clip as a whole, as its --torchcompile does
 The grouping loss is left out of all, open_clip having none; "ours + grouping" shows what it costs. "losses" is our loss
 alone, forward and backward. Where a real step's time goes, train.py --profile says.
@@ -136,8 +136,8 @@ def drift(s, step, steps):
     took = [timed(step, batch_of(s, i), s.device)[0] for i in range(-10, steps)][10:]
     tenth = max(1, steps // 10)
     first, last = statistics.median(took[:tenth]), statistics.median(took[-tenth:])
-    print(f"{steps} steps: {1000 * first:.1f} ms in the first tenth, {1000 * last:.1f} in the last, {last / first:.3f} "
-          f"of it; the longest {1000 * max(took):.1f}")
+    print(f"{steps} steps: {1000 * first:.1f} ms in the first tenth, {1000 * last:.1f} in the last ({last / first:.3f} "
+          f"times as long); the longest {1000 * max(took):.1f}")
 
 
 def main():
@@ -149,7 +149,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--compile", action="store_true", help="add ours and open_clip compiled")
-    parser.add_argument("--drift", type=int, default=0, metavar="STEPS", help="time so many steps of ours, and no other")
+    parser.add_argument("--drift", type=int, default=0, metavar="STEPS", help="time so many steps of ours alone")
     options = parser.parse_args()
     s = train.resolve(dict(size=options.size, method="dreamlip", batch=options.batch, sub_captions=options.k,
                            raw_caption=False, stem="patch", pool="class", grouping="none", context=77, vocab=49408,
@@ -179,7 +179,7 @@ def main():
                 times[name].append(seconds)
                 memory[name] = max(memory[name], extra)
     print(f"{s.size}, K = {options.k}, batch {s.batch}, {s.device}, {s.precision}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, texts {model.layout}; {batch[2].float().mean():.1f} of {s.context} tokens in use")
+          f"torch {torch.__version__}, texts {model.layout}; {batch[2].float().mean():.1f} of {s.context} tokens used")
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         more = f"  {memory[name]:6.2f} GiB beside weights and moments" if memory[name] else ""

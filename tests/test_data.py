@@ -118,6 +118,29 @@ def test_the_mask_covers_the_pixels_of_each_objects_colour_and_nothing_else():
     assert min(seen.values()) > 10
 
 
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_a_sentence_about_one_object_has_a_box_that_just_holds_the_object_and_moves_with_the_picture(size):
+    scenes, dataset, reach = Scenes("train", 40, size, 24), SceneImages("train", 40, size, 24), size // 32
+    for i in range(40):
+        scene = scenes.scene(i)
+        _, mask = scenes.draw(scene)
+        image, captions = dataset[i]
+        assert captions.long == scene.captions["long"]
+        for k, box in zip(scene.about, captions.boxes, strict=True):
+            assert (box is None) == (k < 0)
+            if box:
+                (y, x), (x0, y0, x1, y1) = np.nonzero(mask == k + 1), np.array(box) * size
+                assert x0 <= x.min() and x.max() + 1 <= x1 and y0 <= y.min() and y.max() + 1 <= y1
+                assert max(x1 - x0, y1 - y0) <= scene.objects[k].side * size + 2
+        other, shifted = dataset.__getitem__(i, random.Random(i))
+        inner = slice(reach, size - reach)
+        (dx, dy), = ((dx, dy) for dx, dy in itertools.product(range(-reach, reach + 1), repeat=2)
+                     if torch.equal(other.roll((-dy, -dx), (1, 2))[:, inner, inner], image[:, inner, inner]))
+        moved = [box and (np.array(box) + np.array([dx, dy, dx, dy]) / size).clip(0, 1) for box in captions.boxes]
+        assert shifted.long == captions.long
+        assert all(a is b if b is None else np.allclose(a, b) for a, b in zip(shifted.boxes, moved, strict=True))
+
+
 def test_styles_darken_fade_or_roughen_the_picture_and_leave_the_mask():
     scenes = Scenes("test", size=64, kinds=len(KINDS))
     for scene in TEST[:20]:
@@ -262,7 +285,7 @@ def settings(method="dreamlip", **flags):
 
 
 def drawn(s, captions=CAPTIONS, n=200):
-    return [draw_texts(captions, s, random.Random(i)) for i in range(n)]
+    return [[text for text, _ in draw_texts(captions, s, random.Random(i))] for i in range(n)]
 
 
 @pytest.mark.parametrize("method, slots", [
@@ -538,11 +561,11 @@ def test_a_batch_is_cut_to_its_longest_text_and_a_sample_depends_on_seed_epoch_a
     tokenizer, s = load_tokenizer("scenes"), settings(batch=8)
     samples = TrainingTexts(SceneImages("train", 40, 32, 12), tokenizer, s)
     rows = [samples[0, i] for i in range(8)]
-    images, tokens, good, bad = collate(rows)
-    longest = max((int((t == tokenizer.eot).nonzero().max()) + 1 for _, text, _ in rows for t in text))
+    images, tokens, good, bad, _ = collate(rows)
+    longest = max((int((t == tokenizer.eot).nonzero().max()) + 1 for _, text, *_ in rows for t in text))
     assert images.shape == (8, 3, 32, 32) and images.dtype == torch.uint8 and tokens.shape == (8, 4, longest)
     assert good.tolist() == [True] * 8 and bad == []
-    assert torch.equal(tokens, torch.stack([t for _, t, _ in rows])[..., :longest])
+    assert torch.equal(tokens, torch.stack([t for _, t, *_ in rows])[..., :longest])
     assert torch.equal(samples[0, 3][1], rows[3][1]) and not torch.equal(samples[1, 3][1], rows[3][1])
     other = TrainingTexts(samples.dataset, tokenizer, settings(batch=8, seed=1))
     assert not torch.equal(other[0, 3][1], rows[3][1])
@@ -555,7 +578,7 @@ def test_a_bad_sample_keeps_its_slot_with_a_black_image_and_empty_texts(pictures
     lines = [{"image": image, "caption": caption} for image, caption in named]
     tokenizer, s = load_tokenizer("scenes"), settings(batch=3)
     data = Pictures(Records(write(pictures, lines)), 32)
-    images, tokens, good, bad = collate([TrainingTexts(data, tokenizer, s)[0, i] for i in range(3)])
+    images, tokens, good, bad, _ = collate([TrainingTexts(data, tokenizer, s)[0, i] for i in range(3)])
     assert good.tolist() == [True, False, True] and [b.reason for b in bad] == ["image missing"]
     assert not images[1].any() and images[0].any() and images[2].any()
     assert [tokenizer.decode(t) for t in tokens[1]] == [""] * 4 and tokenizer.decode(tokens[2, 0]) == "c"

@@ -215,6 +215,8 @@ def test_a_perfect_embedding_scores_100_everywhere():
     rows, found = scene_metrics(Oracle(), SCENES)
     assert {"short T2I R@1", "long I2T R@1", "long by sentence T2I R@1", "zero-shot top-1", "seen colour and object",
             "pointing by sentence", "pointing by name", "grouped by sentence", "mIoU"} <= set(rows)
+    for name in ("patches grouped", "patches alike"):  # they describe, and have no best value
+        del rows[name]
     perfect = {name: 1 if "rank" in name else 100 for name in rows}
     assert {name: value for name, (value, _) in rows.items() if abs(value - perfect[name]) > 1e-4} == {}
     assert all(0 < chance < 100 for _, chance in rows.values()) and len(found["captions"]) == N
@@ -248,17 +250,21 @@ def test_chance_is_what_guessing_reaches():
 def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
     side, model = SIZE // patch, Guesser(3, 300)
     model.side = side
-    patches = torch.rand(N, side * side, 300, generator=torch.Generator().manual_seed(4))
+    patches = F.normalize(torch.rand(N, side * side, 300, generator=torch.Generator().manual_seed(4)), dim=-1)
     masks = torch.stack([torch.from_numpy(SCENES.draw(s)[1]) for s in FACTS])
     embedded = [F.normalize(scores(len(s.captions["long"]), 300, seed=i).float(), dim=-1) for i, s in enumerate(FACTS)]
-    place = evaluate.Places(model, NAMES)
+    centre = scores(300, seed=99).float()
+    place = evaluate.Places(model, NAMES, centre)
     for part in (slice(0, 10), slice(10, N)):
         place.add(patches[part], masks[part], FACTS[part], embedded[part])
     rows = place.rows()
     named = model.texts([article(n) for n in NAMES])
     grounds = F.normalize(model.texts([f"the background is plain {g}." for g in BACKGROUNDS]).mean(0), dim=0)
-    hits, names, grouped, chance = [], [], [], []
+    hits, names, centred, grouped, dense, chance = [], [], [], [], [], []
     for i, scene in enumerate(FACTS):
+        sims = (patches[i] @ embedded[i].T).double()
+        sims = (sims - sims.amin(0)) / (sims.amax(0) - sims.amin(0))
+        dense.append((sims >= 0.99).double().mean())
         for k, about in enumerate(scene.about):
             if about >= 0:
                 covered = []
@@ -268,6 +274,8 @@ def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
                     covered.append(sum(v == about + 1 for v in cell.flatten().tolist()) * 16 >= patch * patch)
                 near = (patches[i] @ embedded[i][k]).tolist()
                 name = (patches[i] @ named[scene.objects[about].kind]).tolist()
+                less = [(cell @ embedded[i][k] - cell @ centre).item() for cell in patches[i]]
+                centred.append(covered[less.index(max(less))])
                 hits.append(covered[near.index(max(near))])
                 names.append(covered[name.index(max(name))])
                 low, high = min(near), max(near)  # methods.md, DreamLIP 3
@@ -277,7 +285,12 @@ def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
                 chance.append(np.mean(covered))
     assert rows["pointing by sentence"] == pytest.approx((100 * np.mean(hits), 100 * np.mean(chance)))
     assert rows["pointing by name"][0] == pytest.approx(100 * np.mean(names))
+    assert rows["pointing by sentence, centred"][0] == pytest.approx(100 * np.mean(centred), abs=100 / len(hits))
     assert rows["grouped by sentence"][0] == pytest.approx(100 * np.mean(grouped), abs=1e-3)
+    assert rows["patches grouped"][0] == pytest.approx(100 * np.mean(dense), abs=1e-3)
+    others = ~torch.eye(side ** 2, dtype=torch.bool)
+    alike = [(x @ x.T)[others].mean().item() for x in patches]
+    assert rows["patches alike"][0] == pytest.approx(100 * np.mean(alike), rel=1e-4)
 
     classes, meets, truths, guesses = torch.stack([grounds, *named]), *(np.zeros(KIND_COUNT + 1) for _ in range(3))
     for i, scene in enumerate(FACTS):
@@ -742,3 +755,79 @@ def test_embedding_in_batches_is_embedding_one_by_one(runs):
     assert numbers == list(range(12)) and torch.allclose(branches, alone, atol=1e-5)
     said = [f"a red heart and {i} more" for i in range(9)]
     assert torch.allclose(model.texts(said, batch=2), torch.cat([model.texts([text]) for text in said]), atol=1e-5)
+
+
+# ---- the claims of the papers ----------------------------------------------------------------------------------------
+
+def test_every_row_of_the_claims_trains_and_every_claim_compares_rows_in_metrics_that_there_are():
+    for device, size in evaluate.CLAIMS_SIZE.items():
+        for row, flags in evaluate.ROWS.items():
+            flags = {name: value for name, value in flags.items() if name != "times"}
+            assert {*flags, *size} <= train.Settings.__dataclass_fields__.keys(), row
+            train.build(train.resolve(dict(device="cpu") | size | flags))
+    metrics = scene_metrics(Guesser(0, 300), SCENES)[0]
+    assert {name for names in evaluate.MEASURES.values() for name in names} <= {*metrics, "locality of patches"}
+    for names, measures, claims in evaluate.CLAIMS.values():
+        assert {*names} | {row for _, *rows in claims for row in rows} <= evaluate.ROWS.keys()
+        assert {*measures} <= evaluate.MEASURES.keys()
+    assert {*evaluate.ROWS} == {row for names, _, _ in evaluate.CLAIMS.values() for row in names}  # none for nothing
+
+
+def test_intervals_are_students_over_the_paired_differences():
+    from scipy import stats  # comes with the test requirements
+    values = np.random.default_rng(0).normal(size=(2, 7)) + [[1], [0]]
+    for n in range(2, 8):
+        pairs = values[0, :n] - values[1, :n]
+        low, high = stats.t.interval(0.95, n - 1, pairs.mean(), stats.sem(pairs))
+        assert evaluate.interval(*values[:, :n]) == pytest.approx(((low + high) / 2, (high - low) / 2), rel=1e-3)
+    assert evaluate.interval(values[0, :1], values[1, :1])[1] == math.inf
+
+
+def test_locality_is_near_100_of_local_patches_and_chance_of_patches_that_all_know_everything():
+    def locality(local):
+        def batches(samples):  # each patch embeds its own pixels, or all of the picture's
+            cells = torch.stack([F.unfold(samples[i][0].float(), 8, stride=8).T for i in range(len(samples))])
+            yield None, cells if local else cells.mean(1, keepdim=True).expand_as(cells)
+        return evaluate.locality(SimpleNamespace(side=SIZE // 8, batches=batches), SCENES)
+
+    local, everywhere = locality(True), locality(False)
+    assert local[0] > 90 and 3 < local[1] < 30  # patches that an object covers to less than 1/16 are not counted as its
+    assert everywhere[0] == pytest.approx(everywhere[1], rel=1e-4)
+
+
+def test_claims_train_what_is_missing_and_report_what_was_measured(tmp_path, monkeypatch, capsys):
+    rows = {row: evaluate.ROWS[row] for row in ("raw (CLIP)", "M2M, 5 MLPs")}
+    flags = dict(size="nano", images=64, batch=16, workers=0)
+    found, _ = evaluate.train_rows(rows, tmp_path / "claims", 2, 2, flags)
+    assert {row: len(runs) for row, runs in found.items()} == dict.fromkeys(rows, 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "claims").glob("*/evaluation.json")}
+    assert len(before) == 4
+    assert evaluate.train_rows(rows, tmp_path / "claims", 2, 2, flags)[0].keys() == found.keys()
+    assert before == {path: path.read_bytes() for path in before}
+    with pytest.raises(UserError, match="images"):
+        evaluate.train_rows(rows, tmp_path / "claims", 2, 1, flags | dict(images=128))
+
+    # the report of all rows, made of these two
+    def pretend(rows, folder, *_):
+        for row in rows:
+            for seed in range(2):
+                path, real = (evaluate.run_of(folder, name, seed) for name in (row, list(found)["MLP" in row]))
+                if not path.exists():
+                    path.symlink_to(real, target_is_directory=True)
+        return {row: found[list(found)[rows[row].get("branches", 1) > 1 or "M2M" in row]] for row in rows}, 1
+
+    monkeypatch.setattr(evaluate, "train_rows", pretend)
+    evaluate.main(["--claims", str(tmp_path / "claims"), "--seeds", "2"])
+    text = (tmp_path / "claims" / "claims.md").read_text()
+    assert text in capsys.readouterr().out
+    clip = [run["metrics"]["zero-shot top-1"]["value"] for run in found["raw (CLIP)"]]
+    line = next(line for line in text.splitlines() if line.startswith("| raw (CLIP)"))
+    assert f" {np.mean(clip):.1f} ± {np.std(clip, ddof=1):.1f} " in line
+    for figure in ("claims", "localisation", "reading", "branches"):
+        assert Image.open(tmp_path / "claims" / f"{figure}.png").size[0] > 800
+
+
+def test_claims_refuse_what_makes_no_sense():
+    for argv in (["--claims", "x", "--seeds", "0"], []):
+        with pytest.raises(UserError):
+            evaluate.main(argv)

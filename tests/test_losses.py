@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from losses import contrastive_loss, grouping_loss, multi_positive_loss, multi_to_multi_loss, similarity_logsumexp
+from losses import (contrastive_loss, group_patches, grouping_loss, multi_positive_loss, multi_to_multi_loss,
+                    similarity_logsumexp)
 
 S = 7.25  # the same in float32 and float64
 
@@ -38,11 +39,12 @@ def infonce(images, texts, s=S):
 
 def group(patches, text, threshold=None, allowed=None):
     """methods.md, DreamLIP 3: the grouped, unit-norm embedding of one text over one image's patches."""
+    patches = [p for p, here in zip(patches, allowed or [True] * len(patches)) if here]
     P = len(patches)
     w = [dot(text, p) for p in patches]
     w = [(x - min(w)) / (max(w) - min(w)) for x in w]
     least = 1 / P if threshold is None else threshold
-    w = [x if x >= least and (allowed is None or allowed[p]) else 0 for p, x in enumerate(w)]
+    w = [x if x >= least else 0 for x in w]
     g = [sum(w[p] / sum(w) * patches[p][d] for p in range(P)) for d in range(len(text))]
     return [x / math.sqrt(dot(g, g)) for x in g]
 
@@ -154,6 +156,21 @@ def test_the_grouping_loss_is_the_formula(negatives, options):
     assert close(loss, expected, 2e-5)  # EPS in the min-max
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5])
+def test_a_text_with_a_place_weighs_no_patch_outside_it_and_groups_as_if_there_were_none(threshold):
+    inside = [1, 3, 4, 8]
+    allowed = torch.isin(torch.arange(9), torch.tensor(inside)).expand(3, 4, 9)
+    patches = PATCHES.clone().requires_grad_()
+    grouped, weights = group_patches(patches, TEXTS, threshold, allowed)
+    alone, own = group_patches(PATCHES[:, inside], TEXTS, threshold)
+    assert not weights[~allowed].any() and torch.allclose(weights[..., inside], own)
+    assert torch.allclose(grouped, alone) and torch.allclose(weights.sum(-1), torch.ones(3, 4, dtype=torch.float64))
+    grouping_loss(patches, TEXTS, torch.tensor(S), threshold, allowed=allowed).backward()
+    touched = patches.grad.any(-1).any(0)
+    assert touched[inside].all() and touched.sum() == 4
+    assert torch.allclose(group_patches(PATCHES, TEXTS, threshold, allowed[:, :1])[1], weights)  # one for all texts
+
+
 @pytest.mark.parametrize("P", [4, 9])
 def test_the_default_threshold_is_one_over_the_number_of_patches(P):
     patches = unit(3, P, 6, seed=2)
@@ -239,6 +256,9 @@ GATHERING = {
        for n in ("image", "batch", "slot")},
     **{f"masked grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, mask=m, negatives=n)
        for n in ("image", "batch", "slot")},
+    **{f"grouping in places, {n}": lambda i, p, t, m, s, n=n: grouping_loss(
+        p, t, s, negatives=n, allowed=p[:, None, :, 0] >= t[:, :, :1].clamp(max=p[:, :, 0].max(1)[0].min().item()))
+       for n in ("batch", "slot")},
 }
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import recaption
+import train
 from data import BadSample, Records, UserError, read_captions
 from faulty_endpoint import caption
 from recaption import PROMPTS, Lines, clean, crops, pictures, retry_after
@@ -526,10 +527,12 @@ def test_scenes_go_from_pictures_to_captions_to_a_trained_model(tmp_path):
         x0, y0, x1, y1 = part["box"]
         inside = [o.name for o in scene.objects if x0 <= o.x < x1 and y0 <= o.y < y1]
         assert any(name in part["text"] for name in inside) or not inside
-    import train
-    folder = train.train({"method": "dreamlip", "size": "nano", "data": str(tmp_path / "s" / "captions.jsonl"), "images": 64, "batch": 16,
-                          "workers": 0, "out": str(tmp_path / "runs"), "tokenizer": "scenes", "device": "cpu"})
+    flags = {"method": "dreamlip", "size": "nano", "data": str(tmp_path / "s" / "captions.jsonl"), "images": 64,
+             "batch": 16, "workers": 0, "tokenizer": "scenes", "device": "cpu"}
+    folder = train.train({**flags, "region_grouping": True, "out": str(tmp_path / "run")})
     assert (folder / "evaluation.json").exists()
+    with pytest.raises(UserError, match="none of 64 samples .* recaption.py --dense 2"):
+        train.train({**flags, "region_grouping": True, "out": str(tmp_path / "none"), "caption_fields": "long=long"})
 
 
 # ---- real servers and models -----------------------------------------------------------------------------------------

@@ -1,15 +1,31 @@
-"""Captions become CLIP's ids exactly, our vocabulary is what its definition says, sentences are cut where they end."""
-import gzip, hashlib, pickle, random, subprocess, sys, time, urllib.request
+"""Captions become CLIP's ids exactly, our vocabulary is what its definition says, sentences are cut where they end, and
+the place of a sentence goes with it to the loss."""
+import gzip
+import hashlib
+import json
+import math
+import pickle
+import random
+import subprocess
+import sys
+import time
+import urllib.request
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from open_clip.tokenizer import SimpleTokenizer, default_bpe
+from PIL import Image
 
 import data as data
-from data import UserError, load_tokenizer, read_tiktoken, save_tiktoken, split_sentences, train_bpe
+import train
+from data import (BadSample, Captions, Pictures, Records, SceneImages, TrainingTexts, UserError, collate, draw_texts,
+                  load_tokenizer, patches_of, read_captions, read_fields, read_tiktoken, save_tiktoken,
+                  split_sentences, train_bpe)
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------------------------------
 
@@ -359,3 +375,129 @@ def test_time_grows_with_the_text_and_not_with_its_square(piece):
     start = time.perf_counter()
     split_sentences(piece * (1_000_000 // len(piece)))
     assert time.perf_counter() - start < 5  # a quadratic scan of a million characters takes many minutes
+
+
+# ---- sentences with a place ------------------------------------------------------------------------------------------
+
+PLACED = Captions("raw", ["short"], ["all.", "left.", "right.", "low."], ["raw"],
+                  [None, (0, 0, 0.5, 1), (0.5, 0, 1, 1), (0.25, 0.75, 0.5, 1)])
+
+
+def test_boxes_become_shares_of_the_crop_and_sentences_of_what_is_cut_off_go():
+    inside = PLACED.within((0.25, 0.5, 0.75, 1))  # the middle half of the lower half
+    assert inside.long == PLACED.long and inside.boxes == [None, (0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0.5, 0.5, 1)]
+    left = PLACED.within((0, 0, 0.5, 0.8))  # the middle of "low" is at a height of 0.875, that of "right" at 0.75
+    assert left.long == ["all.", "left."] and left.boxes == [None, (0, 0, 1, 1)]
+    assert (left.raw, left.short, left.perspectives) == (PLACED.raw, PLACED.short, PLACED.perspectives)
+    assert PLACED.within((0, 0, 1, 1)) == PLACED
+    gone = Captions("raw", [], ["corner."], ["raw"], [(0, 0, 0.1, 0.1)]).within((0.5, 0.5, 1, 1))
+    assert gone == Captions("raw", [], ["corner."], ["raw"])  # something must be left to draw: it is without a place
+
+
+def test_a_patch_belongs_to_a_box_that_overlaps_it():
+    boxes = [(0.5, 0, 1, 0.5), (0.3, 0.3, 0.4, 0.4), (0, 0.25, 1, 0.5), (0.7, 0.7, 0.8, 0.8)]
+    rows = ["0011 0011 0000 0000", "0000 0100 0000 0000", "0000 1111 0000 0000", "0000 0000 0011 0011"]
+    found = ["".join(str(int(x)) for x in row) for row in patches_of(boxes, 4)]
+    assert found == [row.replace(" ", "") for row in rows]
+    assert patches_of([None, (0, 0, 1, 1)], 7).all() and patches_of([None], 3).shape == (1, 9)
+    least = np.nextafter(0.5, 1)
+    assert patches_of([(0.5, 0.5, least, least)], 8).sum() == 1  # never none
+
+
+def test_in_every_crop_what_a_box_holds_lies_in_the_patches_of_its_text(tmp_path):
+    picture = np.zeros((90, 160, 3), np.uint8)
+    picture[30:75, 40:120] = (255, 0, 0)
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    dense = [{"box": [0.25, 1 / 3, 0.75, 5 / 6], "text": "A red field."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "raw": "red", "dense": dense}))
+    pictures = Pictures(Records(tmp_path / "a.jsonl"), 64, "all", 0.5, read_fields("", dense=True))
+    pictures.train = True
+    for seed in range(40):
+        image, captions = pictures.__getitem__(0, random.Random(seed))
+        x0, y0, x1, y1 = (64 * edge for edge in captions.boxes[0])
+        y, x = np.nonzero(image[0].numpy() > 127)
+        for found, edge in ((x.min(), x0), (x.max() + 1, x1), (y.min(), y0), (y.max() + 1, y1)):
+            assert abs(found - edge) < 1  # to the pixel
+    assert seed == 39 and len({tuple(pictures.__getitem__(0, random.Random(seed))[1].boxes) for seed in range(9)}) == 9
+
+
+def settings_of(**flags):
+    return train.resolve({"method": "dreamlip", "size": "nano", "tokenizer": "scenes", "precision": "fp32", "batch": 8,
+                          "device": "cpu", "workers": 0, "region_grouping": True, **flags})
+
+
+def test_the_texts_drawn_are_the_same_with_and_without_places_and_each_keeps_its_own():
+    s, places = settings_of(sub_captions=4), dict(zip(PLACED.long, PLACED.boxes))
+    for seed in range(50):
+        texts = draw_texts(PLACED, s, random.Random(seed))
+        assert all(box == places.get(text) for text, box in texts)
+        without = draw_texts(replace(PLACED, boxes=[]), s, random.Random(seed))
+        assert without == [(text, None) for text, _ in texts]
+
+
+@pytest.mark.parametrize("fields, dense, long", [
+    ("", False, ["One.", "Two."]), ("", True, ["One.", "Two.", "A cat.", "It sits.", "A dog."]),
+    ("long=dense", False, ["A cat.", "It sits.", "A dog."]), ("long=denseX+long", True, ["A bird.", "One.", "Two."])])
+def test_sentences_of_crops_are_long_captions_with_the_flag_or_by_the_name_of_their_field(fields, dense, long):
+    row = {"raw": "r", "captions": {
+        "long": "One. Two.", "denseX": [{"box": [0, 0, 1, 1], "text": "A bird."}],
+        "dense": [{"box": [0, 0, 0.5, 1], "text": "A cat. It sits."}, {"box": [0.5, 0, 1, 1], "text": "A dog."}]}}
+    captions = read_captions(row, read_fields(fields, dense))
+    assert captions.long == long
+    boxes = {"A cat.": (0, 0, 0.5, 1), "It sits.": (0, 0, 0.5, 1), "A dog.": (0.5, 0, 1, 1), "A bird.": (0, 0, 1, 1)}
+    assert captions.boxes == ([boxes.get(sentence) for sentence in long] if "long=" in fields or dense else [])
+
+
+def test_captions_of_crops_alone_are_enough():
+    row = {"dense": [{"box": [0, 0, 0.5, 1], "text": "A cat."}]}
+    assert read_captions(row, read_fields("long=dense")) == Captions(
+        "A cat.", [], ["A cat."], ["A cat."], [(0, 0, 0.5, 1)])
+
+
+@pytest.mark.parametrize("box", [[0, 0, 320, 240], [0.5, 0, 0.5, 1], [0, 0, 1], "0 0 1 1", [0, 0, 1, None], {},
+                                 [0, 0, math.nan, 1], [-0.1, 0, 1, 1]], ids=str)
+def test_a_box_that_is_none_makes_a_bad_sample(box):
+    with pytest.raises(BadSample, match="not a box: name, .* is not"):
+        read_captions({"raw": "r", "long": [{"box": box, "text": "A cat."}]}, name="name")
+
+
+def placed_batch(s):
+    s.images = s.batch
+    samples = TrainingTexts(SceneImages("train", s.batch, s.image_size, s.kinds), load_tokenizer("scenes"), s)
+    images, tokens, *which = train.to_device(collate([samples[0, i] for i in range(s.batch)]), s)
+    s.vocab = samples.tokenizer.vocab_size
+    return train.build(s), images, tokens, which
+
+
+@pytest.mark.parametrize("flags", [
+    dict(negatives="image"), dict(negatives="batch"), dict(negatives="slot"), dict(grouping="token"),
+    dict(grouping="token", negatives="batch")], ids=str)
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_with_places_too(flags):
+    gradients = []
+    for changes in (dict(accumulate=1), dict(accumulate=4), dict(region_grouping=False)):
+        s = settings_of(**flags, **changes)
+        model, images, tokens, which = placed_batch(s)
+        loss, _ = train.backward(model, images, tokens, s, *which)
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    whole, parts, anywhere = gradients
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=2e-6) for a, b in zip(whole, parts, strict=True))
+    assert (whole[0] - anywhere[0]).abs() > 1e-4  # the places do count
+
+
+@pytest.mark.parametrize("grouping", ["sub-caption", "token"])
+def test_patches_outside_the_places_of_all_texts_get_no_gradient_from_the_grouping_loss(grouping):
+    s = settings_of(grouping=grouping, contrastive_weight=0.0, raw_caption=False)
+    model, images, tokens, (good, allowed) = placed_batch(s)
+    assert good is None and allowed.shape == (8, 3, 16)
+    out = train.embed(model, images, tokens, s)
+    out["patches"].retain_grad()
+    train.method_loss(out, s, None, allowed)[0].backward()
+    outside = ~allowed.any(1)
+    assert outside.any() and not out["patches"].grad[outside].any() and out["patches"].grad[~outside].any()
+
+
+@pytest.mark.parametrize("flags", [dict(method="clip"), dict(method="sparc"), dict(sampling="whole", negatives="batch"),
+                                   dict(grouping="none")], ids=str)
+def test_places_without_sub_captions_that_group_are_refused(flags):
+    with pytest.raises(UserError, match="--grouping sub-caption --sub-captions 3"):
+        settings_of(**flags)

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import train
-from data import SceneImages, TrainingTexts, collate, load_tokenizer, mean_and_deviation, normalize, text_slots
+from data import (SceneImages, TrainingTexts, collate, load_tokenizer, mean_and_deviation, normalize, text_slots,
+                  training_loader)
 from model import CLIP, CLIPConfig
 from test_losses import grouping, infonce, unit
 from test_model import varlen_reference
@@ -193,7 +194,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(flags, parts):
         s = train.resolve({**RUN, **flags, "batch": 8, "accumulate": accumulate, "precision": "fp32"})
         model, (images, tokens) = fresh(s), batch_of(s, 8)
         more = (tokens.argmax(-1) + 1, train.patches_kept(s, 0) if s.patch_dropout else None)
-        loss, named = train.backward(model, images, tokens, s, None, more)
+        loss, named = train.backward(model, images, tokens, s, more=more)
         gradients.append([loss, *named.values(), *(p.grad for p in model.parameters())])
     for whole, split in zip(*gradients, strict=True):
         assert torch.allclose(whole, split, rtol=1e-4, atol=2e-6)
@@ -209,8 +210,8 @@ def test_three_steps_without_padding_end_at_the_weights_of_three_padded_steps(fl
         state, network = train.prepare(fresh(s), s)
         images, tokens = batch_of(s, 8)
         for step in range(3):
-            images, tokens, good, more = train.to_device((images, tokens, torch.ones(8, dtype=torch.bool), []), s, step)
-            train.backward(network, images, tokens, s, good, more)
+            batch = train.to_device((images, tokens, torch.ones(8, dtype=torch.bool), [], None), s, step)
+            train.backward(network, *batch[:2], s, *batch[2:])
             train.update(state, 1e-3, s)
         ends.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
     start = torch.cat([p.detach().flatten() for p in fresh(s).parameters()])
@@ -254,6 +255,29 @@ def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(flags):
     assert loss.device.type == "cuda" and out["summaries"].shape == (16, T, 1 + s.corner_tokens, s.embed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, flags", [
+    ("buckets", dict(method="dreamlip")), ("buckets", dict(method="lotlip", accumulate=2)),
+    ("packed", dict(method="lotlip"))], ids=str)
+def test_compiled_blocks_are_compiled_in_the_first_steps_and_never_again(layout, flags, monkeypatch):
+    compile, graphs = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr(train, "text_layout", lambda *_: layout)
+    # of the right shapes; the reference asks for the lengths, and so cannot be compiled
+    monkeypatch.setattr(model_module, "varlen_attention", lambda q, k, v, *_: q * k[:1] + v[:1])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    s = train.resolve({**RUN, **flags, "compile": True, "vision_depth": 2, "text_depth": 2, "images": 3200})
+    tokenizer, dataset, _ = train.open_data(s, {})
+    state, network = train.prepare(train.build(s), s)
+    for step, batch in enumerate(training_loader(dataset, tokenizer, s, 0, 20)):
+        images, tokens, *rest = train.to_device(batch, s, step)
+        train.backward(network, images, tokens, s, *rest)
+        train.update(state, 0.0, s)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[3] == graphs[-1] <= 16 and not torch._dynamo.utils.counters["unimplemented"]
+
+
 def test_texts_are_packed_on_a_gpu_in_half_precision_where_that_works_else_a_line_says_so(monkeypatch, capsys):
     s = train.resolve({**RUN, "method": "clip", "precision": "bf16"})
     assert train.text_layout(fresh(s), s) == "buckets"
@@ -261,7 +285,7 @@ def test_texts_are_packed_on_a_gpu_in_half_precision_where_that_works_else_a_lin
     for trouble, layout in (("no kernel", "buckets"), ("", "packed")):
         monkeypatch.setattr(train, "packing_trouble", lambda model, device: trouble)
         assert train.text_layout(fresh(s), s) == layout
-        assert capsys.readouterr().out.count("WARNING: texts are not packed, which is slower: no kernel") == bool(trouble)
+        assert ("WARNING: texts are not packed, which is slower: no k" in capsys.readouterr().out) == bool(trouble)
     s.precision = "fp32"
     assert train.text_layout(fresh(s), s) == "buckets"
 
@@ -525,6 +549,7 @@ MISTAKES = [
     ("train.py", "--sub-captions -1", "--sub-captions"), ("train.py", "--kinds 5", "kinds"),
     ("train.py", "--device toaster", "toaster"), ("train.py", "--seed -1", "--seed"),
     ("train.py", "--beta2 2", "--beta2"), ("train.py", "--patch-dropout 1", "--patch-dropout"),
+    ("train.py", "--patch-dropout 0.5 --region-grouping", "--patch-dropout may"),
     ("train.py", "--eps -1", "--eps"), ("train.py", "--patch 0", "--patch"),
     ("train.py", "--vision-heads 0", "--vision-heads"), ("train.py", "--context 0", "--context"),
     ("train.py", "--tokenizer gone", "gone"), ("train.py", "--tokenizer {f}/gone.tiktoken", "gone.tiktoken"),

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
-all. A run that ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
+all; `--profile` says where the time of a step goes. A run that ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
@@ -1008,12 +1008,12 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
             seconds = (e.self_device_time_total if clock.cuda else e.cpu_time_total) / 1e6 / traced
             busy += seconds * (not e.is_user_annotation)
             talk += seconds * e.key.startswith(("ncclDevKernel", "gloo:"))  # NCCL's kernels, spans of gloo's threads
-    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
-    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
-    speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if clock.cuda:
         memory = torch.cuda.max_memory_allocated()
+    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
+    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
     if rank == 0:
         print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
               f"texts {model.layout}: {rate:.0f} images/s, {1000 * whole:.1f} ms a step")

@@ -483,13 +483,17 @@ def read_fields(text: str, dense: bool = False) -> dict:
     return fields
 
 
-def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
-    """A row of a data file -> its texts, found by the names in `fields`. What is under "captions" (re-captioning's
-    records) wins over the same names outside. A text may be a string or a list of its sentences, and of a long caption
-    a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}. Raises BadSample, with `name` in its
-    detail, if there is no text or a box is none."""
+def all_fields(row: dict) -> dict:
+    """With what is under "captions" (re-captioning's records), which wins over the same names outside."""
     inner = row.get("captions")
-    row = {**row, **inner} if isinstance(inner, dict) else row
+    return {**row, **inner} if isinstance(inner, dict) else row
+
+
+def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
+    """A row of a data file -> its texts, found by the names in `fields`. A text may be a string or a list of its
+    sentences, and of a long caption a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}.
+    Raises BadSample, with `name` in its detail, if there is no text or a box is none."""
+    row = all_fields(row)
     found = {kind: [texts for field in names if (texts := clean_field(row.get(field)))]
              for kind, names in fields.items()}
     listed = found["caption"][0] if found["caption"] else []
@@ -581,7 +585,7 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 # once: the order is free, the same for any number of workers, and a run goes on where it was. (webdataset streams a tar
 # from its start; its order depends on the number of workers, and it cannot go on in mid-epoch.)
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
-INDEX_VERSION = 1  # of the indices kept: raise it when a scan_ function changes
+INDEX_VERSION = 2  # of the indices kept: raise it when a scan_ function changes
 LARGE = 1 << 24  # bytes of files that are scanned in several processes
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
 
@@ -605,6 +609,18 @@ class BadCount(dict):
         details = self.setdefault(bad.reason, [])
         if len(details) < 5 and bad.detail not in details:
             details.append(bad.detail)
+
+    def plain(self) -> tuple[dict, dict, int]:
+        """For a file; BadCount.of(*plain) is the same again."""
+        return dict(self), dict(self.counts), self.seen
+
+    @classmethod
+    def of(cls, details: dict, counts: dict, seen: int):
+        bad = cls()
+        bad.update(details)
+        bad.counts.update(counts)
+        bad.seen = seen
+        return bad
 
     def merge(self, other: "BadCount"):
         self.counts.update(other.counts)
@@ -727,7 +743,8 @@ def scan_tar(path):
         if stop > end:
             return BadSample("tar cut off", f"{path.name} in {key}")
         if not any(extension in SUFFIXES for _, extension, *_ in group):
-            return BadSample("no image", f"{path.name}/{key}")
+            there = " .".join(extension for _, extension, *_ in group[:3])
+            return BadSample("no image", f"{path.name}/{key} with .{there}")  # of a.b.jpg the key is a
         return start, stop - start, key, key
 
     with open(path, "rb") as file:
@@ -918,14 +935,12 @@ def index_path(file: Path) -> Path:
 def load_index(file: Path):
     """-> (spans, BadCount), the spans mapped; None if no whole index is kept."""
     try:
-        path, bad = index_path(file), BadCount()
+        path = index_path(file)
         with open(path, "rb") as kept:
             head = kept.readline()
-            n, details, counts, bad.seen = json.loads(head)
+        n, *bad = json.loads(head)
         if path.stat().st_size == len(head) + n * SPAN.itemsize:
-            bad.update(details)
-            bad.counts.update(counts)
-            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), bad
+            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), BadCount.of(*bad)
     except (OSError, ValueError, TypeError):
         return None
 
@@ -960,7 +975,7 @@ def make_index(file: Path):
     if sidecar:
         spans.sort(order="key", kind="stable")  # its lines are looked up by key
     if file.is_file():  # the time of a folder does not tell whether what is below it has changed
-        keep_index(path, json.dumps([len(spans), bad, bad.counts, bad.seen]).encode() + b"\n" + spans.tobytes())
+        keep_index(path, json.dumps([len(spans), *bad.plain()]).encode() + b"\n" + spans.tobytes())
     return None if load_index(file) else (spans, bad)
 
 
@@ -1012,6 +1027,18 @@ def read_span(file: Path, stamp: tuple, start: int, length: int) -> bytes:
     return content
 
 
+AHEAD = 1 << 22  # bytes of a shard that are asked for at once
+
+
+@functools.lru_cache(maxsize=1024)
+def ask_for(file, stamp, piece):
+    """Has the system read a piece of a file in one go, whose samples will be wanted one by one before long: from disk
+    they come two to three times as fast."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with suppress(OSError):
+            os.posix_fadvise(opened(file, stamp).fileno(), piece * AHEAD, AHEAD, os.POSIX_FADV_WILLNEED)
+
+
 class Records:
     """All samples of one path of --data: a file, {00000..00331}.tar, *.tar, a folder of shards or of pictures.
 
@@ -1043,6 +1070,11 @@ class Records:
 
     def file_of(self, i: int) -> int:
         return int(np.searchsorted(self.first, i, "right")) - 1
+
+    def ask_around(self, i: int):
+        """Asks for the piece of the file that sample i lies in."""
+        n = self.file_of(i)
+        ask_for(self.files[n], self.stamps[n], int(self.spans[n][i - self.first[n]]["start"]) // AHEAD)
 
     def locate(self, n: int, image: str) -> Path:
         """The image that a row of file n names: below the root; of a URL the last part counts."""
@@ -1149,20 +1181,39 @@ class Pictures:
 
     def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.8, fields: dict = FIELDS):
         self.records, self.size, self.train, self.fields, self.crop = records, size, part == "train", fields, crop
-        self.bad = records.bad
+        self.bad, self.by_shard = records.bad, records.parse is parse_tar and len(records.files) > 1
         held_out = records.keys() < np.uint64(min(0.1, HELD_OUT / max(1, len(records))) * 2**64)
         wanted = {"train": ~held_out, "validation": held_out, "all": np.ones(len(records), bool)}[part]
         self.rows = np.flatnonzero(wanted).astype(np.int32 if len(records) < 2**31 else np.int64)
         self.cache = {} if len(self) * 3 * (2 * size) ** 2 < CACHE else None  # a small set is decoded once
         self._try_a_few(part)
+        if self.train:
+            self._name_missing_fields()
+
+    def _some(self) -> list[int]:
+        return np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist()
+
+    def _name_missing_fields(self):
+        """A mistyped name in --caption-fields would otherwise cost its texts without a word."""
+        named = {name for kind, names in self.fields.items() for name in names
+                 if names not in (FIELDS[kind], FIELDS[kind] + DENSE)}
+        for i in self._some() if named else ():
+            with suppress(BadSample):
+                named.difference_update(all_fields(self.records[int(self.rows[i])].row))
+        if named and os.environ.get("RANK", "0") == "0":
+            print(f"--caption-fields: none of the samples looked at in {self.records.path} has "
+                  f"{' or '.join(sorted(named))}", flush=True)
 
     def _try_a_few(self, part):
         """A wrong image root or name of a field shows at once: not one of some samples can be used."""
+        if not len(self.records) and not self.bad:
+            raise UserError(f"--data {self.records.path} is empty: it takes 'scenes', .tar shards, .jsonl, .csv with a "
+                            "header, or a folder that holds shards or pictures")
         if len(self.records) and not len(self):
             raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
                             "take more data, or --eval-images 0")
         failed = BadCount()
-        for i in np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist():
+        for i in self._some():
             try:
                 self[i]
                 return
@@ -1184,6 +1235,8 @@ class Pictures:
 
     def __getitem__(self, i, rng=None):
         number = int(self.rows[i])
+        if self.train and self.by_shard:
+            self.records.ask_around(number)
         record = self.records[number]
         name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
@@ -1205,9 +1258,9 @@ class Pictures:
         return self.cache[i]
 
     def order(self, rng, window):
-        """Single samples in any order, where each is a file of its own or all are in one; shards so that reading them
-        stays nearly sequential."""
-        if self.records.parse is not parse_tar or len(self.records.files) == 1:
+        """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
+        before long lies together."""
+        if not self.by_shard:
             return rng.permutation(len(self))
         return shard_order(np.diff(np.searchsorted(self.rows, self.records.first)), rng, window)
 
@@ -1427,13 +1480,16 @@ def watched(loader, samples):
 
 def look(path, image_root, fields, tokenizer, n, sheet):
     """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
-    records, bad, shown = Records(path, image_root), BadCount(), []
+    if path == "scenes":
+        raise UserError("scenes are drawn, not read: look at them with python scenes.py --sheet scenes.png")
+    records, bad, shown, names = Records(path, image_root), BadCount(), [], Counter()
     print(f"{path}: {len(records.files)} file{'s' * (len(records.files) > 1)}, {len(records):,} samples"
           + (f"; left out: {records.bad.report()}" if records.bad else ""))
     sizes, lengths = [], {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
     for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
         try:
             record = records[i]
+            names.update(name for name, value in all_fields(record.row).items() if value)
             c, picture = read_captions(record.row, fields, record.key), load_image(record.image, name=record.key)
         except BadSample as error:
             bad.add(error)
@@ -1445,6 +1501,8 @@ def look(path, image_root, fields, tokenizer, n, sheet):
             picture.thumbnail((256, 256))
             shown.append((record.key, picture, c))
     print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
+    if names:
+        print("fields: " + ", ".join(f"{name} {count:,}" for name, count in names.most_common()))
     if sizes:
         print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
     for kind, found in lengths.items():
@@ -1457,7 +1515,10 @@ def look(path, image_root, fields, tokenizer, n, sheet):
                 bar = "█" * math.ceil(50 * counts[i] / max(counts))
                 print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
     if sheet and shown:
-        contact_sheet(sheet, shown)
+        try:
+            contact_sheet(sheet, shown)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--sheet {sheet} cannot be written: {error}") from None
         print(f"\nwrote {sheet}")
 
 

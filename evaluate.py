@@ -388,7 +388,9 @@ class Places:
     does the object's mask cover at least 1/16 of it? centred: less the similarity to the mean of all sentences (names),
     as CLIP Surgery (2304.05653) takes away what all classes share. grouped by sentence: the share of a sentence's
     grouping weights (DreamLIP, section 3.3) on such patches; patches grouped: the share of patches whose weight is not
-    0 (100: the weights are dense). patches alike: 100 times the mean cosine between the patches of an image.
+    0 (100: the weights are dense). patches alike: 100 times the mean cosine between the patches of an image. group
+    finds its sentence: is what a sentence groups more similar to it than to the caption's other sentences; wrong image:
+    the same with the patches of another scene, of which the caption is not true.
     mIoU: every pixel gets the class, kind or background, whose name its upsampled patches resemble most.
     """
 
@@ -401,15 +403,20 @@ class Places:
         self.named = model.texts([article(name) for name in names])
         ground = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS]).mean(0, keepdim=True)
         self.classes = torch.cat([F.normalize(ground, dim=-1), self.named])
-        self.confusion, self.found, self.alike, self.dense = Confusion(len(self.classes)), [], [], []
+        self.confusion, self.found = Confusion(len(self.classes)), []
+        self.described = []  # of every scene, as a share: groups that find their sentence, in its own picture and in
+        # a wrong one, chance, patches grouped, patches alike
 
     def add(self, patches: Tensor, masks: Tensor, facts: list, sentences: list):
         """patches [b,P,D], masks [b,S,S] of 1 + the object's index, the scenes, their sentences' embeddings [K,D]."""
         side, P = self.side, patches.shape[1]
-        self.alike += ((patches @ patches.mT).mean((1, 2)) * P - 1).div(max(P - 1, 1)).tolist()
-        for cells, mask, scene, texts in zip(patches, masks, facts, sentences):
-            weights = group_patches(cells[None], texts[None], self.threshold)[1][0].cpu()  # [K, P]
-            self.dense.append((weights > 0).float().mean().item())
+        alike = ((patches @ patches.mT).mean((1, 2)) * P - 1) / max(P - 1, 1)
+        for cells, wrong, mask, scene, texts, same in zip(patches, patches.roll(1, 0), masks, facts, sentences, alike):
+            grouped, weights = group_patches(torch.stack([cells, wrong]), texts.expand(2, -1, -1), self.threshold)
+            right = (grouped @ texts.T).argmax(-1) == torch.arange(len(texts), device=texts.device)  # [2, K]
+            weights = weights[0].cpu()  # [K, P]
+            self.described.append((*right.float().mean(1).tolist(), 1 / len(texts),
+                                   (weights > 0).float().mean().item(), same.item()))
             queries = (texts, texts - self.centre, self.named, self.named - self.named.mean(0))
             peaks = [(cells @ x.T).argmax(0).tolist() for x in queries]
             covers = [on_object(mask, k, side) for k in range(len(scene.objects))]
@@ -425,9 +432,10 @@ class Places:
 
     def rows(self) -> dict:
         *values, chance = (100 * torch.tensor(self.found, dtype=torch.float64).mean(0)).tolist()
+        right, wrong, one, dense, alike = (100 * np.mean(self.described, 0)).tolist()
         return {name: (value, chance) for name, value in zip(self.ROWS, values)} | {
-            "mIoU": self.confusion.miou(), "patches grouped": (100 * float(np.mean(self.dense)), 100.0),
-            "patches alike": (100 * float(np.mean(self.alike)), 0.0)}
+            "mIoU": self.confusion.miou(), "patches grouped": (dense, 100.0), "patches alike": (alike, 0.0),
+            "group finds its sentence": (right, one), "group finds its sentence, wrong image": (wrong, one)}
 
 
 def on_object(mask: Tensor, k: int, side: int) -> Tensor:
@@ -1103,6 +1111,7 @@ ROWS = {
     "+ the same, λ = 0.2": SUBS,
     "+ the same, λ = 1, σ = 0.7": SLOT | dict(threshold=0.7),
     "+ the same, λ = 1, in boxes": SLOT | dict(region_grouping=True),
+    "+ grouping, regrouped negatives": SLOT | dict(negatives="regrouped"),
     "our dreamlip row": dict(method="dreamlip"),
     "long alone": dict(method="lotlip", corner_tokens=0, raw_caption=False),
     "raw, long, 1 corner": dict(method="lotlip", corner_tokens=1),
@@ -1124,6 +1133,8 @@ MEASURES = {  # a name for the tables: the metrics that it is the mean of
     "centred": ("pointing by sentence, centred",), "by name": ("pointing by name",),
     "by name, centred": ("pointing by name, centred",), "weight on object": ("grouped by sentence",),
     "patches grouped": ("patches grouped",), "patches alike": ("patches alike",), "locality": ("locality of patches",),
+    "group finds its text": ("group finds its sentence",),
+    "in a wrong image": ("group finds its sentence, wrong image",),
 }
 USUAL = tuple(MEASURES)[:7]
 
@@ -1143,12 +1154,13 @@ CLAIMS = {  # paper: the rows and the measures of its table, and its claims: wha
         ("better by sub-caption than by token", "+ grouping (DreamLIP)", "+ token grouping (SPARC)"),
         ("all better than CLIP with the same time", "+ grouping (DreamLIP)", "raw, twice the images"),
         ("and so is our row of settings", "our dreamlip row", "raw, twice the images"))),
-    "Localisation": (span("raw, sub-captions, short", "+ the same, λ = 1, in boxes"),
+    "Localisation": (span("raw, sub-captions, short", "+ grouping, regrouped negatives"),
                      ("zero-shot", *tuple(MEASURES)[5:]), (
         ("grouping helps: slot negatives", "+ grouping, slot negatives", "raw, sub-captions, short"),
         ("less of it localises better", "+ the same, λ = 0.2", "+ grouping, slot negatives"),
         ("so do sparser weights", "+ the same, λ = 1, σ = 0.7", "+ grouping, slot negatives"),
-        ("so does grouping within boxes", "+ the same, λ = 1, in boxes", "+ grouping, slot negatives"))),
+        ("so does grouping within boxes", "+ the same, λ = 1, in boxes", "+ grouping, slot negatives"),
+        ("so do negatives grouped by the same text", "+ grouping, regrouped negatives", "+ grouping, slot negatives"))),
     "LoTLIP": (["raw (CLIP)", "raw, whole long", *span("long alone", "raw, long, 4 corners, unmasked")], USUAL, (
         ("short texts suffer from long ones alone", "long alone", "raw (CLIP)"),
         ("raw texts beside them mend that", "raw, whole long", "long alone"),
@@ -1308,16 +1320,20 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     upper, lower = figure.subfigures(2, 1, height_ratios=(0.3, 1))
     panels = {"pointing": "sentence's best patch\non its object", "centred": "the same, less the\nmean sentence",
               "zero-shot": "zero-shot class", "patches grouped": "patches with a\nweight above 0",
-              "weight on object": "weight on the\nsentence's object", "locality": "object's effect on\nits own patches"}
+              "locality": "object's effect on\nits own patches", "group finds its text": "group finds its text;\n"
+              "red: in a wrong image"}
     axes = upper.subplots(1, len(panels), sharey=True)
     for axis, (measure, title) in zip(axes, panels.items()):
         values = [measured(rows[row], measure) for row in names]
         axis.barh(range(len(names)), [v.mean() for v in values], 0.62, color=PALETTE[4],
                   xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], error_kw=dict(lw=1))
+        if measure == "group finds its text":
+            axis.plot([measured(rows[row], "in a wrong image").mean() for row in names], range(len(names)), "o",
+                      color=PALETTE[1])
         axis.set(yticks=range(len(names)), yticklabels=names, title=title, xlabel="%")
         axis.grid(axis="x", alpha=0.25)
     axes[0].invert_yaxis()
-    shown = [names[0], *names[2:5], names[6]]
+    shown = [names[0], *names[2:4], *names[6:]]
     grid = lower.subplots(len(shown), 1 + objects, squeeze=False)
     for line, row in zip(grid, shown):
         model = Model(run_of(folder, row, 0))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
 
 from csrc import fused
 
@@ -135,8 +136,10 @@ def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold
     patches [B,P,D], texts [B,K,D], mask [B,K] (bool, True: a text; False: padding) -> scalar. `allowed`: see
     group_patches.
     negatives: "image" the other texts of the same image (both papers); "batch" all B·K pairs (DreamLIP's released
-    code); "slot" the same slot of the other images (as in multi_positive_loss).
+    code); "slot" the same slot of the other images (as in multi_positive_loss); "regrouped": see regrouping_loss.
     """
+    if negatives == "regrouped" and mask is None:
+        return regrouping_loss(patches, texts, logit_scale, threshold, allowed)
     grouped, _ = group_patches(patches, texts, threshold, allowed)  # [B, K, D]
     if negatives == "slot":
         grouped, texts = grouped.transpose(0, 1), texts.transpose(0, 1)
@@ -145,11 +148,34 @@ def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold
         grouped, texts = grouped.flatten(0, 1)[None], texts.flatten(0, 1)[None]
         mask = mask.flatten()[None] if mask is not None else None
     elif negatives != "image":
-        raise ValueError(f"negatives must be image, batch or slot, not {negatives!r}")
+        raise ValueError(f"negatives must be image, batch, slot or, without a mask, regrouped, not {negatives!r}")
     everywhere = negatives != "image"
     if mask is None:
         return contrastive_loss(grouped, texts, logit_scale, everywhere)
     return masked_contrastive_loss(grouped, texts, logit_scale, mask, everywhere)
+
+
+def regrouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
+                    allowed: Tensor | None = None) -> Tensor:
+    """The grouping loss with FLAIR's negatives (2412.03561): what a text groups in its own image, against what the same
+    text groups in the others. patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts
+    t_ik of CE(s·<g_j(t_ik), t_ik> over images j, i).
+
+    With the other negatives a group is made by one text and compared with others, so that a group that only repeats the
+    text that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
+    A slot's B · B groups are computed again in the backward pass: the memory is one slot's.
+    """
+    images = _Gather.apply(patches, 0) if distributed() else patches  # [N, P, D]
+    first = dist.get_rank() * len(texts) if distributed() else 0
+    own = torch.arange(first, first + len(texts), device=texts.device)
+
+    def slot(text, allowed):
+        grouped, _ = group_patches(images, text.expand(len(images), -1, -1), threshold, allowed)  # [N, B, D]
+        return F.cross_entropy(logit_scale * (grouped * text).sum(-1).mT, own)
+
+    K = texts.shape[1]
+    which = [None] * K if allowed is None else allowed.unbind(1)
+    return sum(recompute(slot, *pair, use_reentrant=False) for pair in zip(texts.unbind(1), which)) / K
 
 
 def masked_contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, mask: Tensor,

@@ -71,7 +71,7 @@ class Settings(CLIPConfig):
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
     # the loss
     grouping: str = "none"  # patches grouped by "sub-caption" (DreamLIP), by "token" (SPARC), or "none"
-    negatives: str = "image"  # grouping's: same "image" (papers), whole "batch" (DreamLIP's code), same "slot"
+    negatives: str = "image"  # grouping's: "image" (papers), "batch" (DreamLIP's code), "slot", "regrouped" (FLAIR's)
     threshold: float | None = None  # of the grouping weights; default 1/P
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
@@ -146,8 +146,8 @@ SIZES = {
 }
 CHOICES = model_choices | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
-    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot"), fused=("auto", "on", "off"),
-    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
+    fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -237,6 +237,9 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
+    if s.grouping == "token" and s.negatives == "regrouped":
+        raise UserError("--negatives regrouped is for sub-captions: add --grouping sub-caption, or choose --negatives "
+                        "image")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
@@ -415,6 +418,7 @@ class State:
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
+    bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
 
 
 def build(s: Settings) -> CLIP:
@@ -698,7 +702,8 @@ def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     content = dict(model=whole(state.model.state_dict()), average=whole(state.average), step=state.step,
                    settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
     if not best:
-        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best)
+        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best,
+                        bad=of_all_processes(state.bad).plain())
     path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", s.keep)
     return agree(is_chief() and write_whole(path, content, keep))[0] > 0
 
@@ -730,6 +735,8 @@ def restore(state: State, content: dict):
         state.average = [like(p, a) for p, a in zip(state.model.parameters(), content["average"], strict=True)]
     state.skipped.copy_(content["skipped"])
     state.step, state.best = content["step"], content["best"]
+    if is_chief() and "bad" in content:  # older checkpoints count none
+        state.bad = BadCount.of(*content["bad"])
 
 
 MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
@@ -851,17 +858,13 @@ def train(flags: dict) -> Path:
     say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)
                          if getattr(s, f.name) != f.default))
 
-    first, bad = state.step, BadCount()
+    first = state.step
     loader = until_error(training_loader(dataset, tokenizer, s, first, steps, rank, world))
     saved, mark = time.monotonic(), (first, time.monotonic())
     with signals_caught() as caught, tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1,
                                           dynamic_ncols=True) as bar:
         for batch in loader:
-            failed = isinstance(batch, UserError)
-            if not failed:
-                bad.seen += len(batch[0])
-                for sample in batch[3]:
-                    bad.add(sample)
+            failed, bad = isinstance(batch, UserError), state.bad  # of the steps before
             late = chief and time.monotonic() - saved > 60 * s.save_minutes
             stop, late, failed, n_bad, n_seen = agree(bool(caught), late, failed, bad.total, bad.seen)
             due = late or s.save_steps and state.step % s.save_steps == 0
@@ -877,6 +880,9 @@ def train(flags: dict) -> Path:
                     if isinstance(batch, UserError):
                         raise batch
                     bad.check(s.max_bad)
+            bad.seen += len(batch[0])
+            for sample in batch[3]:
+                bad.add(sample)
 
             images, tokens, *rest = to_device(batch, s, state.step)
             loss, parts = backward(network, images, tokens, s, *rest)
@@ -888,7 +894,7 @@ def train(flags: dict) -> Path:
             if evaluating or last or state.step % s.log_every == 0:
                 rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
                 row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
-                           bad=int(n_bad), images_per_s=rate)
+                           bad=int(agree(bad.total)[0]), images_per_s=rate)
                 if evaluating:
                     row["held_out_loss"] = held_out_loss(network, state, held_out, tokenizer, s)
                     if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
@@ -910,7 +916,7 @@ def train(flags: dict) -> Path:
             raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
     if state.skipped[0]:
         say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
-    bad = of_all_processes(bad)
+    bad = of_all_processes(state.bad)
     if bad:
         say(f"passed over: {bad.report()}")
     if world > 1:

@@ -8,7 +8,8 @@ Everything timed does one forward and backward pass of the symmetric contrastive
 turns, so that a machine shared with others disturbs them alike; a time is the median over the turns. `gemms`
 is the floor: the four matrix products (L, L again, ∂I, ∂T) by torch.mm on stored matrices, nothing
 else. Peak extra memory is the high-water mark of a pass above where the memory stood before it, less the
-gradients that every way returns; on the CPU it is the process's own, each way in a fresh process.
+gradients that every way returns; on the CPU it is the process's own, each way in a fresh process. Where
+Inf-CL's loss is installed (pip install inf-cl) it is timed beside them on the GPU; it wants a multiple of 256 for D.
 """
 import argparse
 import statistics
@@ -25,9 +26,9 @@ from csrc import fused  # noqa: E402
 
 
 def contrastive(way, image, text, scale):
-    """-mean log softmax of the positives, both directions, from the two log-sum-exps."""
+    """-mean log softmax of the positives, both directions, from the two log-sum-exps, as in losses.py."""
     per_image, per_text = way(image, text, scale)
-    positive = scale * (image.float() * text.float()).sum(-1)
+    positive = scale * (image * text).sum(-1)
     return (per_image - positive).mean() / 2 + (per_text - positive).mean() / 2
 
 
@@ -35,14 +36,15 @@ def eager(image, text, scale):
     """A matrix product in the embeddings' dtype and two float32 cross-entropies."""
     logits = (scale * (image @ text.mT)).float()
     labels = torch.arange(logits.shape[-1], device=image.device).expand(logits.shape[:-1])
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten()) / 2 + F.cross_entropy(logits.mT.flatten(0, -2), labels.flatten()) / 2
+    return sum(F.cross_entropy(x.flatten(0, -2), labels.flatten()) / 2 for x in (logits, logits.mT))
 
 
 def inf_cl(image, text, scale):
-    """The Triton loss of Inf-CL (arXiv 2410.17243), one GPU; N = M only."""
+    """The Triton loss of Inf-CL (arXiv 2410.17243; inf-cl 1.2.1) on one GPU; N = M only. It returns a loss for every
+    row, goes one way at a time, and computes in float32 (TF32 products) whatever it is given."""
     from inf_cl import cal_flash_loss
 
-    return cal_flash_loss(image, text, scale=scale) / 2 + cal_flash_loss(text, image, scale=scale) / 2
+    return sum(cal_flash_loss(*pair, scale=scale).mean() / 2 for pair in ((image, text), (text, image)))
 
 
 WAYS = {
@@ -56,7 +58,8 @@ WAYS = {
 
 def inputs(n, d, dtype, device, slots=None):
     torch.manual_seed(0)
-    image, text = (F.normalize(torch.randn(*shape, d), dim=-1).to(device, dtype) for shape in ((n,), (slots, n) if slots else (n,)))
+    shapes = (n, d), (slots, n, d) if slots else (n, d)
+    image, text = (F.normalize(torch.randn(shape), dim=-1).to(device, dtype) for shape in shapes)
     return image.requires_grad_(), text.requires_grad_(), torch.tensor(100.0, device=device, requires_grad=True)
 
 
@@ -110,7 +113,8 @@ def peak_memory(way, n, d, dtype, device):
         step(way, x)()
         return (torch.cuda.max_memory_allocated() - before) / 2**20 - gradients(x)
     name = str(dtype).removeprefix("torch.")
-    out = subprocess.run([sys.executable, __file__, "--memory", way, "--n", str(n), "--d", str(d), "--dtype", name], capture_output=True, text=True, check=True)
+    command = [sys.executable, __file__, "--memory", way, "--n", str(n), "--d", str(d), "--dtype", name]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
 
 
@@ -125,10 +129,12 @@ def measure_memory(way, n, d, dtype):
 
 
 def report(title, seconds, memory, flops):
-    print(f"\n{title}\n  {'way':<10}{'ms':>10}{'TFLOP/s':>9}{'/ eager':>9}{'/ gemms':>9}{'extra MiB':>11}{'eager /':>9}")
+    heads = f"{'way':<10}{'ms':>10}{'TFLOP/s':>9}{'/ eager':>9}{'/ gemms':>9}{'extra MiB':>11}{'eager /':>9}"
+    print(f"\n{title}\n  {heads}")
     for name, s in seconds.items():
         ratio = "".join(f"{s / seconds[base]:9.2f}" if base in seconds else " " * 9 for base in ("eager", "gemms"))
-        extra = f"{memory[name]:11.0f}{memory['eager'] / memory[name]:9.1f}" if name in memory else ""
+        extra = f"{memory[name]:11.0f}" if name in memory else ""
+        extra += f"{memory['eager'] / memory[name]:9.1f}" if extra and "eager" in memory else ""
         print(f"  {name:<10}{s * 1e3:10.1f}{flops / s / 1e12:9.3f}{ratio}{extra}", flush=True)
 
 
@@ -140,13 +146,15 @@ def cpu(args):
             runs = {way: step(way, x) for way in ways} | {"gemms": gemms(n, args.d, dtype, "cpu")}
             seconds = times(runs, args.repeats, "cpu")
             del runs
-            report(f"N = M = {n}, D = {args.d}, {dtype}", seconds, {way: peak_memory(way, n, args.d, dtype, "cpu") for way in ways}, 8 * n * n * args.d)
+            memory = {way: peak_memory(way, n, args.d, dtype, "cpu") for way in ways}
+            report(f"N = M = {n}, D = {args.d}, {dtype}", seconds, memory, 8 * n * n * args.d)
             total[dtype] = seconds["fused"]
         print(f"  fused: float32 / bfloat16 = {total[torch.float32] / total[torch.bfloat16]:.2f}")
     n = (args.n or [4096])[0] // 4
     x = inputs(n, args.d, torch.float32, "cpu", slots=args.slots)
     seconds = times({way: step(way, x) for way in ("fused", "eager")}, args.repeats, "cpu")
-    report(f"{args.slots} slots sharing the images, N = M = {n}, D = {args.d}, float32", seconds, {}, 8 * args.slots * n * n * args.d)
+    title = f"{args.slots} slots sharing the images, N = M = {n}, D = {args.d}, float32"
+    report(title, seconds, {}, 8 * args.slots * n * n * args.d)
 
 
 def cuda(args):
@@ -162,13 +170,17 @@ def cuda(args):
     except ImportError:
         print("inf_cl is not installed: not compared")
     x = inputs(n, args.d, dtype, "cuda")
-    seconds = times({way: step(way, x) for way in ways} | {"gemms": gemms(n, args.d, dtype, "cuda")}, args.repeats, "cuda")
-    flops = 8 * n * n * args.d
-    report(f"N = M = {n}, D = {args.d}, {dtype}", seconds, {way: peak_memory(way, n, args.d, dtype, "cuda") for way in ways}, flops)
+    runs = {way: step(way, x) for way in ways} | {"gemms": gemms(n, args.d, dtype, "cuda")}
+    seconds, flops = times(runs, args.repeats, "cuda"), 8 * n * n * args.d
+    memory = {way: peak_memory(way, n, args.d, dtype, "cuda") for way in ways}
+    report(f"N = M = {n}, D = {args.d}, {dtype}", seconds, memory, flops)
     print(f"  fused: {flops / seconds['fused'] / 1e12 / ceiling:.0%} of the measured ceiling")
+    del x, runs
     n = 262144
     seconds = times({"fused": step("fused", inputs(n, args.d, dtype, "cuda"))}, 3, "cuda")
-    report(f"N = M = {n}, D = {args.d}, {dtype}: eager would need {4 * n * n / 2**30:.0f} GiB for the logits alone", seconds, {}, 8 * n * n * args.d)
+    memory = {"fused": peak_memory("fused", n, args.d, dtype, "cuda")}
+    title = f"N = M = {n}, D = {args.d}, {dtype}: eager would need {4 * n * n / 2**30:.0f} GiB for the logits alone"
+    report(title, seconds, memory, 8 * n * n * args.d)
 
 
 if __name__ == "__main__":
@@ -187,5 +199,6 @@ if __name__ == "__main__":
     elif args.device == "cuda":
         cuda(args)
     else:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        capability = torch.backends.cpu.get_cpu_capability()
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}")
         cpu(args)

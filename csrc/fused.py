@@ -12,9 +12,11 @@ the same numbers, from the plainest to the fastest:
     extension   similarity_logsumexp.cpp (CPU) and .cu (CUDA), whose heads explain the tiling
 
 The extension is compiled at first use (torch.utils.cpp_extension, ninja), not at import, and kept in
-PyTorch's extension cache under a hash of everything that went into it. `set_mode` chooses: "auto" falls
-back to `chunked` with one loud line, "on" raises instead, "off" never builds.
+PyTorch's extension cache under a hash of everything that went into it. Then it has to give the numbers of
+`reference` once, on the device at hand. `set_mode` chooses: "auto" falls back to `chunked` with one loud
+line where either fails, "on" raises instead, "off" never builds.
 """
+import functools
 import hashlib
 import os
 import re
@@ -36,13 +38,15 @@ VECTORS = {
     "AVX512": "-DCPU_CAPABILITY_AVX512 -DCPU_CAPABILITY=AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
     "AVX2": "-DCPU_CAPABILITY_AVX2 -DCPU_CAPABILITY=AVX2 -mavx2 -mfma -mf16c",
 }
-CUDA_FLAGS = "-O3 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
+CUDA_FLAGS = ("-O3 --threads=2 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 "
+              "-gencode=arch=compute_90,code=compute_90")
 
 _mode = "auto"
-_state = None  # None: not tried; True: loaded; a string: why not
+_usable = {}  # device -> True, or why not; of those that have been tried
 
 
-def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, rows: bool = True, cols: bool = True):
+def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, rows: bool = True,
+                         cols: bool = True):
     """image [(G,) N, D], text [(G,) M, D], logit_scale [] -> per_image [(G,) N], per_text [(G,) M].
 
     Either side may lack G while the other has it: its block is then shared by all groups, not
@@ -56,7 +60,7 @@ def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor | floa
         image, text = image.to(dtype), text.to(dtype)
     if not isinstance(logit_scale, Tensor):
         logit_scale = torch.full((), logit_scale, dtype=torch.float32, device=image.device)
-    if image.dtype != torch.float64 and device in ("cpu", "cuda") and _use_extension():
+    if image.dtype != torch.float64 and device in ("cpu", "cuda") and _use_extension(device):
         per_image, per_text = torch.ops.similarity.logsumexp(image, text, logit_scale.float(), rows, cols)
         return per_image if rows else None, per_text if cols else None
     return chunked(image, text, logit_scale, rows=rows, cols=cols)
@@ -70,8 +74,11 @@ def reference(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, rows:
 
 def chunked(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, rows: bool = True, cols: bool = True):
     """The same with PyTorch's own operations in O((N + M)·D) memory, on any device."""
-    if image.shape[-1] != text.shape[-1] or (image.dim() == text.dim() == 3 and len(image) != len(text)):
-        raise RuntimeError(f"similarity_logsumexp: image and text do not fit each other: image {tuple(image.shape)}, text {tuple(text.shape)}")
+    dims = image.dim(), text.dim()
+    fit = set(dims) <= {2, 3} and image.shape[-1] == text.shape[-1] and image.dtype == text.dtype
+    if not fit or dims == (3, 3) and len(image) != len(text):
+        raise RuntimeError("similarity_logsumexp: image and text do not fit each other: image "
+                           f"{list(image.shape)} {image.dtype}, text {list(text.shape)} {text.dtype}")
     logit_scale = torch.as_tensor(logit_scale, device=image.device)
     per_image, per_text = _Chunked.apply(image, text, logit_scale, rows, cols)
     return per_image if rows else None, per_text if cols else None
@@ -129,7 +136,8 @@ class _Chunked(torch.autograd.Function):
                 P *= scale
                 d_images[g % len(images), b] += P @ T
                 d_texts[g % len(texts)] += P.mT @ I[b]
-        return d_images.view_as(image).to(image.dtype), d_texts.view_as(text).to(text.dtype), d_scale.to(logit_scale.dtype), None, None
+        d_image, d_text = d_images.view_as(image).to(image.dtype), d_texts.view_as(text).to(text.dtype)
+        return d_image, d_text, d_scale.to(logit_scale.dtype), None, None
 
 
 def set_mode(mode: str) -> None:
@@ -145,22 +153,44 @@ def mode() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _use_extension() -> bool:
-    global _state
+def _use_extension(device: str) -> bool:
     if _mode == "off":
         return False
-    if _state is None:
+    if device not in _usable:
         try:
-            torch.ops.load_library(build(cuda=torch.cuda.is_available()))
-            _register()
-            _state = True
+            _load()
+            _try(device)
+            _usable[device] = True
         except Exception as error:
-            _state = _reason(error)
-            if _mode == "auto" and os.environ.get("RANK", "0") == "0":
-                print(f"WARNING: the fused similarity op was not built ({_state}); using the slower chunked PyTorch path", flush=True)
-    if _mode == "on" and _state is not True:
-        raise RuntimeError(f"--fused on, but the fused similarity op cannot be built here: {_state}")
-    return _state is True
+            _usable[device] = _reason(error)
+            if _mode == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"WARNING: the fused similarity op cannot be used here ({_usable[device]}); using the slower "
+                      "chunked PyTorch path", flush=True)
+    if _mode == "on" and _usable[device] is not True:
+        raise RuntimeError(f"--fused on, but the fused similarity op cannot be used here: {_usable[device]}")
+    return _usable[device] is True
+
+
+@functools.cache
+def _load() -> None:
+    torch.ops.load_library(build(cuda=torch.cuda.is_available()))
+    _register()
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _try(device: str) -> None:
+    """Raises RuntimeError unless the extension gives `reference`'s numbers: a processor or GPU that it does not suit
+    shows here, at the first call, and not in the losses of a run. Draws no random numbers."""
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+        x = [torch.arange(8 * n, device=device).sin().view(n, 8).to(dtype).requires_grad_() for n in (261, 131)]
+        x.append(torch.tensor(3.0, device=device, requires_grad=True))
+        exact = [t.detach().double().requires_grad_() for t in x]
+        found, wanted = torch.ops.similarity.logsumexp(*x, True, True), reference(*exact)
+        found, wanted = ([*out, *torch.autograd.grad(sum(o.square().mean() for o in out), leaves)]
+                         for out, leaves in ((found, x), (wanted, exact)))
+        if not all((f.double() - w).norm() < tolerance * w.norm() for f, w in zip(found, wanted)):  # a NaN neither
+            raise RuntimeError(f"it gives wrong numbers for {dtype} on {device}")
 
 
 def _reason(error: Exception) -> str:
@@ -196,9 +226,8 @@ def build(cuda: bool) -> Path:
             print(f"building the fused similarity op ({' and '.join(sources)}), once, in {folder}", flush=True)
             start = time.time()
             cpp_extension.load(
-                name, [str(FOLDER / s) for s in sources], flags.split(), CUDA_FLAGS.split(), extra_include_paths=includes,
-                build_directory=str(folder), with_cuda=cuda, is_python_module=False,
-            )
+                name, [str(FOLDER / s) for s in sources], flags.split(), CUDA_FLAGS.split(),
+                extra_include_paths=includes, build_directory=str(folder), with_cuda=cuda, is_python_module=False)
             done.touch()
             print(f"built the fused similarity op in {time.time() - start:.0f} s", flush=True)
     return folder / f"{name}.so"
@@ -209,7 +238,8 @@ def _cuda_includes(cpp_extension) -> list[str]:
     wrapper script), and returns the include folders of the libraries the toolkit comes without."""
     if cpp_extension.CUDA_HOME is None:
         raise RuntimeError("CUDA is available but nvcc is not: set CUDA_HOME to the CUDA toolkit")
-    dry = subprocess.run([f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    command = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--dryrun", "-x", "cu", "/dev/null"]
+    dry = subprocess.run(command, capture_output=True, text=True)
     home = Path(re.search(r"TOP=(.*)", dry.stderr).group(1)).resolve()
     cpp_extension.CUDA_HOME = str(home)
     if all((home / "include" / header).exists() for header in ("cublas_v2.h", "cusparse.h", "cusolverDn.h")):
@@ -228,7 +258,8 @@ def _register() -> None:
 
     @torch.library.register_fake("similarity::logsumexp_backward")
     def _(d_per_image, d_per_text, image, text, logit_scale, per_image, per_text, needs_image, needs_text):
-        d_image, d_text = image.new_empty(image.shape if needs_image else 0), text.new_empty(text.shape if needs_text else 0)
+        d_image = image.new_empty(image.shape if needs_image else 0)
+        d_text = text.new_empty(text.shape if needs_text else 0)
         return d_image, d_text, torch.empty_like(logit_scale)
 
     def setup_context(ctx, inputs, output):
@@ -239,8 +270,8 @@ def _register() -> None:
     def backward(ctx, d_per_image, d_per_text):
         needs_image, needs_text = ctx.needs_input_grad[:2]
         d_image, d_text, d_scale = torch.ops.similarity.logsumexp_backward(
-            d_per_image if ctx.rows else None, d_per_text if ctx.cols else None, *ctx.saved_tensors, needs_image, needs_text
-        )
+            d_per_image if ctx.rows else None, d_per_text if ctx.cols else None, *ctx.saved_tensors,
+            needs_image, needs_text)
         return d_image if needs_image else None, d_text if needs_text else None, d_scale, None, None
 
     torch.library.register_autograd("similarity::logsumexp", backward, setup_context=setup_context)
@@ -249,4 +280,6 @@ def _register() -> None:
 if __name__ == "__main__":
     import sys
 
-    print(build(cuda="--cuda" in sys.argv))  # --cuda: compile the CUDA sources too, with or without a GPU
+    library = build(cuda="--cuda" in sys.argv)  # --cuda: compile the CUDA sources too, with or without a GPU
+    torch.ops.load_library(library)  # so all that it is linked to is there
+    print(library)

@@ -27,11 +27,15 @@
 // between product and pass. It takes no transposes, so panels are packed: Tᵀ for the logits, Iᵀ for
 // ∂Tᵀ = Iᵀ·P; and for bfloat16 it wants B with pairs of rows interleaved, [K/2, n, 2].
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -101,6 +105,9 @@ template <class T, class F> void parallel(int64_t count, F task) {
   });
 }
 
+// All numbers of a vector combined, in an order that is always the same.
+template <class F> float reduce(F combine, Vec x) { return at::vec::vec_reduce_all<float>(combine, x); }
+
 // Two vectors of P, to a row of the matrix in the dtype of the next product.
 inline void store(float* to, Vec a, Vec b) { a.store(to), b.store(to + Vec::size()); }
 inline void store(at::BFloat16* to, Vec a, Vec b) { at::vec::convert_from_float<at::BFloat16>(a, b).store(to); }
@@ -123,7 +130,8 @@ struct Panel {
   int64_t start, size, tiles;
   alignas(64) float last[COLS];
   alignas(64) float inner[COLS] = {};
-  Panel(int64_t start, int64_t texts) : start(start), size(std::min(PANEL, texts - start)), tiles((size + COLS - 1) / COLS) {
+  Panel(int64_t start, int64_t texts)
+      : start(start), size(std::min(PANEL, texts - start)), tiles((size + COLS - 1) / COLS) {
     for (int64_t c = 0; c < COLS; c++) last[c] = (tiles - 1) * COLS + c < size ? 0 : -INF;
   }
   const float* offset(int64_t tile) const { return tile == tiles - 1 ? last : inner; }
@@ -144,7 +152,7 @@ void tile_logsumexp(float* x, int64_t rows, float scale, const float* offset, fl
       top = at::vec::maximum(top, logit);
       col_top[v] = at::vec::maximum(col_top[v], logit);
     }
-    if (row_max) row_max[r] = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, top);
+    if (row_max) row_max[r] = reduce([](Vec a, Vec b) { return at::vec::maximum(a, b); }, top);
   }
   for (int64_t r = 0; r < rows; r++) {
     Vec add(0);
@@ -153,11 +161,14 @@ void tile_logsumexp(float* x, int64_t rows, float scale, const float* offset, fl
       if (row_max) add = add + (logit - Vec(row_max[r])).exp();
       if (col_max) col_add[v] = col_add[v] + (logit - col_top[v]).exp();
     }
-    if (row_max) row_sum[r] = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, add);
+    if (row_max) row_sum[r] = reduce([](Vec a, Vec b) { return a + b; }, add);
   }
   if (!col_max) return;
   alignas(64) float top[COLS], add[COLS];
-  for (int64_t v = 0; v < V; v++) col_top[v].store(top + v * Vec::size()), col_add[v].store(add + v * Vec::size());
+  for (int64_t v = 0; v < V; v++) {
+    col_top[v].store(top + v * Vec::size());
+    col_add[v].store(add + v * Vec::size());
+  }
   for (int64_t c = 0; c < COLS; c += Vec::size()) merge(col_max + c, col_sum + c, top + c, add + c, 1, 0);
 }
 
@@ -188,7 +199,7 @@ double tile_weights(const float* x, int64_t rows, float scale, const float* offs
       }
       store(weights + r * LD + v * Vec::size(), p[0], p[1]);
     }
-    total += at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, add);
+    total += reduce([](Vec a, Vec b) { return a + b; }, add);
   }
   return total;
 }
@@ -208,7 +219,8 @@ void interleave_rows(const at::BFloat16* x, int64_t rows, at::BFloat16* out) {
 // One group: image [N, D], text [M, D], padded to PAIR columns. A null output costs nothing.
 template <class T>
 void forward_group(const Tensor& image, const Tensor& text, float scale, float* rows_out, float* cols_out) {
-  int64_t N = image.size(0), M = text.size(0), D = image.size(1), most_tiles = round_up(std::min(PANEL, M), COLS) / COLS;
+  int64_t N = image.size(0), M = text.size(0), D = image.size(1);
+  int64_t most_tiles = round_up(std::min(PANEL, M), COLS) / COLS;
   int64_t height = round_up(N, Vec::size());
   Tensor row_pairs = at::zeros({2, most_tiles, height}, at::kFloat);
   float *tile_max = row_pairs.data_ptr<float>(), *tile_sum = tile_max + most_tiles * height;
@@ -224,7 +236,8 @@ void forward_group(const Tensor& image, const Tensor& text, float scale, float* 
       for (int64_t i = 0; i < N; i += ROWS) {
         int64_t rows = std::min(ROWS, N - i);
         multiply<T>(rows, COLS, D, images + i * D, D, texts + t * D * COLS, COLS, x, COLS, false);
-        tile_logsumexp(x, rows, scale, panel.offset(t), rows_out ? tile_max + t * height + i : nullptr, tile_sum + t * height + i,
+        tile_logsumexp(x, rows, scale, panel.offset(t),
+                       rows_out ? tile_max + t * height + i : nullptr, tile_sum + t * height + i,
                        cols_out ? col_max.data() + t * COLS : nullptr, col_sum.data() + t * COLS);
       }
     });
@@ -241,11 +254,15 @@ void forward_group(const Tensor& image, const Tensor& text, float scale, float* 
 // One group's share of the gradients, added: to d_image [N, D] and d_text [M, D] (float32, undefined
 // where not needed). Returns its share of the scale's.
 template <class T>
-double backward_group(const Tensor& image, const Tensor& text, float scale, Side row, Side col, Tensor d_image, Tensor d_text) {
-  int64_t N = image.size(0), M = text.size(0), D = image.size(1), most_tiles = round_up(std::min(PANEL, M), COLS) / COLS;
-  Tensor weights = at::empty({std::min(BLOCK, N), LD}, image.options());                        // s·P of a block
-  Tensor weight_pairs = PAIR<T> == 2 ? at::empty({most_tiles, ROWS, COLS}, image.options()) : Tensor();    // its tiles, interleaved
-  Tensor d_panel = d_text.defined() ? at::empty({most_tiles, D, COLS}, at::kFloat) : Tensor();  // ∂Tᵀ of the panel
+double backward_group(const Tensor& image, const Tensor& text, float scale, Side row, Side col, Tensor d_image,
+                      Tensor d_text) {
+  int64_t N = image.size(0), M = text.size(0), D = image.size(1);
+  int64_t most_tiles = round_up(std::min(PANEL, M), COLS) / COLS;
+  Tensor weights = at::empty({std::min(BLOCK, N), LD}, image.options());  // s·P of a block ...
+  Tensor weight_pairs;                                                    // ... and for bfloat16 its tiles, interleaved
+  if (PAIR<T> == 2) weight_pairs = at::empty({most_tiles, ROWS, COLS}, image.options());
+  Tensor d_panel;  // ∂Tᵀ of the panel
+  if (d_text.defined()) d_panel = at::empty({most_tiles, D, COLS}, at::kFloat);
   const T* images = image.const_data_ptr<T>();
   std::vector<double> d_scale(most_tiles, 0);
 
@@ -263,33 +280,40 @@ double backward_group(const Tensor& image, const Tensor& text, float scale, Side
     for (int64_t block = 0; block < N; block += BLOCK) {
       int64_t block_end = std::min(block + BLOCK, N);
       Tensor transposed;  // Iᵀ, ROWS at a time
-      if (d_text.defined()) transposed = transpose_blocks<T>(pad(image.narrow(0, block, block_end - block), round_up(block_end - block, ROWS), D), ROWS);
+      if (d_text.defined()) {
+        int64_t height = block_end - block;
+        transposed = transpose_blocks<T>(pad(image.narrow(0, block, height), round_up(height, ROWS), D), ROWS);
+      }
       parallel<T>(panel.tiles, [&](int64_t t, float* x) {
+        Side tile_col = col.grad ? Side{&col_lse[t * COLS], &col_grad[t * COLS]} : Side{};
         for (int64_t i = block; i < block_end; i += ROWS) {
           int64_t rows = std::min(ROWS, block_end - i);
           T *p = weights.data_ptr<T>() + (i - block) * LD + t * COLS, *b = p;
           multiply<T>(rows, COLS, D, images + i * D, D, texts + t * D * COLS, COLS, x, COLS, false);
-          d_scale[t] += tile_weights<T>(x, rows, scale, panel.offset(t), row.from(i), col.grad ? Side{&col_lse[t * COLS], &col_grad[t * COLS]} : Side{}, p);
+          d_scale[t] += tile_weights<T>(x, rows, scale, panel.offset(t), row.from(i), tile_col, p);
           if (!d_text.defined()) continue;
           if constexpr (PAIR<T> == 2) interleave_rows(p, rows, b = weight_pairs.data_ptr<T>() + t * ROWS * COLS);
-          multiply<T>(D, COLS, round_up(rows, PAIR<T>), transposed.const_data_ptr<T>() + (i - block) * D, ROWS, b, PAIR<T> == 2 ? COLS : LD,
-                      d_panel.data_ptr<float>() + t * D * COLS, COLS, true);
+          multiply<T>(D, COLS, round_up(rows, PAIR<T>), transposed.const_data_ptr<T>() + (i - block) * D, ROWS,
+                      b, PAIR<T> == 2 ? COLS : LD, d_panel.data_ptr<float>() + t * D * COLS, COLS, true);
         }
       });
       if (!d_image.defined()) continue;
       constexpr int64_t high = 64, wide = 128, deep = 512;
-      int64_t across = (D + wide - 1) / wide, down = (block_end - block + high - 1) / high, width = panel.tiles * COLS;
+      int64_t across = (D + wide - 1) / wide, down = (block_end - block + high - 1) / high;
+      int64_t width = panel.tiles * COLS;
       parallel<T>(across * down, [&](int64_t task, float*) {
         int64_t d = task % across * wide, r = task / across * high;
         for (int64_t c = 0; c < width; c += deep)
-          multiply<T>(std::min(high, block_end - block - r), std::min(wide, D - d), std::min(deep, width - c), weights.data_ptr<T>() + r * LD + c, LD,
-                      text_pairs + c * D + d * PAIR<T>, D, d_image.data_ptr<float>() + (block + r) * D + d, D, true);
+          multiply<T>(std::min(high, block_end - block - r), std::min(wide, D - d), std::min(deep, width - c),
+                      weights.data_ptr<T>() + r * LD + c, LD, text_pairs + c * D + d * PAIR<T>, D,
+                      d_image.data_ptr<float>() + (block + r) * D + d, D, true);
       });
     }
     if (d_text.defined())
       for (int64_t t = 0; t < panel.tiles; t++) {
         int64_t texts_left = std::min(COLS, panel.size - t * COLS);
-        d_text.narrow(0, j + t * COLS, texts_left).add_(transpose_blocks<float>(d_panel[t], D)[0].narrow(0, 0, texts_left));
+        Tensor d_tile = transpose_blocks<float>(d_panel[t], D)[0];
+        d_text.narrow(0, j + t * COLS, texts_left).add_(d_tile.narrow(0, 0, texts_left));
       }
   }
   return std::accumulate(d_scale.begin(), d_scale.end(), 0.0);
@@ -310,10 +334,12 @@ template <class F> auto with_dtype(const Tensor& image, F run) {
 
 // [(G,) n, D], contiguous, in dtype T, its width padded to a positive multiple of PAIR.
 template <class T> Tensor prepare(const Tensor& x) {
-  return pad(x.to(c10::CppTypeToScalarType<T>::value), x.size(-2), std::max(round_up(x.size(-1), PAIR<T>), PAIR<T>));
+  int64_t width = std::max(round_up(x.size(-1), PAIR<T>), PAIR<T>);
+  return pad(x.to(c10::CppTypeToScalarType<T>::value), x.size(-2), width);
 }
 
-std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows, bool cols) {
+std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows,
+                                     bool cols) {
   Shape shape = check(image, text, scale);
   Tensor per_image = at::empty(rows ? shape.rows() : std::vector<int64_t>{0}, at::kFloat);
   Tensor per_text = at::empty(cols ? shape.cols() : std::vector<int64_t>{0}, at::kFloat);
@@ -321,15 +347,17 @@ std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, co
     using T = decltype(zero);
     Tensor images = prepare<T>(image), texts = prepare<T>(text);
     for (int64_t g = 0; g < shape.G; g++)
-      forward_group<T>(of_group(images, g), of_group(texts, g), scale.item<float>(), rows ? per_image.data_ptr<float>() + g * shape.N : nullptr,
+      forward_group<T>(of_group(images, g), of_group(texts, g), scale.item<float>(),
+                       rows ? per_image.data_ptr<float>() + g * shape.N : nullptr,
                        cols ? per_text.data_ptr<float>() + g * shape.M : nullptr);
   });
   return {per_image, per_text};
 }
 
-std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text,
-                                                      const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& per_image,
-                                                      const Tensor& per_text, bool needs_image, bool needs_text) {
+std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(
+    const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text, const Tensor& image,
+    const Tensor& text, const Tensor& scale, const Tensor& per_image, const Tensor& per_text, bool needs_image,
+    bool needs_text) {
   Shape shape = check(image, text, scale);
   Tensor d_image, d_text;
   double d_scale = 0;
@@ -338,16 +366,21 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(const std::optional<Tensor
     Tensor images = prepare<T>(image), texts = prepare<T>(text);
     if (needs_image) d_image = at::zeros(images.sizes(), at::kFloat);
     if (needs_text) d_text = at::zeros(texts.sizes(), at::kFloat);
-    Tensor d_rows = d_per_image ? d_per_image->contiguous() : Tensor(), d_cols = d_per_text ? d_per_text->contiguous() : Tensor();
+    Tensor d_rows, d_cols;
+    if (d_per_image) d_rows = d_per_image->contiguous();
+    if (d_per_text) d_cols = d_per_text->contiguous();
     Side rows, cols;
     if (d_rows.defined()) rows = {per_image.const_data_ptr<float>(), d_rows.const_data_ptr<float>()};
     if (d_cols.defined()) cols = {per_text.const_data_ptr<float>(), d_cols.const_data_ptr<float>()};
     for (int64_t g = 0; g < shape.G; g++)
-      d_scale += backward_group<T>(of_group(images, g), of_group(texts, g), scale.item<float>(), rows.from(g * shape.N), cols.from(g * shape.M),
-                                   needs_image ? of_group(d_image, g) : Tensor(), needs_text ? of_group(d_text, g) : Tensor());
+      d_scale += backward_group<T>(of_group(images, g), of_group(texts, g), scale.item<float>(),
+                                   rows.from(g * shape.N), cols.from(g * shape.M),
+                                   needs_image ? of_group(d_image, g) : Tensor(),
+                                   needs_text ? of_group(d_text, g) : Tensor());
   });
   auto finish = [&](const Tensor& grad) {
-    return grad.defined() ? grad.narrow(-1, 0, shape.D).to(image.scalar_type()).contiguous() : at::empty({0}, image.options());
+    if (!grad.defined()) return at::empty({0}, image.options());
+    return grad.narrow(-1, 0, shape.D).to(image.scalar_type()).contiguous();
   };
   return {finish(d_image), finish(d_text), at::scalar_tensor(d_scale, scale.options())};
 }

@@ -4,20 +4,24 @@
 // c_j = log Σ_i exp L_ij; backward, P_ij = exp(L_ij - r_i)·∂r_i + exp(L_ij - c_j)·∂c_j, ∂I = s·P·T,
 // ∂T = s·Pᵀ·I, ∂s = Σ P·(I·Tᵀ).
 //
-// The tiling. A tile is ROWS images by COLS texts: 4096 x 2048 float32 products are 32 MiB, which an
-// A100 (40 MB) or H100 (50 MB) can hold in L2 between the product that writes them and the kernel
-// that reads them. cuBLAS multiplies (bf16, fp16 or fp32 in, fp32 accumulated and out); two kernels
-// of our own read the tile once each:
+// The tiling. A tile is ROWS images by COLS texts: 4096 x 2048 float32 products are 32 MiB, less than the
+// L2 cache of an A100 (40 MB) or H100 (50 MB), so that most of them are still there when the kernel that
+// reads them follows the product that wrote them. cuBLAS multiplies (bf16, fp16 or fp32 in, fp32
+// accumulated and out; fp32 as TF32 only where PyTorch is told to allow it); two kernels of our own read
+// the tile once each:
 //   statistics   (max, Σ exp(· - max)) of every row and column of each 128 x 128 patch, which a third,
 //                small kernel merges into the running pairs of the whole rows and columns;
 //   weights      P, in the inputs' dtype, for the two products of the gradients, and its share of ∂s.
 //
-// The trade-off. A kernel with its own tensor-core products would keep the tile in registers and
-// move nothing through L2: 8 bytes per logit are saved forward and 14 backward, a fifth or so of the
-// time at D = 512. The library product is chosen for being right on every GPU and every shape.
+// The trade-off. A kernel with its own tensor-core products would keep the tile in registers and move
+// nothing through L2. Here 8 bytes per logit go there and back forward and 14 backward, 10 of them apart
+// from the products: at D = 512 a quarter or so of the time, by arithmetic (10 bytes at 5 TB/s beside 4096
+// operations at 700 TFLOP/s). The library product is chosen for being right on every GPU and every shape.
+// Neither the tile's size nor this estimate has been tried on a GPU yet; `python csrc/benchmark.py --device
+// cuda` does so. What has: the kernels and the walk over tiles, on a CPU (tests/cuda_on_cpu.h).
 //
-// Extra memory: 32 MiB of products, up to 32 MiB of P, ROWS·D and M·D float32 gradients. Nothing here
-// waits for the GPU: the scale and the unit of P (below) are read on the device.
+// Extra memory: 32 MiB of products, up to 32 MiB of P, and in float32 the gradients of the texts and of
+// ROWS images. Nothing here waits for the GPU: the scale and the unit of P (below) are read on the device.
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
@@ -32,7 +36,8 @@ namespace similarity {
 namespace {
 
 constexpr int64_t ROWS = 4096, COLS = 2048;
-constexpr int PATCH = 128, WARPS = 8, BAND = PATCH / WARPS;  // a warp has BAND rows of a patch, a lane 4 columns of them
+constexpr int PATCH = 128, WARPS = 8;
+constexpr int BAND = PATCH / WARPS;  // a warp has BAND rows of a patch, a lane 4 columns of them
 constexpr float INF = std::numeric_limits<float>::infinity();
 static_assert(PATCH == 4 * 32);
 
@@ -52,10 +57,13 @@ struct Block {  // of a row-major matrix, read as it lies or transposed
 
 // c [m, n] (+)= a [m, k] · b [k, n], row-major. cuBLAS is column-major, where the same bytes are the
 // transposes: cᵀ = bᵀ·aᵀ, hence the exchanged order.
-template <class T> void multiply(int64_t m, int64_t n, int64_t k, Block a, Block b, float* c, int64_t stride, float add) {
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t k, Block a, Block b, float* c, int64_t stride, float add) {
   float one = 1;
-  TORCH_CUDABLAS_CHECK(cublasGemmEx(at::cuda::getCurrentCUDABlasHandle(), b.as, a.as, n, m, k, &one, b.data, CUDA_TYPE<T>, std::max<int64_t>(b.stride, 1),
-                                    a.data, CUDA_TYPE<T>, std::max<int64_t>(a.stride, 1), &add, c, CUDA_R_32F, std::max<int64_t>(stride, 1),
+  auto at_least_1 = [](int64_t stride) { return std::max<int64_t>(stride, 1); };  // D may be 0
+  TORCH_CUDABLAS_CHECK(cublasGemmEx(at::cuda::getCurrentCUDABlasHandle(), b.as, a.as, n, m, k, &one,
+                                    b.data, CUDA_TYPE<T>, at_least_1(b.stride), a.data, CUDA_TYPE<T>,
+                                    at_least_1(a.stride), &add, c, CUDA_R_32F, at_least_1(stride),
                                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
@@ -83,13 +91,15 @@ __device__ float finite_or_zero(float top) { return top == -INF ? 0 : top; }
 
 // products [rows, cols] of stride `stride` -> row_pairs [cols/PATCH, ROWS], col_pairs [rows/PATCH, COLS]
 __global__ void __launch_bounds__(32 * WARPS)
-    statistics(const float* products, int rows, int cols, int64_t stride, const float* scale, float2* row_pairs, float2* col_pairs) {
+    statistics(const float* products, int rows, int cols, int64_t stride, const float* scale, float2* row_pairs,
+               float2* col_pairs) {
   __shared__ float2 bands[WARPS][PATCH];
   int col = blockIdx.x * PATCH + threadIdx.x * 4, row = blockIdx.y * PATCH + threadIdx.y * BAND;
   float logits[BAND][4], s = *scale;
 #pragma unroll
   for (int r = 0; r < BAND; r++) {
-    float4 x = row + r < rows ? *reinterpret_cast<const float4*>(products + (row + r) * stride + col) : float4{};
+    float4 x = {};
+    if (row + r < rows) x = *reinterpret_cast<const float4*>(products + (row + r) * stride + col);
     float product[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int c = 0; c < 4; c++) logits[r][c] = row + r < rows && col + c < cols ? product[c] * s : -INF;
@@ -140,8 +150,9 @@ template <class T> struct alignas(4 * sizeof(T)) Four {
 // weights = P / unit in the dtype of the next products; d_scale[patch] += Σ P·product
 template <class T>
 __global__ void __launch_bounds__(32 * WARPS)
-    tile_weights(const float* products, int rows, int cols, int64_t stride, const float* scale, const float* unit, const float* row_lse,
-                 const float* row_grad, const float* col_lse, const float* col_grad, T* weights, double* d_scale) {
+    tile_weights(const float* products, int rows, int cols, int64_t stride, const float* scale, const float* unit,
+                 const float* row_lse, const float* row_grad, const float* col_lse, const float* col_grad, T* weights,
+                 double* d_scale) {
   __shared__ float bands[WARPS];
   int col = blockIdx.x * PATCH + threadIdx.x * 4, row = blockIdx.y * PATCH + threadIdx.y * BAND;
   float lse[4], grad[4], total = 0, s = *scale, per_unit = 1 / *unit;
@@ -185,14 +196,17 @@ template <class F> void with_dtype(const Tensor& image, F run) {
   run(float());
 }
 
-dim3 patches(int64_t rows, int64_t cols) { return dim3((cols + PATCH - 1) / PATCH, (rows + PATCH - 1) / PATCH); }
+dim3 patches(int64_t rows, int64_t cols) {
+  return dim3((cols + PATCH - 1) / PATCH, (rows + PATCH - 1) / PATCH);
+}
 
 // Calls run(j, number of texts) for every tile along the texts.
 template <class F> void for_tiles(int64_t n, int64_t size, F run) {
   for (int64_t start = 0; start < n; start += size) run(start, std::min(size, n - start));
 }
 
-std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows, bool cols) {
+std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows,
+                                     bool cols) {
   Shape shape = check(image, text, scale);
   c10::cuda::CUDAGuard guard(image.device());
   cudaStream_t stream = at::cuda::getCurrentCUDAStream();
@@ -201,7 +215,8 @@ std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, co
   auto float32 = image.options().dtype(at::kFloat);
   int64_t stride = std::min(COLS, round_up(M, PATCH));
   Tensor products = at::empty({std::min(ROWS, N), stride}, float32);
-  Tensor patch_rows = at::empty({COLS / PATCH, ROWS, 2}, float32), patch_cols = at::empty({ROWS / PATCH, COLS, 2}, float32);
+  Tensor patch_rows = at::empty({COLS / PATCH, ROWS, 2}, float32);
+  Tensor patch_cols = at::empty({ROWS / PATCH, COLS, 2}, float32);
   auto empty_pairs = [&](int64_t groups, int64_t n) {
     Tensor pairs = at::zeros({groups, n, 2}, float32);
     pairs.select(-1, 0).fill_(-INF);
@@ -218,15 +233,18 @@ std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, co
         for_tiles(M, COLS, [&](int64_t j, int64_t n) {
           multiply<T>(m, n, D, {I + i * D, D}, {X + j * D, D, CUBLAS_OP_T}, products.data_ptr<float>(), stride, 0);
           dim3 grid = patches(m, n);
-          statistics<<<grid, dim3(32, WARPS), 0, stream>>>(products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(),
-                                                           rows ? pointer(patch_rows) : nullptr, cols ? pointer(patch_cols) : nullptr);
+          statistics<<<grid, dim3(32, WARPS), 0, stream>>>(
+              products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(),
+              rows ? pointer(patch_rows) : nullptr, cols ? pointer(patch_cols) : nullptr);
           C10_CUDA_KERNEL_LAUNCH_CHECK();
           if (rows) {
-            merge<<<(m + 127) / 128, 128, 0, stream>>>(pointer(patch_rows), ROWS, grid.x, pointer(row_pairs) + g * N + i, m);
+            float2* running = pointer(row_pairs) + g * N + i;
+            merge<<<(m + 127) / 128, 128, 0, stream>>>(pointer(patch_rows), ROWS, grid.x, running, m);
             C10_CUDA_KERNEL_LAUNCH_CHECK();
           }
           if (cols) {
-            merge<<<(n + 127) / 128, 128, 0, stream>>>(pointer(patch_cols), COLS, grid.y, pointer(col_pairs) + g * M + j, n);
+            float2* running = pointer(col_pairs) + g * M + j;
+            merge<<<(n + 127) / 128, 128, 0, stream>>>(pointer(patch_cols), COLS, grid.y, running, n);
             C10_CUDA_KERNEL_LAUNCH_CHECK();
           }
         });
@@ -240,9 +258,10 @@ std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, co
   return {finish(row_pairs, rows, shape.rows()), finish(col_pairs, cols, shape.cols())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text,
-                                                      const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& per_image,
-                                                      const Tensor& per_text, bool needs_image, bool needs_text) {
+std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(
+    const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text, const Tensor& image,
+    const Tensor& text, const Tensor& scale, const Tensor& per_image, const Tensor& per_text, bool needs_image,
+    bool needs_text) {
   Shape shape = check(image, text, scale);
   int64_t G = shape.G, N = shape.N, M = shape.M, D = shape.D;
   c10::cuda::CUDAGuard guard(image.device());
@@ -252,10 +271,13 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(const std::optional<Tensor
   int64_t stride = std::min(COLS, round_up(M, PATCH)), height = std::min(ROWS, N);
   Tensor products = at::empty({height, stride}, float32), weights = at::empty({height, stride}, image.options());
   Tensor d_image = at::empty(needs_image ? image.sizes() : at::IntArrayRef{0}, image.options());
-  Tensor d_block = needs_image ? at::empty({height, D}, float32) : Tensor();       // s·unit short of ∂I of the rows at hand
-  Tensor d_text = at::zeros(needs_text ? text.sizes() : at::IntArrayRef{0}, float32);  // and of ∂T
-  Tensor d_scale = at::zeros({patches(ROWS, COLS).x * patches(ROWS, COLS).y}, float32.dtype(at::kDouble));
-  Tensor d_rows = d_per_image ? d_per_image->contiguous() : Tensor(), d_cols = d_per_text ? d_per_text->contiguous() : Tensor();
+  Tensor d_block;  // ∂I of the rows at hand, and below ∂T, both short of the factor s·unit
+  if (needs_image) d_block = at::empty({height, D}, float32);
+  Tensor d_text = at::zeros(needs_text ? text.sizes() : at::IntArrayRef{0}, float32);
+  Tensor d_scale = at::zeros({ROWS / PATCH * (COLS / PATCH)}, float32.dtype(at::kDouble));
+  Tensor d_rows, d_cols;
+  if (d_per_image) d_rows = d_per_image->contiguous();
+  if (d_per_text) d_cols = d_per_text->contiguous();
 
   // P is at most |∂r| + |∂c|, for a mean over 32768 rows some 1e-5, where float16 has few bits left.
   // In units of max|∂|/256 it neither vanishes nor overflows; the unit returns with the scale.
@@ -275,15 +297,21 @@ std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(const std::optional<Tensor
           const T* X = of_group(texts, g).const_data_ptr<T>();
           for_tiles(M, COLS, [&](int64_t j, int64_t n) {
             multiply<T>(m, n, D, {I + i * D, D}, {X + j * D, D, CUBLAS_OP_T}, products.data_ptr<float>(), stride, 0);
-            auto at_row = [&](const Tensor& x) { return d_rows.defined() ? x.const_data_ptr<float>() + g * N + i : nullptr; };
-            auto at_col = [&](const Tensor& x) { return d_cols.defined() ? x.const_data_ptr<float>() + g * M + j : nullptr; };
+            auto part = [](const Tensor& used, const Tensor& x, int64_t start) -> const float* {
+              return used.defined() ? x.const_data_ptr<float>() + start : nullptr;
+            };
             tile_weights<T><<<patches(m, n), dim3(32, WARPS), 0, stream>>>(
-                products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(), unit.const_data_ptr<float>(), at_row(per_image), at_row(d_rows),
-                at_col(per_text), at_col(d_cols), weights.data_ptr<T>(), d_scale.data_ptr<double>());
+                products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(), unit.const_data_ptr<float>(),
+                part(d_rows, per_image, g * N + i), part(d_rows, d_rows, g * N + i),
+                part(d_cols, per_text, g * M + j), part(d_cols, d_cols, g * M + j),
+                weights.data_ptr<T>(), d_scale.data_ptr<double>());
             C10_CUDA_KERNEL_LAUNCH_CHECK();
             const T* P = weights.const_data_ptr<T>();
             if (needs_image) multiply<T>(m, D, n, {P, stride}, {X + j * D, D}, d_block.data_ptr<float>(), D, 1);
-            if (needs_text) multiply<T>(n, D, m, {P, stride, CUBLAS_OP_T}, {I + i * D, D}, of_group(d_text, g).template data_ptr<float>() + j * D, D, 1);
+            if (needs_text) {
+              float* d_texts = of_group(d_text, g).template data_ptr<float>() + j * D;
+              multiply<T>(n, D, m, {P, stride, CUBLAS_OP_T}, {I + i * D, D}, d_texts, D, 1);
+            }
           });
         }
         if (needs_image) of_group(d_image, s).narrow(0, i, m).copy_(d_block.narrow(0, 0, m) * factor);

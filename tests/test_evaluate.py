@@ -215,7 +215,8 @@ def test_a_perfect_embedding_scores_100_everywhere():
     rows, found = scene_metrics(Oracle(), SCENES)
     assert {"short T2I R@1", "long I2T R@1", "long by sentence T2I R@1", "zero-shot top-1", "seen colour and object",
             "pointing by sentence", "pointing by name", "grouped by sentence", "mIoU"} <= set(rows)
-    for name in ("patches grouped", "patches alike"):  # they describe, and have no best value
+    for name in ("patches grouped", "patches alike", "group finds its sentence",
+                 "group finds its sentence, wrong image"):  # they describe, and have no best value
         del rows[name]
     perfect = {name: 1 if "rank" in name else 100 for name in rows}
     assert {name: value for name, (value, _) in rows.items() if abs(value - perfect[name]) > 1e-4} == {}
@@ -260,11 +261,18 @@ def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
     rows = place.rows()
     named = model.texts([article(n) for n in NAMES])
     grounds = F.normalize(model.texts([f"the background is plain {g}." for g in BACKGROUNDS]).mean(0), dim=0)
-    hits, names, centred, grouped, dense, chance = [], [], [], [], [], []
+    hits, names, centred, grouped, dense, chance, finds, finds_wrong = ([] for _ in range(8))
     for i, scene in enumerate(FACTS):
         sims = (patches[i] @ embedded[i].T).double()
         sims = (sims - sims.amin(0)) / (sims.amax(0) - sims.amin(0))
         dense.append((sims >= 0.99).double().mean())
+        wrong = patches[i - 1 if i not in (0, 10) else 9 if i == 0 else N - 1]  # the one before, in its part
+        for cells, found in ((patches[i], finds), (wrong, finds_wrong)):
+            sims = (cells @ embedded[i].T).double()
+            sims = (sims - sims.amin(0)) / (sims.amax(0) - sims.amin(0))
+            groups = F.normalize((sims * (sims >= 0.99)).T @ cells.double(), dim=-1)
+            near = groups @ embedded[i].double().T
+            found.append(np.mean([int(near[k].argmax()) == k for k in range(len(near))]))
         for k, about in enumerate(scene.about):
             if about >= 0:
                 covered = []
@@ -288,6 +296,9 @@ def test_pointing_and_miou_are_what_loops_over_patches_and_pixels_count(patch):
     assert rows["pointing by sentence, centred"][0] == pytest.approx(100 * np.mean(centred), abs=100 / len(hits))
     assert rows["grouped by sentence"][0] == pytest.approx(100 * np.mean(grouped), abs=1e-3)
     assert rows["patches grouped"][0] == pytest.approx(100 * np.mean(dense), abs=1e-3)
+    one = 100 * np.mean([1 / len(sentences) for sentences in embedded])
+    assert rows["group finds its sentence"] == pytest.approx((100 * np.mean(finds), one))
+    assert rows["group finds its sentence, wrong image"] == pytest.approx((100 * np.mean(finds_wrong), one))
     others = ~torch.eye(side ** 2, dtype=torch.bool)
     alike = [(x @ x.T)[others].mean().item() for x in patches]
     assert rows["patches alike"][0] == pytest.approx(100 * np.mean(alike), rel=1e-4)

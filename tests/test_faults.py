@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -168,6 +170,25 @@ def test_no_random_generator_has_a_part_in_a_step_so_none_is_in_a_checkpoint(met
         return backward(*arguments)
     monkeypatch.setattr(train, "backward", reseeded)
     assert same_state(fit(tmp_path / "two", **flags)[0], expected)
+
+
+def test_bad_samples_are_counted_over_the_whole_of_a_run_that_was_resumed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "set").mkdir()
+    for i in range(24):
+        Image.new("RGB", (32, 32), (10 * i, 0, 99)).save(tmp_path / f"set/{i}.png")
+        (tmp_path / f"set/{i}.txt").write_text(f"picture {i}")
+    for i in (5, 10, 15):
+        (tmp_path / f"set/{i}.png").write_bytes(b"no picture")
+    flags = {**RUN, "method": "clip", "data": str(tmp_path / "set"), "tokenizer": "scenes", "images": 96}
+    _, whole = fit(tmp_path / "whole", **flags)
+    passed_over = re.findall("passed over: .*", capsys.readouterr().out)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "backward", at_call(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit):
+            fit(tmp_path / "run", **flags)
+    _, lines = fit(tmp_path / "run", **flags, resume="auto")
+    assert [line["bad"] for line in lines] == [line["bad"] for line in whole] and whole[-1]["bad"] > whole[3]["bad"] > 3
+    assert re.findall("passed over: .*", capsys.readouterr().out) == passed_over and len(passed_over) == 1
 
 
 # ---- steps without a finite gradient ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The fused similarity op: the extension, the chunked path and the stored matrix say the same."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
 paths = pytest.mark.parametrize("path", [fused.similarity_logsumexp, fused.chunked], ids=["extension", "chunked"])
 SHAPES = [  # image, text
-    ((1, 1), (1, 1)), ((1, 3), (131, 3)), ((131, 3), (1, 3)), ((7, 1), (11, 1)), ((257, 13), (2053, 13)), ((521, 1000), (67, 1000)),
-    ((256, 512), (64, 512)), ((3, 37, 5), (3, 41, 5)), ((37, 5), (4, 41, 5)), ((4, 37, 5), (41, 5)),
+    ((1, 1), (1, 1)), ((1, 3), (131, 3)), ((131, 3), (1, 3)), ((7, 1), (11, 1)), ((257, 13), (2053, 13)),
+    ((521, 1000), (67, 1000)), ((256, 512), (64, 512)), ((3, 37, 5), (3, 41, 5)), ((37, 5), (4, 41, 5)),
+    ((4, 37, 5), (41, 5)),
 ]  # fmt: skip
 
 
@@ -93,8 +95,8 @@ def test_one_side_alone(rows, cols, path, device):
 def test_gradient_when_the_loss_uses_one_of_two_outputs():
     x = embeddings((37, 5), (41, 5))
     for side in (0, 1):
-        found, wanted = (torch.autograd.grad(path(*x)[side].sum(), x) for path in (fused.similarity_logsumexp, fused.reference))
-        assert_close(found, wanted, 1e-5)
+        found = torch.autograd.grad(fused.similarity_logsumexp(*x)[side].sum(), x)
+        assert_close(found, torch.autograd.grad(fused.reference(*x)[side].sum(), x), 1e-5)
 
 
 def test_frozen_tower_gets_no_gradient_and_the_other_the_same():
@@ -119,7 +121,8 @@ def test_inputs_that_are_not_contiguous(device):
 
 @devices
 @paths
-@pytest.mark.parametrize("image,text", [((0, 5), (3, 5)), ((3, 5), (0, 5)), ((0, 5), (0, 5)), ((2, 0, 5), (3, 5)), ((0, 2, 5), (3, 5))])
+@pytest.mark.parametrize("image,text", [
+    ((0, 5), (3, 5)), ((3, 5), (0, 5)), ((0, 5), (0, 5)), ((2, 0, 5), (3, 5)), ((0, 2, 5), (3, 5))])
 def test_empty_sums_are_minus_infinity_as_in_torch(image, text, path, device):
     x = embeddings(image, text, device=device)
     out, wanted = path(*x), fused.reference(*x)
@@ -133,8 +136,8 @@ def test_empty_sums_are_minus_infinity_as_in_torch(image, text, path, device):
 def test_rows_whose_best_logit_is_far_from_zero_stay_finite(path, device):
     torch.manual_seed(0)
     text = F.normalize(torch.rand(300, 8) + 0.5, dim=-1)
-    image = torch.stack([-text[0] * 0.7, text[0] * 10, -text[0] * 10, text[0] * 0])  # best logits near -50, 1000, -700, 0
-    x = image.to(device).requires_grad_(), text.to(device).requires_grad_(), torch.tensor(100.0, device=device, requires_grad=True)
+    image = torch.stack([-text[0] * 0.7, text[0] * 10, -text[0] * 10, text[0] * 0])  # best: near -50, 1000, -700, 0
+    x = [t.to(device).requires_grad_() for t in (image, text, torch.tensor(100.0))]
     found = results(path, x)
     assert found[0][0] < -40 and found[0][1] > 900 and found[0][2] < -600 and all(f.isfinite().all() for f in found)
     assert_close(found, exact(x), 1e-4)
@@ -177,7 +180,11 @@ def test_same_bits_again_and_for_any_number_of_threads(dtype):
 @pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
 def test_gradcheck_in_float64(image, text, rows, cols):
     x = [t.detach().double().requires_grad_() for t in embeddings(image, text, scale=5.0)]
-    assert torch.autograd.gradcheck(lambda *x: [o for o in fused.similarity_logsumexp(*x, rows=rows, cols=cols) if o is not None], x)
+
+    def outputs(*x):
+        return [o for o in fused.similarity_logsumexp(*x, rows=rows, cols=cols) if o is not None]
+
+    assert torch.autograd.gradcheck(outputs, x)
 
 
 @devices
@@ -185,11 +192,13 @@ def test_gradcheck_in_float64(image, text, rows, cols):
 @pytest.mark.parametrize("rows,cols", [(True, True), (True, False), (False, True)])
 def test_opcheck(image, text, rows, cols, device):
     x = embeddings(image, text, device=device)
-    out = [o.detach() if o is not None else torch.empty(0, device=device) for o in fused.similarity_logsumexp(*x, rows=rows, cols=cols)]
+    out = fused.similarity_logsumexp(*x, rows=rows, cols=cols)
+    out = [o.detach() if o is not None else torch.empty(0, device=device) for o in out]
     torch.library.opcheck(torch.ops.similarity.logsumexp.default, (*x, rows, cols))
     gradients = [o if used else None for o, used in zip(out, (rows, cols))]
     detached = [t.detach() for t in x]
-    torch.library.opcheck(torch.ops.similarity.logsumexp_backward.default, (*gradients, *detached, *out, True, cols))
+    arguments = (*gradients, *detached, *out, True, cols)
+    torch.library.opcheck(torch.ops.similarity.logsumexp_backward.default, arguments)
 
 
 @devices
@@ -198,8 +207,9 @@ def test_compiles_into_one_graph_under_autocast_too(device):
     loss = lambda *x: sum(o.square().mean() for o in fused.similarity_logsumexp(*x))  # noqa: E731
     compiled = torch.compile(loss, fullgraph=True)
     assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")  # no code is generated: quicker
     with torch.autocast(device, torch.bfloat16):
-        assert_close(torch.autograd.grad(compiled(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
+        assert_close(torch.autograd.grad(traced(*x), x), torch.autograd.grad(loss(*x), x), 1e-6)
 
 
 @devices
@@ -216,21 +226,26 @@ def test_autocast_rounds_the_embeddings_and_nothing_else(path, device):
 
 def test_number_for_a_scale():
     image, text, _ = embeddings((5, 3), (4, 3))
-    assert torch.equal(fused.similarity_logsumexp(image, text, 7.0)[0], fused.similarity_logsumexp(image, text, torch.tensor(7.0))[0])
+    by_number, by_tensor = (fused.similarity_logsumexp(image, text, s)[0] for s in (7.0, torch.tensor(7.0)))
+    assert torch.equal(by_number, by_tensor)
 
 
-@pytest.mark.parametrize(
-    "image,text,named",
-    [((4, 3), (5, 2), r"\[4, 3\].*\[5, 2\]"), ((2, 4, 3), (3, 5, 3), r"\[2, 4, 3\].*\[3, 5, 3\]"), ((3,), (5, 3), r"\[3\].*\[5, 3\]")],
-)
-def test_shapes_that_do_not_fit_are_both_named(image, text, named):
+@paths
+@pytest.mark.parametrize("image,text,named", [
+    ((4, 3), (5, 2), r"\[4, 3\].*\[5, 2\]"), ((2, 4, 3), (3, 5, 3), r"\[2, 4, 3\].*\[3, 5, 3\]"),
+    ((3,), (5, 3), r"\[3\].*\[5, 3\]")])
+def test_shapes_that_do_not_fit_are_both_named(image, text, named, path):
     with pytest.raises(RuntimeError, match=named):
-        fused.similarity_logsumexp(torch.randn(image), torch.randn(text), 1.0)
+        path(torch.randn(image), torch.randn(text), 1.0)
 
 
-def test_dtypes_and_scales_that_do_not_fit_are_named():
-    with pytest.raises(RuntimeError, match=r"Float.*BFloat16"):
-        fused.similarity_logsumexp(torch.randn(4, 3), torch.randn(5, 3).bfloat16(), 1.0)
+@paths
+def test_dtypes_that_do_not_fit_are_both_named(path):
+    with pytest.raises(RuntimeError, match="(?i)float.*bfloat16"):
+        path(torch.randn(4, 3), torch.randn(5, 3).bfloat16(), 1.0)
+
+
+def test_a_scale_that_is_no_number_is_named():
     with pytest.raises(RuntimeError, match=r"logit_scale.*\[2\]"):
         fused.similarity_logsumexp(torch.randn(4, 3), torch.randn(5, 3), torch.ones(2))
 
@@ -257,55 +272,128 @@ def test_gpu_tiles_streams_and_graphs():
     assert_close(found, wanted, 1e-2)
 
 
-# ---- building
+# ---- the CUDA sources on a CPU ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The CUDA op on the CPU (tests/cuda_on_cpu.h), with tiles so small that little data takes several each way."""
+    from torch.utils import cpp_extension
+
+    source = (fused.FOLDER / fused.CUDA_SOURCES[0]).read_text()
+    for pattern, by, times in (
+            (r"#include <(ATen|c10)/cuda/.*\n", "", 4),
+            (r"(\w+(?:<T>)?)<<<(.+?), 0, stream>>>\(", r"launch(\2, \1, ", 4),
+            ("ROWS = 4096, COLS = 2048", "ROWS = 256, COLS = 384", 1),
+            (r"TORCH_LIBRARY_IMPL\(similarity, CUDA", "TORCH_LIBRARY(emulated", 1), (r"m\.impl", "m.def", 2)):
+        source, found = re.subn(pattern, by, source)
+        assert found == times, pattern
+    folder = tmp_path_factory.mktemp("emulated")
+    (folder / "emulated.cpp").write_text('#include "cuda_on_cpu.h"\n' + source)
+    cpp_extension.load("emulated", [str(folder / "emulated.cpp")], ["-O1"], build_directory=str(folder),
+                       extra_include_paths=[str(fused.FOLDER), str(ROOT / "tests")], is_python_module=False)
+
+    def both(x, rows, cols):
+        """-> outputs and gradients, as `results` gives them."""
+        x = [t.detach() for t in x]
+        out = torch.ops.emulated.logsumexp(*x, rows, cols)
+        gradients = [torch.linspace(-0.5, 1, o.numel()).view_as(o) if used else None
+                     for o, used in zip(out, (rows, cols))]
+        backward = torch.ops.emulated.logsumexp_backward(*gradients, *x, *out, True, True)
+        return [o for o, used in zip(out, (rows, cols)) if used] + list(backward)
+    return both
+
+
+@pytest.mark.parametrize("image,text,dtype,rows,cols", [
+    ((1, 1), (1, 1), torch.float32, True, True), ((131, 3), (7, 3), torch.float16, True, True),
+    ((600, 9), (900, 9), torch.bfloat16, True, True), ((3, 300, 5), (3, 41, 5), torch.float32, True, True),
+    ((300, 5), (3, 500, 5), torch.float32, True, True), ((2, 300, 5), (400, 5), torch.float16, True, True),
+    ((37, 5), (41, 5), torch.float32, True, False), ((37, 5), (41, 5), torch.float32, False, True)])
+def test_the_cuda_sources_compute_the_same_when_threads_of_a_cpu_run_them(image, text, dtype, rows, cols, emulated):
+    x = embeddings(image, text, dtype, scale=10.0)
+    assert_close(emulated(x, rows, cols), exact(x, rows, cols), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_nan_is_not_silent_in_the_cuda_sources(emulated):
+    x = embeddings((70, 6), (90, 6))
+    with torch.no_grad():
+        x[0][5, 3] = torch.nan
+    per_image, per_text, d_image, d_text, d_scale = emulated(x, True, True)
+    assert per_image.isnan().nonzero().flatten().tolist() == [5]
+    assert per_text.isnan().all() and d_image[5].isnan().all() and d_text.isnan().all() and d_scale.isnan()
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+CALL = "fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item()"
 
 
 def python(code, **environment):
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-c", "import torch; from csrc import fused\n" + code]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def test_processes_starting_together_build_once_past_a_dead_build(tmp_path):
-    """Each finds the extension; one line says that it was built. A lock file that a killed build left is no obstacle."""
-    code = "import torch; from csrc import fused; fused.set_mode('on'); print(fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item())"
-    name = python("from csrc import fused\nfrom unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): print(fused.build(cuda=False).parent)",
-                  TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()[0].split()[-1]  # fmt: skip
+    """Each finds the extension; one line says that it was built. A lock file that a killed build left is no obstacle.
+    The first call may be one that torch.compile traces."""
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    name = python("from unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): "
+                  "print(fused.build(cuda=False).parent)", **environment).communicate()[0].split()[-1]
     (Path(name) / "done").unlink()
     (Path(name) / "lock").touch()
-    outputs = [p.communicate(timeout=300)[0] for p in [python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)) for _ in range(3)]]
+    calls = [f"fused.set_mode('on')\nprint({call})" for call in (
+        CALL, CALL, f"torch.compile(lambda: {CALL[:-7]}, backend='eager', fullgraph=True)().item()")]
+    outputs = [p.communicate(timeout=300)[0] for p in [python(call, **environment) for call in calls]]
     assert all(o.split()[-1] == "3.0" for o in outputs), outputs
     assert "".join(outputs).count("built the fused similarity op") == 1
 
 
 def test_without_a_compiler_auto_says_so_once_and_on_raises(tmp_path):
-    call = "fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item()"
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"}
-    out = python(f"import torch; from csrc import fused; print({call}, {call})", **environment).communicate()[0]
-    assert out.split()[-2:] == ["3.0", "3.0"] and out.count("WARNING: the fused similarity op was not built") == 1
-    out = python(f"import torch; from csrc import fused; fused.set_mode('on'); {call}", **environment).communicate()[0]
-    assert "RuntimeError: --fused on, but the fused similarity op cannot be built here" in out
+    auto, on = python(f"print({CALL}, {CALL})", **environment), python(f"fused.set_mode('on'); {CALL}", **environment)
+    out = auto.communicate()[0]
+    assert out.split()[-2:] == ["3.0", "3.0"]
+    assert out.count("WARNING: the fused similarity op cannot be used here") == 1
+    assert "RuntimeError: --fused on, but the fused similarity op cannot be used here" in on.communicate()[0]
+
+
+def test_an_extension_that_gives_other_numbers_than_the_stored_matrix_is_not_used(monkeypatch, capsys):
+    """So it is, too, where a GPU refuses the kernels: the first call fails, and the run goes on."""
+    x, reference = embeddings((3, 4), (5, 4)), fused.reference
+    monkeypatch.setattr(fused, "_usable", {})
+    monkeypatch.setattr(fused, "reference", lambda *x: [1.1 * o for o in reference(*x)])
+    with pytest.raises(RuntimeError, match="--fused on, but .*: it gives wrong numbers for torch.float32 on cpu"):
+        fused.similarity_logsumexp(*x)
+    monkeypatch.setattr(fused, "_usable", {})
+    fused.set_mode("auto")
+    wanted = fused.chunked(*x)
+    for _ in range(2):
+        assert all(map(torch.equal, fused.similarity_logsumexp(*x), wanted))
+    assert capsys.readouterr().out.count("WARNING: the fused similarity op cannot be used here (it gives wrong") == 1
 
 
 def test_off_builds_nothing(tmp_path):
-    code = "import torch; from csrc import fused; fused.set_mode('off'); print(fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0].item())"
-    out = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()[0]
+    out = python(f"fused.set_mode('off'); print({CALL})", TORCH_EXTENSIONS_DIR=str(tmp_path)).communicate()[0]
     assert out.split()[-1] == "3.0" and not any(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None or torch.version.cuda is None, reason="no nvcc, or a PyTorch without CUDA")
-def test_cuda_sources_compile_for_sm80_sm90_and_later():
-    code = subprocess.run([sys.executable, "csrc/fused.py", "--cuda"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+@pytest.mark.skipif(not (shutil.which("nvcc") and torch.version.cuda), reason="no nvcc, or a PyTorch without CUDA")
+def test_cuda_sources_compile_and_link_for_sm80_sm90_and_later():
+    command = [sys.executable, "csrc/fused.py", "--cuda"]
+    code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert code.returncode == 0, code.stdout + code.stderr
     library = Path(code.stdout.split()[-1]).read_bytes()
     for target in (b"sm_80", b"sm_90"):
         assert target in library
 
 
-# ---- two processes, each with its rows and columns --------------------------------------------------------------------
+# ---- two processes, each with its rows and columns -------------------------------------------------------------------
 
 LOSSES = {
     "multi-positive": lambda i, p, t, s: multi_positive_loss(i, t, s),
     "many-to-many, free": lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
-    **{f"grouping, {n}": lambda i, p, t, s, n=n: grouping_loss(p, t, s, negatives=n) for n in ("image", "batch", "slot")},
+    **{f"grouping, {n}": lambda i, p, t, s, n=n: grouping_loss(p, t, s, negatives=n)
+       for n in ("image", "batch", "slot")},
 }
 
 
@@ -339,5 +427,6 @@ def test_two_processes_driving_the_extension_equal_one_with_stored_matrices(tmp_
     fused.set_mode("off")  # small float64 matrices are stored
     for name, loss in LOSSES.items():
         value, *grads, scale = loss_and_gradients(loss, global_batch(torch.float64))
-        assert_close([(first[name][0] + second[name][0]) / 2, (first[name][-1] + second[name][-1]) / 2], [value, scale], 1e-5)
+        means = [(first[name][i] + second[name][i]) / 2 for i in (0, -1)]
+        assert_close(means, [value, scale], 1e-5)
         assert_close([torch.cat(parts) / 2 for parts in zip(first[name][1:-1], second[name][1:-1])], grads, 1e-5)

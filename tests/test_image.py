@@ -1,5 +1,6 @@
 """Any PNG, JPEG or WebP becomes an upright RGB picture on white, or is refused with a reason that can be counted."""
-import io, pickle
+import io
+import pickle
 
 import numpy as np
 import pytest

@@ -51,6 +51,11 @@ def group(patches, text, threshold=None, allowed=None):
 
 def grouping(patches, texts, s=S, threshold=None, mask=None, negatives="image", allowed=None):
     B, K = len(texts), len(texts[0])
+    if negatives == "regrouped":  # FLAIR, 2412.03561: every text picks its image by what it groups in each
+        def own(i, k):
+            sims = [s * dot(group(p, texts[i][k], threshold, allowed and allowed[i][k]), texts[i][k]) for p in patches]
+            return math.log(sum(math.exp(x) for x in sims)) - sims[i]
+        return sum(own(i, k) for i in range(B) for k in range(K)) / (B * K)
     pairs = {(i, k): (group(patches[i], texts[i][k], threshold, allowed and allowed[i][k]), texts[i][k])
              for i in range(B) for k in range(K) if mask is None or mask[i][k]}
     key = {"image": lambda i, k: i, "slot": lambda i, k: k, "batch": lambda i, k: 0}[negatives]
@@ -156,6 +161,20 @@ def test_the_grouping_loss_is_the_formula(negatives, options):
     assert close(loss, expected, 2e-5)  # EPS in the min-max
 
 
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.6}, {"allowed": ALLOWED}])
+def test_regrouped_negatives_are_what_the_same_text_groups_in_other_images(options):
+    loss = grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives="regrouped", **options)
+    lists = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    assert close(loss, grouping(PATCHES.tolist(), TEXTS.tolist(), negatives="regrouped", **lists), 2e-5)
+
+
+def test_only_regrouped_negatives_tell_an_image_that_shows_the_text_from_one_that_shows_nothing_of_it():
+    patches, texts = torch.eye(6, dtype=torch.float64).expand(3, 6, 6), unit(3, 4, 6, seed=3).abs()  # span everything
+    by_text, by_image = (grouping_loss(patches, texts, torch.tensor(50.0), 0.0, negatives=n).item()
+                         for n in ("image", "regrouped"))
+    assert by_text < 0.1 and by_image == pytest.approx(math.log(3))  # all images are alike: the text gave it away
+
+
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.5])
 def test_a_text_with_a_place_weighs_no_patch_outside_it_and_groups_as_if_there_were_none(threshold):
     inside = [1, 3, 4, 8]
@@ -178,11 +197,13 @@ def test_the_default_threshold_is_one_over_the_number_of_patches(P):
     assert default == others[0] and abs(default - others[2]) > 1e-3
 
 
-def test_the_three_kinds_of_negatives_differ_and_no_other_exists():
-    losses = [float(grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives=n)) for n in ("image", "batch", "slot")]
+def test_the_kinds_of_negatives_differ_and_no_other_exists():
+    losses = [float(grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives=n))
+              for n in ("image", "batch", "slot", "regrouped")]
     assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 1e-3
-    with pytest.raises(ValueError, match="negatives must be image, batch or slot, not 'all'"):
-        grouping_loss(PATCHES, TEXTS, torch.tensor(S), negatives="all")
+    for options in (dict(negatives="all"), dict(negatives="regrouped", mask=MASK)):
+        with pytest.raises(ValueError, match=f"negatives must be .* not '{options['negatives']}'"):
+            grouping_loss(PATCHES, TEXTS, torch.tensor(S), **options)
 
 
 def test_with_negatives_of_the_image_the_images_do_not_meet():
@@ -210,6 +231,7 @@ def test_padding_behind_a_mask_is_as_if_it_were_not_there(negatives, dtype, tole
 @pytest.mark.parametrize("loss", [
     lambda i, p, t, s: contrastive_loss(i, t[:, 0], s), lambda i, p, t, s: multi_positive_loss(i, t, s),
     lambda i, p, t, s: multi_to_multi_loss(p[:, :2], t, s),
+    lambda i, p, t, s: grouping_loss(p, t, s, negatives="regrouped"),
     *(lambda i, p, t, s, n=n, m=m: grouping_loss(p, t, s, negatives=n, mask=m)
       for n in ("image", "batch", "slot") for m in (None, MASK[:2, :3]))])
 def test_gradients_are_those_of_finite_differences(loss):
@@ -238,6 +260,7 @@ def test_degenerate_input_has_a_finite_loss_and_finite_gradients(what, negatives
     leaves = [patches.requires_grad_(), texts.requires_grad_(), torch.tensor(s, requires_grad=True)]
     patches, texts, scale = leaves
     for loss in (grouping_loss(*leaves, mask=mask, negatives=negatives), grouping_loss(*leaves, negatives=negatives),
+                 grouping_loss(*leaves, negatives="regrouped"),
                  multi_positive_loss(patches[:, 0], texts, scale), multi_to_multi_loss(patches[:, :2], texts, scale)):
         assert loss.isfinite() and loss > -1e-4
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
@@ -253,12 +276,12 @@ GATHERING = {
     "many-to-many": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :3], t, s),
     "many-to-many, free": lambda i, p, t, m, s: multi_to_multi_loss(p[:, :2], t, s),
     **{f"grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, negatives=n)
-       for n in ("image", "batch", "slot")},
+       for n in ("image", "batch", "slot", "regrouped")},
     **{f"masked grouping, {n}": lambda i, p, t, m, s, n=n: grouping_loss(p, t, s, mask=m, negatives=n)
        for n in ("image", "batch", "slot")},
     **{f"grouping in places, {n}": lambda i, p, t, m, s, n=n: grouping_loss(
         p, t, s, negatives=n, allowed=p[:, None, :, 0] >= t[:, :, :1].clamp(max=p[:, :, 0].max(1)[0].min().item()))
-       for n in ("batch", "slot")},
+       for n in ("batch", "slot", "regrouped")},
 }
 
 

@@ -166,7 +166,7 @@ def test_a_folder_of_images_has_its_texts_beside_them(tmp_path):
     assert records.files == [tmp_path / "set"] and records[1].image == tmp_path / "set/b.jpg"
 
 
-def test_the_fields_of_img2dataset_may_be_a_string_or_a_list_and_are_named_by_a_flag(tmp_path):
+def test_the_fields_of_img2dataset_may_be_a_string_or_a_list_and_are_named_by_a_flag(tmp_path, capsys):
     row = {"caption": "alt text", "title": "title", "longSV_captions": ["One.", "Two. Three."], "extra": "Extra one.",
            "shortIB_captions": ["Short", "caption."]}
     shard(tmp_path / "a.tar", {"0": {"jpg": PICTURE[0], "json": json.dumps(row).encode()}})
@@ -175,6 +175,8 @@ def test_the_fields_of_img2dataset_may_be_a_string_or_a_list_and_are_named_by_a_
     assert (captions.raw, captions.short, captions.long) == ("alt text", ["Short caption."], ["One.", "Two.", "Three."])
     captions = read_captions(record.row, read_fields("raw=title,long=extra+longSV_captions,details=extra"))
     assert (captions.raw, captions.long[0], captions.perspectives) == ("title", "Extra one.", ["title", "Extra one."])
+    Pictures(Records(str(tmp_path / "a.tar")), 16, "train", fields=read_fields("raw=title,long=extra+gone,short=lost"))
+    assert capsys.readouterr().out.endswith("a.tar has gone or lost\n")  # mistyped, most likely: said, once
     for wrong in ("rwa=title", "raw=", "raw"):
         with pytest.raises(UserError, match="--caption-fields"):
             read_fields(wrong)
@@ -225,12 +227,14 @@ def test_a_file_of_new_captions_that_name_images_is_also_data_by_itself(tmp_path
     (lambda f: "gone.tar", "gone.tar"), (lambda f: f"{f}/{{00001..00009}}.tar", r"00003.tar \(nor 6 more\)"),
     (lambda f: f"{f}/*.csv", r"\*.csv"), (lambda f: f"{f}/0000[01].tar {f}/x.parquet", "x.parquet"),
     (lambda f: f"{f}/x.parquet", "x.parquet"), (lambda f: f"{f}/{{00000.tar,a.jsonl}}", "one format"),
-    (lambda f: f"{f}/empty", "empty")])
+    (lambda f: f"{f}/empty", "empty is empty"),
+    (lambda f: f"{f}/dots.tar", r"no image: dots.tar/a with .b.jpg .b.json .b.txt")])
 def test_what_is_not_there_or_not_known_ends_in_one_sentence(tmp_path, make, named):
     folder = shards(tmp_path / "f")
     (folder / "x.parquet").write_bytes(b"PAR1")
     (folder / "a.jsonl").write_text("{}")
     (folder / "empty").mkdir()
+    shard(folder / "dots.tar", {"a.b": sample(0)})
     with pytest.raises(UserError, match=named) as caught:
         open_dataset(make(folder).split(), "train", 0, 16, 0)
     assert "\n" not in str(caught.value) and "--data" in str(caught.value)
@@ -316,6 +320,22 @@ def test_batches_from_shards_are_identical_whatever_the_number_of_workers(tmp_pa
         runs.append(list(training_loader(dataset, tokenizer, s, 3, 12)))
     for batches in zip(*runs, strict=True):
         assert all(torch.equal(batches[0][part], other[part]) for other in batches[1:] for part in (0, 1, 2))
+
+
+def test_training_asks_for_shards_in_pieces_each_once_and_a_look_at_single_samples_does_not(tmp_path, monkeypatch):
+    asked, folder = [], shards(tmp_path / "a")
+    monkeypatch.setattr(data, "AHEAD", 8192)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *piece: asked.append((os.fstat(file).st_ino, *piece)))
+    train_set = Pictures(Records(str(folder)), 16, "train")
+    for i in train_set.order(np.random.default_rng(0), 30):
+        train_set[i]
+    starts = {(path.stat().st_ino, int(span["start"]) // 8192 * 8192, 8192, os.POSIX_FADV_WILLNEED)
+              for path, spans in zip(train_set.records.files, train_set.records.spans) for span in spans}
+    assert len(asked) == len(set(asked)) and set(asked) <= starts and len(asked) > 0.8 * len(starts) > 12
+    for others in (Pictures(Records(f"{folder}/00000.tar"), 16, "train"), Pictures(Records(str(folder)), 16, "all")):
+        asked.clear()
+        others[3]
+        assert not asked
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -659,10 +679,22 @@ def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path
     folder = shards(tmp_path / "a", (30,))
     shard(folder / "00001.tar", {"x": {"jpg": b"", "txt": b"x"}, "y": {"txt": b"y"}, "z": {
         "jpg": PICTURE[0], "txt": b"costs $5 and $6", "json": json.dumps({"long": "One two. Three."}).encode()}})
+    (folder / "00001.parquet").write_bytes(b"PAR1")  # img2dataset leaves these two beside a shard
+    (folder / "00001_stats.json").write_text('{"count": 3}')
     command = [sys.executable, str(ROOT / "data.py"), "--look", str(folder), "--tokenizer", "scenes", "--sheet"]
     done = subprocess.run([*command, str(tmp_path / "sheet.png")], capture_output=True, text=True)
-    assert "2 files, 32 samples; left out: 1 × no image: 00001.tar/y" in done.stdout and not done.stderr
-    assert "32 looked at, 1 bad: 1 × image will not decode" in done.stdout and "raw caption: 31, tokens: mean" in done.stdout
-    assert "sentence of long: 32," in done.stdout and np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).std() > 5
+    assert "2 files, 32 samples; left out: 1 × no image: 00001.tar/y with .txt" in done.stdout and not done.stderr
+    for line in ("32 looked at, 1 bad: 1 × image will not decode", "raw caption: 31, tokens: mean",
+                 "sentence of long: 32,", "fields: caption 32, width 30, long 1\n"):
+        assert line in done.stdout, done.stdout
+    assert np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).std() > 5
     gone = subprocess.run([*command[:2], "--look", "gone.tar"], capture_output=True, text=True)
     assert gone.returncode == 1 and gone.stderr.startswith("error: no file gone.tar") and gone.stderr.count("\n") == 1
+
+
+def test_a_sheet_that_cannot_be_written_and_scenes_which_are_no_file_are_one_sentence(tmp_path, capsys):
+    folder = shards(tmp_path / "a", (3,))
+    for path, sheet, named in ((folder, "/nowhere/a.png", "--sheet /nowhere/a.png"), (folder, "a.xyz", "--sheet a.xyz"),
+                               ("scenes", None, "python scenes.py --sheet")):
+        with pytest.raises(UserError, match=named):
+            data.look(str(path), None, data.FIELDS, load_tokenizer("scenes"), 3, sheet)

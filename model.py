@@ -110,9 +110,10 @@ class Attention(nn.Module):
         T = len(x) - p.corners * N
         parts = [varlen_attention(q[:T], k[:T], v[:T], p.starts, p.starts, p.longest, p.longest, p.causal)]
         each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
-        for c in range(T, len(x), N):
-            keys, values = (y[:T].index_copy(0, p.summary, y[c:c + N]) for y in (k, v))
-            parts.append(varlen_attention(q[c:c + N], keys, values, each, p.starts, 1, p.longest))
+        for c in range(p.corners):  # a range to T would tie torch.compile's graph to this T
+            own = slice(T + c * N, T + (c + 1) * N)
+            keys, values = (y[:T].index_copy(0, p.summary, y[own]) for y in (k, v))
+            parts.append(varlen_attention(q[own], keys, values, each, p.starts, 1, p.longest))
         return self.out(torch.cat(parts).flatten(1))
 
     def weights(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
-all; `--profile` says where the time of a step goes. A run that ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
+all, `--profile` says where the time of a step goes. A run that ends before its time goes on with `--resume auto`; under
+torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse

@@ -3,6 +3,7 @@
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the engine: any OpenAI-compatible server will do
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
     python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
+    python recaption.py /data/cc3m --endpoint http://localhost:8000 --dense 2   crops: for train.py --region-grouping
     torchrun --nproc_per_node=8 recaption.py pictures --model llava-hf/llava-onevision-qwen2-7b-ov-hf   without a server
     python recaption.py scenes --engine scenes --out scenes             embedded scenes with their true captions
 
@@ -21,6 +22,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -32,6 +34,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,8 +43,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (FIELDS, BadSample, Parser, Records, UserError, captions_path, clean_field, hashed, load_image,
-                  split_sentences)
+from data import (FIELDS, BadSample, Parser, Records, UserError, all_fields, captions_path, clean_field, hashed,
+                  load_image, split_sentences)
 from scenes import Scenes
 
 VERSION = "1"
@@ -94,7 +97,7 @@ LONGEST = 20_000  # letters: more is no caption
 
 
 def clean(answer, field="long", prompt="", finish="stop") -> tuple[str, str | None]:
-    """A model's answer -> (caption, None), or (what is left of it, why it is bad).
+    """A model's answer -> (caption, None), or ("", why it is bad).
 
     Bad is what holds nothing to train on: "empty", "not text", "refusal", "prompt echo", "cut off", "repetition". Stock
     openers, small talk, markdown, repeated sentences and a cut-off last one only go. `finish`: the finish_reason.
@@ -106,22 +109,21 @@ def clean(answer, field="long", prompt="", finish="stop") -> tuple[str, str | No
     if TURN.search(text):
         text = next((part for part in TURN.split(text) if sentences_of(part) - echoed), TURN.sub(" ", text))
     if len(text) > LONGEST or not is_text(text):
-        return text.strip()[:100], "not text" if text.strip() else "empty"
+        return "", "not text" if text.strip() else "empty"
     kept = [open_well(sentence) for sentence in split_sentences("\n".join(bare_lines(text)))]
     if field == "few_words":
         kept = [item.strip(" .\"'“”") for sentence in kept for item in re.split(r"[,;]\s", sentence)]
     if kept and REFUSAL.search(kept[0]):
-        return " ".join(kept), "refusal"
-    kept = [s for s in kept if plain(s) and not CHATTER.match(s) and not REFUSAL.search(s)]
-    if kept and all(plain(s) in echoed for s in kept):
-        return " ".join(kept), "prompt echo"
-    kept = [s for s in kept if plain(s) not in echoed]
-    once = {}
-    for sentence in kept:
-        once.setdefault(plain(sentence), sentence)
+        return "", "refusal"
+    kept = [(plain(s), s) for s in kept if not CHATTER.match(s) and not REFUSAL.search(s)]
+    told, once = [pair for pair in kept if pair[0] not in echoed], {}
+    if not told and any(words for words, _ in kept):
+        return "", "prompt echo"
+    for words, sentence in told:
+        once.setdefault(words, sentence)
     once = list(once.values())
-    if loops(" ".join(once)) or len(kept) >= 4 and len(once) <= len(kept) / 2 and field != "few_words":
-        return " ".join(kept), "repetition"
+    if loops(" ".join(once)) or len(told) >= 4 and len(once) <= len(told) / 2 and field != "few_words":
+        return "", "repetition"
     ends = bool(once) and re.search(r"[^\W\d][\"'”’»)]*[.!?。！？][\"'”’»)]*$", once[-1])
     if finish == "length" and not ends:
         once = once[:-1]
@@ -146,7 +148,7 @@ def plain(text):
 
 def is_text(text):
     """Not a picture of nothing, a lone address, JSON, HTML, or bytes that went astray."""
-    letters, other = len(re.findall(r"[^\W\d_]", text)), len(re.findall(r"[^\w\s*#|>-]|\d", text))
+    letters, other = sum(map(str.isalpha, text)), len(re.findall(r"[^\w\s*#|>-]|\d", text))
     astray = text.count("\ufffd") > 2 or re.search(r"[A-Za-z0-9+/=_-]{80}|\A\s*(?:\w+://\S+\s*\Z|\{|\[[{\"]|<!)", text)
     return letters > max(1, other) and not astray
 
@@ -185,7 +187,10 @@ def loops(text) -> bool:
     """Whether up to 24 words come four times in a row (one word: six times). Words are letters alone, so counting up is
     no way out; a Chinese or Japanese character is a word."""
     words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", text.lower())
-    for period in range(1, min(24, len(words) // 4) + 1):
+    counts = Counter(words)  # each word of a loop comes four times: so most texts have no place for one
+    stretches = itertools.groupby(words, lambda word: counts[word] > 3)
+    longest = max((len(list(stretch)) for often, stretch in stretches if often), default=0)
+    for period in range(1, min(24, longest // 4) + 1):
         run = 0
         for a, b in zip(words, words[period:]):
             run = run + 1 if a == b else 0
@@ -341,14 +346,22 @@ def pictures(source, side, boxes, as_url) -> tuple:
         raise BadSample("image missing", f"{source}, {error.strerror}") from None
     if as_url and boxes == [None] and (size := fit_to_send(data, side)):
         return size, [data_url(data)]
-    image, found = load_image(data), []
+    boxes = [box or (0, 0, 1, 1) for box in boxes]
+    narrowest = min(x1 - x0 for x0, _, x1, _ in boxes)
+    image, found = load_image(data, math.ceil(side / narrowest)), []  # of a camera's picture decodes what is needed
     w, h = image.size
-    for x0, y0, x1, y1 in (box or (0, 0, 1, 1) for box in boxes):
+    for x0, y0, x1, y1 in boxes:
         left, top = int(x0 * w), int(y0 * h)
         part = image.crop((left, top, max(int(x1 * w), left + 1), max(int(y1 * h), top + 1)))
         part.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2)
         found.append(data_url(jpeg(part)) if as_url else part)
-    return (w, h), found
+    return upright_size(data), found
+
+
+def upright_size(data: bytes) -> tuple:
+    with Image.open(io.BytesIO(data)) as image, suppress(Exception):  # a broken EXIF block turns nothing
+        return image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size
+    return image.size
 
 
 def fit_to_send(data: bytes, side: int):
@@ -570,7 +583,10 @@ class Endpoints:
         return {name: value for name, value in body.items() if value is not None}
 
     async def _answer(self, slot, question) -> Answer:
-        reply = await self._fetch(slot, "POST", "/chat/completions", json.dumps(self.body(question)).encode())
+        # the picture goes in afterwards: nothing in it needs an escape, and json.dumps would search it for long
+        text = json.dumps(self.body(replace(question, picture=question.picture and "\0")))
+        body = text.replace("\\u0000", question.picture, 1).encode()
+        reply = await self._fetch(slot, "POST", "/chat/completions", body)
         if isinstance(reply, str):
             return Answer(None, error=reply)
         try:
@@ -801,8 +817,7 @@ def jobs(sets, tally, s, rank, world):
 
 def raw_caption(row) -> str | None:
     """The caption found with the image, under the names that published files use."""
-    inner = row.get("captions")
-    row = {**row, **inner} if isinstance(inner, dict) else row
+    row = all_fields(row)
     texts = [clean_field(row.get(name)) for name in FIELDS["raw"] + FIELDS["caption"]]
     return next((found[0] for found in texts if found), None)
 
@@ -844,6 +859,7 @@ async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
     dense = [{"box": [round(x, 4) for x in box], "text": sentence} for box in crops(s.dense)
              for sentence in split_sentences(good.get(("dense", box), ""))]
     found |= {"dense": dense} if dense else {}
+    tally["crops without a caption"] += sum(name == "dense" and (name, box) not in good for name, box in bad)
     for name, value in found.items():
         texts = [part["text"] for part in dense] if name == "dense" else split_sentences(value)
         tally.update({("captions", name): 1, ("sentences", name): len(texts),
@@ -918,7 +934,8 @@ def report(tally, engine, s, seconds, left) -> dict:
     return {
         "model": engine.name, "prompts": s.version, "captioned": tally["images"], "captioned before": tally["there"],
         "given up on": tally["failed"], "given up on, by reason": by("lost"), "left": left, "captions": by("captions"),
-        "bad answers, by reason": bad, "retries, by cause": dict(engine.retries),
+        "crops without a caption": tally["crops without a caption"], "bad answers, by reason": bad,
+        "retries, by cause": dict(engine.retries),
         "sentences in a caption": {name: round(tally["sentences", name] / n, 2) for name, n in by("captions").items()},
         "words in a caption": {name: round(tally["words", name] / n, 1) for name, n in by("captions").items()},
         "seconds": round(seconds, 1), "seconds an image": round(seconds / done, 4),

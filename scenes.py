@@ -3,17 +3,18 @@
     python scenes.py --sheet scenes.png          a contact sheet with captions and masks
     python scenes.py --speed                     scenes drawn per second on one core
 
-A scene holds 2 to 6 objects, each a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place, on a plain,
-graded, striped or checkered background, in a global style (clean, grainy, dim or faded). Exactly one object is large: the
-main one. From the same facts come the texts the papers use:
+A scene holds 2 to 6 objects, each a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place, on a
+plain, graded, striped or checkered background, in a global style (clean, grainy, dim or faded). Exactly one object is
+large: the main one. From the same facts come the texts the papers use:
 
     raw                a web caption: short, noisy, often without the colour, now and then wrong (CLIP's training text)
     short              one sentence naming the main object and one other with their colours (DreamLIP's short caption)
     long               6 to 12 shuffled sentences, each describing a part (DreamLIP's and LoTLIP's long caption)
     details, main_object, background, style, few_words       the perspectives of Holistic CLIP
 
-Scene (split, index) is always the same scene; the splits share no index and no random stream. A tenth of the colour-object
-pairs (one colour of every kind) is never drawn in training, so that composition can be tested (`held_out`).
+Scene (split, index) is always the same scene; the splits share no index and no random stream. A tenth of the
+colour-object pairs (one colour of every kind) is never drawn in training, so that composition can be tested
+(`held_out`).
 """
 
 import argparse
@@ -55,15 +56,16 @@ BACKGROUNDS = {
     "white": (250, 250, 250), "cream": (250, 240, 210), "sky": (200, 225, 250), "mint": (205, 240, 215),
     "lavender": (225, 215, 245), "peach": (250, 220, 200), "silver": (205, 208, 212), "rose": (248, 210, 220),
 }
-PATTERNS, STYLES, SIZES = ("plain", "graded", "striped", "checkered"), ("clean", "grainy", "dim", "faded"), ("small", "medium", "large")
-SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image side
+PATTERNS, STYLES = ("plain", "graded", "striped", "checkered"), ("clean", "grainy", "dim", "faded")
+SIZES = ("small", "medium", "large")
+SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image's
 PLACES = [["upper left", "top", "upper right"], ["left", "centre", "right"], ["lower left", "bottom", "lower right"]]
 PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_words")
 SPLITS = ("train", "validation", "test")
 
 
 def held_out(kind: int, colour: int) -> bool:
-    """Whether this colour of this kind of object is kept out of the training split (one colour in ten, of every kind)."""
+    """Whether this colour of this kind of object is kept out of the training split: one in ten, of every kind."""
     return colour == (kind * 3 + kind // 10) % len(COLOURS)
 
 
@@ -95,9 +97,9 @@ class Scene:
 class Scenes:
     """`n` scenes of one split, numbered 0..n-1, at `size` pixels with the first `kinds` kinds of object.
 
-    `scene(i)` gives the facts and the captions, `draw(scene)` the image uint8 [S, S, 3] and the mask uint8 [S, S], whose
-    value is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long caption's
-    sentences."""
+    `scene(i)` gives the facts and the captions, `draw(scene)` the image uint8 [S, S, 3] and the mask uint8 [S, S],
+    whose value is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long
+    caption's sentences."""
 
     def __init__(self, split: str = "train", n: int = 40_000, size: int = 64, kinds: int = 24):
         if split not in SPLITS:
@@ -182,7 +184,7 @@ def _font(px):
 
 @functools.lru_cache(maxsize=20_000)
 def glyph(kind: int, side: int) -> np.ndarray:
-    """The pictograph's opacity, float32 in 0..1, cropped to its ink and scaled so that its longer side is `side` pixels."""
+    """The pictograph's opacity, float32 in 0..1, cropped to its ink and scaled to `side` pixels on its longer side."""
     mask = _font(160).getmask(KINDS[kind][1])
     ink = Image.frombytes("L", mask.size, bytes(mask))
     ink = ink.crop(ink.getbbox())
@@ -210,19 +212,21 @@ def _background(pattern, ground, size, variant):
     return first + share[..., None].astype(np.float32) * (second - first)
 
 
-# Texts. Every template names its object; colour, size and place come and go, so that a sentence describes its part partially.
+# Texts. Every template names its object; colour, size and place come and go, so that a sentence describes its part
+# partially.
 
 def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def phrase(rng, o, colour=0.8, size=0.4):
-    """A noun phrase such as "a small red umbrella", with the colour and the size each present with the given probability."""
+    """A noun phrase such as "a small red umbrella", with the colour and the size each present with its probability."""
     words = [o.name]
     if rng.random() < colour:
         words.insert(0, o.colour_name)
     if rng.random() < size:
-        words.insert(0, rng.choice({"small": ("small", "little", "tiny"), "medium": ("medium-sized",), "large": ("large", "big", "huge")}[o.size]))
+        words.insert(0, rng.choice({"small": ("small", "little", "tiny"), "medium": ("medium-sized",),
+                                    "large": ("large", "big", "huge")}[o.size]))
     return article(" ".join(words))
 
 
@@ -239,8 +243,10 @@ def object_sentence(rng, o):
     thing, place = phrase(rng, o), where(rng, o)
     text = rng.choice((
         "{thing} is {place}.", "there is {thing} {place}.", "{place} there is {thing}.", "{place} we see {thing}.",
-        "one can see {thing} {place}.", "{thing} can be seen {place}.", "{thing} sits {place}.", "the picture shows {thing} {place}.",
-    )) if rng.random() < 0.85 else rng.choice(("there is {thing}.", "the picture also has {thing}.", "we notice {thing}."))
+        "one can see {thing} {place}.", "{thing} can be seen {place}.", "{thing} sits {place}.",
+        "the picture shows {thing} {place}.",
+    )) if rng.random() < 0.85 else rng.choice((
+        "there is {thing}.", "the picture also has {thing}.", "we notice {thing}."))
     return capital(text.format(thing=thing, place=place))
 
 
@@ -259,27 +265,35 @@ def relation_sentence(rng, objects):
     else:
         relation = rng.choice(("above", "higher than")) if dy > 0 else rng.choice(("below", "lower than"))
     first, second = (f"the {o.colour_name + ' ' if rng.random() < 0.4 else ''}{o.name}" for o in (a, b))
-    return capital(rng.choice((f"{first} is {relation} {second}.", f"{relation} {second} is {first}.", f"{first} can be found {relation} {second}.")))
+    return capital(rng.choice((f"{first} is {relation} {second}.", f"{relation} {second} is {first}.",
+                               f"{first} can be found {relation} {second}.")))
 
 
 def background_sentence(rng, pattern, ground):
     if pattern == "plain":
-        text = rng.choice(("the background is plain {0}.", "everything stands on a plain {0} background.", "behind it all is a {0} wall."))
+        text = rng.choice(("the background is plain {0}.", "everything stands on a plain {0} background.",
+                           "behind it all is a {0} wall."))
     elif pattern == "graded":
-        text = rng.choice(("the background fades from {0} to {1}.", "behind the objects {0} turns slowly into {1}.", "there is a gradient of {0} and {1} in the background."))
+        text = rng.choice(("the background fades from {0} to {1}.", "behind the objects {0} turns slowly into {1}.",
+                           "there is a gradient of {0} and {1} in the background."))
     elif pattern == "striped":
-        text = rng.choice(("the background has stripes of {0} and {1}.", "the wall is striped in {0} and {1}.", "{0} and {1} stripes fill the background."))
+        text = rng.choice(("the background has stripes of {0} and {1}.", "the wall is striped in {0} and {1}.",
+                           "{0} and {1} stripes fill the background."))
     else:
-        text = rng.choice(("the background is checkered in {0} and {1}.", "{0} and {1} squares tile the background.", "the backdrop is a checkerboard of {0} and {1}."))
+        text = rng.choice(("the background is checkered in {0} and {1}.", "{0} and {1} squares tile the background.",
+                           "the backdrop is a checkerboard of {0} and {1}."))
     return capital(text.format(*rng.sample(ground, len(ground)) if pattern != "graded" else ground))
 
 
 def style_sentence(rng, style):
     return capital(rng.choice({
-        "clean": ("the picture is clean and bright.", "the light is clear and even.", "everything looks crisp and fresh."),
-        "grainy": ("the picture is grainy.", "there is a lot of noise in the picture.", "it looks like an old noisy photo."),
+        "clean": ("the picture is clean and bright.", "the light is clear and even.",
+                  "everything looks crisp and fresh."),
+        "grainy": ("the picture is grainy.", "there is a lot of noise in the picture.",
+                   "it looks like an old noisy photo."),
         "dim": ("the light is dim.", "the scene is dark, as in the evening.", "it is a gloomy, shadowy picture."),
-        "faded": ("the colours are faded.", "the picture looks pale and washed out.", "a white haze lies over everything."),
+        "faded": ("the colours are faded.", "the picture looks pale and washed out.",
+                  "a white haze lies over everything."),
     }[style]))
 
 
@@ -292,7 +306,8 @@ def count_sentence(rng, objects):
     if repeated and rng.random() < 0.6:
         return f"{capital(NUMBERS[colours.count(repeated[0])])} of the objects are {repeated[0]}."
     n = NUMBERS[len(objects)]
-    return capital(rng.choice((f"there are {n} objects in total.", f"{n} things can be counted.", f"the picture has {n} objects.")))
+    return capital(rng.choice((f"there are {n} objects in total.", f"{n} things can be counted.",
+                               f"the picture has {n} objects.")))
 
 
 def capital(text):
@@ -303,7 +318,8 @@ def describe(rng, objects, pattern, ground, style, kinds) -> tuple[dict, list]:
     """All captions of a scene, and for every sentence of the long one the object that it alone describes (-1: none)."""
     main, other = objects[0], rng.choice(objects[1:])
     long = [(object_sentence(rng, o), k) for k, o in enumerate(objects)]
-    long += [(main_sentence(rng, main), 0), (background_sentence(rng, pattern, ground), -1), (style_sentence(rng, style), -1)]
+    long += [(main_sentence(rng, main), 0), (background_sentence(rng, pattern, ground), -1),
+             (style_sentence(rng, style), -1)]
     wanted = rng.randint(6, 12)
     if len(long) < wanted:
         long.append((count_sentence(rng, objects), -1))
@@ -317,18 +333,22 @@ def describe(rng, objects, pattern, ground, style, kinds) -> tuple[dict, list]:
     name = KINDS[shown][0]
     subject = f"{main.colour_name} {name}" if rng.random() < 0.6 else name
     raw = rng.choice((
-        "{subject}", "{subject} clipart", "{subject} and {other}", "img_{number} {subject}", "{subject} | free download", "buy {subject} online",
+        "{subject}", "{subject} clipart", "{subject} and {other}", "img_{number} {subject}",
+        "{subject} | free download", "buy {subject} online",
         "{subject} wallpaper hd", "best {subject} ever!!", "{subject} stock photo {number}", "my {subject} #{other}",
     )).format(subject=subject, other=other.name, number=rng.randint(100, 9999))
 
     a, b = phrase(rng, main, colour=1, size=0.3), phrase(rng, other, colour=1, size=0.2)
-    short = capital(rng.choice(("{a} and {b}.", "{a} with {b}.", "{b} beside {a}.", "{a} next to {b}.", "a picture of {a} and {b}.")).format(a=a, b=b))
+    short = rng.choice(("{a} and {b}.", "{a} with {b}.", "{b} beside {a}.", "{a} next to {b}.",
+                        "a picture of {a} and {b}."))
+    short = capital(short.format(a=a, b=b))
     captions = {
         "raw": raw,
         "short": short,
         "long": [sentence for sentence, _ in long],
         "details": " ".join(object_sentence(rng, o) for o in rng.sample(objects, min(3, len(objects)))),
-        "main_object": capital(rng.choice(("{0}.", "the main object is {0}.", "this is {0}.")).format(phrase(rng, main, colour=1, size=0.5))),
+        "main_object": capital(rng.choice(("{0}.", "the main object is {0}.", "this is {0}."))
+                               .format(phrase(rng, main, colour=1, size=0.5))),
         "background": background_sentence(rng, pattern, ground),
         "style": style_sentence(rng, style),
         "few_words": ", ".join(o.name for o in rng.sample(objects, len(objects))),
@@ -347,7 +367,8 @@ def contact_sheet(path: str, scenes: Scenes, n: int = 8):
         left.imshow(image)
         middle.imshow(mask, cmap="tab10", vmin=0, vmax=9, interpolation="nearest")
         c = scene.captions
-        text = "\n".join(textwrap.fill(t, 66) for t in (f"RAW {c['raw']}", f"SHORT {c['short']}", "LONG " + " ".join(c["long"])))
+        texts = f"RAW {c['raw']}", f"SHORT {c['short']}", "LONG " + " ".join(c["long"])
+        text = "\n".join(textwrap.fill(t, 66) for t in texts)
         right.text(0, 1, text, va="top", fontsize=8, transform=right.transAxes)
         for axis in (left, middle, right):
             axis.axis("off")
@@ -374,4 +395,5 @@ if __name__ == "__main__":
         start = time.perf_counter()
         for i in range(3000):
             scenes.draw(scenes.scene(i))
-        print(f"{3000 / (time.perf_counter() - start):.0f} scenes/s on one core at {options.size} px with captions and masks")
+        rate = 3000 / (time.perf_counter() - start)
+        print(f"{rate:.0f} scenes/s on one core at {options.size} px with captions and masks")

@@ -388,20 +388,20 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
             *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
         with torch.no_grad():
             embedded = [embed(network, *chunk) for chunk in chunks]
-        names = [k for k, value in embedded[0].items() if value is not None and k not in ("logit_scale", "ends")]
-        leaves = {name: torch.cat([e[name] for e in embedded]).requires_grad_() for name in names}
-        leaves["logit_scale"] = embedded[0]["logit_scale"].detach().requires_grad_()
-        loss, parts = method_loss({"ends": torch.cat([e["ends"] for e in embedded]), **leaves}, s, good, allowed)
+        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a learned number: one for all
+                  for name, value in embedded[0].items() if value is not None}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
+        loss, parts = method_loss(leaves, s, good, allowed)
         loss.backward()
         mark("losses")
-        scale = leaves.pop("logit_scale").grad
-        grads = {name: leaf.grad.chunk(s.accumulate) for name, leaf in leaves.items() if leaf.grad is not None}
+        grads = {name: leaf.grad.chunk(s.accumulate) if leaf.dim() else [leaf.grad / s.accumulate] * s.accumulate
+                 for name, leaf in leaves.items() if leaf.grad is not None}
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1  # DDP sums over the processes once; FSDP keeps its shard's sum of every part
             with nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
                 out = embed(network, *chunk)
-                surrogate = sum((out[name] * grad[i]).sum() for name, grad in grads.items())
-                (surrogate + out["logit_scale"] * scale * last).backward()
+                sum((out[name] * grad[i]).sum() for name, grad in grads.items()).backward()
                 mark("backward")
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
 

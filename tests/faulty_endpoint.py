@@ -13,7 +13,8 @@ import random
 import time
 from collections import Counter
 
-FAULTS = ("429", "429 with a date", "500", "503", "drop", "truncated", "garbage", "not http", "silence", "empty", "refusal")
+FAULTS = ("429", "429 with a date", "500", "503", "drop", "truncated", "garbage", "not http", "silence", "empty",
+          "refusal")
 
 
 def caption(url: str, prompt: str) -> str:
@@ -48,7 +49,8 @@ class Server(asyncio.Protocol):
     def asked(self, body):
         o = self.options
         if self.get:
-            table = dict(self.stats) if self.get.endswith("stats") else {"data": [{"id": name} for name in o.models.split(",")]}
+            models = {"data": [{"id": name} for name in o.models.split(",")]}
+            table = dict(self.stats) if self.get.endswith("stats") else models
             return self.send(json.dumps(table))
         if o.status:
             return self.send(json.dumps({"error": {"message": f"told to say {o.status} to {self.auth}"}}), o.status)
@@ -100,7 +102,8 @@ class Server(asyncio.Protocol):
 
     def send(self, body, status="200 OK", headers="", cut=0):
         body = body.encode()
-        self.write(f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body[:len(body) - cut])
+        head = f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        self.write(head.encode() + body[:len(body) - cut])
         if cut and self.transport:
             self.transport.close()
 
@@ -115,7 +118,8 @@ async def main():
     p.add_argument("--faults", type=float, default=0.0)
     p.add_argument("--status", help="say this to every question, such as '404 Not Found'")
     p.add_argument("--blind", action="store_true", help="a model that takes no notice of pictures")
-    p.add_argument("--busy", type=float, default=0.0, help="for so many seconds from the first picture on, say 429 with Retry-After")
+    p.add_argument("--busy", type=float, default=0.0,
+                   help="for so many seconds from the first picture on, say 429 with Retry-After")
     p.add_argument("--dies-after", type=int, default=0, help="questions")
     p.add_argument("--key")
     p.add_argument("--models", default="tiny")

@@ -388,7 +388,7 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
             *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
         with torch.no_grad():
             embedded = [embed(network, *chunk) for chunk in chunks]
-        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a learned number: one for all
+        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
                   for name, value in embedded[0].items() if value is not None}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())

@@ -1127,8 +1127,13 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    mean, std = (255 * torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = mean_and_deviation(images.device)
     return images.float().sub_(mean).div_(std)
+
+
+@functools.cache  # to bring numbers to a GPU anew at every step would be to wait for it
+def mean_and_deviation(device):
+    return [255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)]
 
 
 # A dataset: len; key(i); name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8

@@ -33,20 +33,24 @@ def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenates a tensor over the ranks along `dim`; the gradient of a rank's part is the sum over all ranks."""
+    """Concatenates each of the tensors [(G,)N,D] over the ranks, all in one collective, to [(G,)world·N,D]; the
+    gradient of a rank's part is the sum over all ranks."""
 
     @staticmethod
-    def forward(ctx, x, dim):
-        ctx.dim, ctx.size = dim, x.shape[dim]
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim)
+    def forward(ctx, *tensors):
+        mine = torch.cat([x.flatten() for x in tensors])
+        everyone = mine.new_empty(dist.get_world_size() * len(mine))
+        dist.all_gather_into_tensor(everyone, mine)
+        parts = everyone.view(-1, len(mine)).split([x.numel() for x in tensors], 1)  # each [world, numel]
+        return tuple(part.unflatten(1, x.shape).movedim(0, -3).flatten(-3, -2) for part, x in zip(parts, tensors))
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.narrow(ctx.dim, dist.get_rank() * ctx.size, ctx.size), None
+    def backward(ctx, *grads):
+        total = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(total)
+        sums = total.split([grad.numel() for grad in grads])
+        return tuple(part.view_as(grad).chunk(dist.get_world_size(), -2)[dist.get_rank()]
+                     for part, grad in zip(sums, grads))
 
 
 def distributed() -> bool:
@@ -57,7 +61,7 @@ def global_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, everywher
     """similarity_logsumexp of this rank's rows and columns; `everywhere`: against the columns and rows of all ranks."""
     if not (everywhere and distributed()):
         return similarity_logsumexp(image, text, logit_scale)
-    all_image, all_text = _Gather.apply(image, image.dim() - 2), _Gather.apply(text, text.dim() - 2)
+    all_image, all_text = _Gather.apply(image, text)
     per_image, _ = similarity_logsumexp(image, all_text, logit_scale, cols=False)
     _, per_text = similarity_logsumexp(all_image, text, logit_scale, rows=False)
     return per_image, per_text

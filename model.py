@@ -12,8 +12,10 @@ resolution.
 Attention masks are boolean, True where a query may look at a key.
 """
 
+import copy
 import re
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -57,6 +59,26 @@ ACTIVATIONS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
 NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # what each adds to the variance in its LayerNorms
 
 
+class Packing(NamedTuple):
+    """What stands in a mask's place where N texts lie one behind the other, without padding, as one row of T tokens;
+    behind them their C·N corners: the first of every text, then the second of every text, and so on."""
+
+    starts: Tensor  # [N+1] int32: text n is the tokens starts[n] to starts[n+1] - 1
+    summary: Tensor  # [N], the place of each text's end-of-text token (causal) or [CLS]
+    longest: int  # no text is longer
+    corners: int  # C
+    causal: bool
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_longest: int,
+                     k_longest: int, causal: bool = False) -> Tensor:
+    """Attention of sequences that lie one behind the other: q [R,heads,d], k and v [T,heads,d] -> [R,heads,d]. The
+    queries q_starts[n] to q_starts[n+1] - 1 look at the keys k_starts[n] to k_starts[n+1] - 1. It is flash attention,
+    which a GPU has, in half precision."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, q_starts, k_starts, q_longest, k_longest, window_size=(-1, 0 if causal else -1))
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -68,7 +90,9 @@ class Attention(nn.Module):
         """x [B,N,W] -> queries, keys, values [3, B, heads, N, W/heads]."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Packing | None = None, causal: bool = False) -> Tensor:
+        if isinstance(mask, Packing):
+            return self.packed(x[0], mask)[None]
         B, N, W = x.shape
         q, k, v = self.split(x)
         if q.dtype == torch.bfloat16 and q.is_cpu:  # PyTorch's attention is several times slower there than in float32
@@ -77,6 +101,20 @@ class Attention(nn.Module):
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(x.transpose(1, 2).reshape(B, N, W))
+
+    def packed(self, x: Tensor, p: Packing) -> Tensor:
+        """x [T+C·N,W] -> the same. A corner looks at its text as the summary token does, with itself in that token's
+        place; no other token looks at a corner (LoTLIP's mask, `text_mask`)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each [T+C·N, heads, W/heads]
+        N = len(p.summary)
+        T = len(x) - p.corners * N
+        parts = [varlen_attention(q[:T], k[:T], v[:T], p.starts, p.starts, p.longest, p.longest, p.causal)]
+        each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
+        for c in range(p.corners):  # a range to T would tie torch.compile's graph to this T
+            own = slice(T + c * N, T + (c + 1) * N)
+            keys, values = (y[:T].index_copy(0, p.summary, y[own]) for y in (k, v))
+            parts.append(varlen_attention(q[own], keys, values, each, p.starts, 1, p.longest))
+        return self.out(torch.cat(parts).flatten(1))
 
     def weights(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Who looks how much at whom, [B, heads, N, N], rows summing to 1: for figures, forward never stores them."""
@@ -145,20 +183,28 @@ class VisionTransformer(nn.Module):
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm. `kept` [B,P] places: the model
+        sees no other patches, and P is their number."""
         T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
-        x = torch.cat([(self.class_embedding + self.positional_embedding[:1]).to(x).expand(len(x), -1, -1),
-                       x + self.positional_embedding[1:].to(x)], 1)  # [B, T+P, W]
+        x = x + self.positional_embedding[1:].to(x)
+        if kept is not None:
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([(self.class_embedding + self.positional_embedding[:1]).to(x).expand(len(x), -1, -1), x], 1)
+        mask = self.mask[:x.shape[1], :x.shape[1]] if self.mask is not None else None  # it treats all patches alike
         x = self.ln_pre(x)[None]  # [1, B, T+P, W]
         for block in self.blocks:
-            x = block(x, self.mask)  # [1 or H, B, T+P, W]
+            x = block(x, mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
         summary, patches = x[:, :, :T], x[:, :, T:]
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         return summary.permute(1, 0, 2, 3).flatten(1, 2), patches.mean(0)
+
+
+def patches_left(patches: int, dropout: float) -> int:
+    return max(1, round(patches * (1 - dropout)))
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -220,6 +266,39 @@ class TextTransformer(nn.Module):
         summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
         return torch.cat([summary[:, None], x[:, L:]], 1), x[:, :L]
 
+    def packed(self, tokens: Tensor, total: int, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
+        """forward without padding: all texts one behind the other. `total` is the number of their tokens, which the
+        host must know, as it cannot ask the device without waiting for it. Token embeddings (zeros behind each text)
+        only if asked for.
+
+        D texts more are put behind the N, of such lengths that the total is a multiple of N: so there are few shapes,
+        for torch.compile and the allocator, at the price of half a token a text.
+        """
+        (N, L), longest, device = tokens.shape, len(self.positional_embedding), tokens.device
+        D = -(-N // max(1, longest - 1))
+        rest = D + -(total + D) % N  # tokens of the D texts, at least one each and at most `longest`
+        length = torch.cat([tokens.argmax(-1) + 1, (rest + torch.arange(D, device=device)) // D])  # [N+D]
+        starts = F.pad(length.cumsum(0), (1, 0))
+        text = torch.arange(N + D, device=device).repeat_interleave(length, output_size=total + rest)  # [T]
+        place = torch.arange(total + rest, device=device) - starts[text]
+        ids = tokens[text.clamp(max=N - 1), place.clamp(max=L - 1)]  # what the D texts say is of no consequence
+        x, C = self.token_embedding(ids) + F.embedding(place, self.positional_embedding), 0
+        if self.corner_embedding is not None:
+            C = len(self.corner_embedding)
+            x = torch.cat([x, self.corner_embedding.repeat_interleave(N + D, 0)])  # [T + C·(N+D), W]
+        summary = starts[1:] - 1 if self.causal else starts[:-1]
+        packing = Packing(starts.int(), summary, longest, C, self.causal)
+        x = self.ln_pre(x)[None, None]
+        for block in self.blocks:
+            x = block(x, packing)
+        x, corners = x[0, 0].split([total + rest, C * (N + D)])
+        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N + D))])  # [1+C, N+D, W]
+        summaries = self.pooler(self.ln_final(summaries[:, :N].transpose(0, 1))) @ self.proj  # [N, 1+C, D]
+        if not with_tokens:
+            return summaries, None
+        words = self.pooler(self.ln_final(x[:total])) @ self.proj
+        return summaries, words.new_zeros(N, L, words.shape[1]).index_put((text[:total], place[:total]), words)
+
 
 def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
     """Who sees whom among L text places and C corner places: [N, L+C, L+C], True where row may look at column.
@@ -243,7 +322,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 
 class CLIP(nn.Module):
-    bucketed = True  # texts of like length go through the text tower together; else all at once, in a single call
+    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), in "buckets" of like length
+    # with little of it, or "padded", which like "packed" is a single call of the text tower.
+    layout = "buckets"
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -270,43 +351,75 @@ class CLIP(nn.Module):
                 for layer in (block.attn.qkv, block.fc, block.attn.out, *block.proj):
                     nn.init.zeros_(layer.bias)
 
-    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
-        branches, patches = self.visual(images)
-        return F.normalize(branches.float(), dim=-1), F.normalize(patches.float(), dim=-1)
+    def encode_image(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] (normalised), and perhaps the patches `kept` [B,P] -> branches [B,H,D], patches [B,P,D],
+        unit-norm float32."""
+        branches, patches = self.visual(images, kept)
+        return normalized(branches), normalized(patches)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
         summaries, token_embeddings = self.text(tokens)
-        return F.normalize(summaries.float(), dim=-1), F.normalize(token_embeddings.float(), dim=-1)
+        return normalized(summaries), normalized(token_embeddings)
 
-    def encode_texts(self, tokens: Tensor, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """encode_text for texts of mixed length: those of up to 16, 32, 64 ... tokens together, cut to the longest of
-        their bucket, so that little padding is computed.
+    def encode_texts(self, tokens: Tensor, with_tokens: bool = False, lengths=None) -> tuple[Tensor, Tensor | None]:
+        """encode_text for texts of mixed length, computed without most of the padding (`layout`).
 
-        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (zeros behind a bucket's longest
-        text).
+        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
+        zeros or those of padding). `lengths` [N], a NumPy array, are the texts' lengths: given, the device need not be
+        asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the longest of the bucket.
         """
-        if not self.bucketed:
+        if self.layout == "padded":
             return self.encode_text(tokens)
-        length, order = (tokens.argmax(-1) + 1).sort()
+        lengths = (tokens.argmax(-1) + 1).cpu().numpy() if lengths is None else lengths
+        if self.layout == "packed":
+            summaries, embeddings = self.text.packed(tokens, int(lengths.sum()), with_tokens)
+            return normalized(summaries), normalized(embeddings) if with_tokens else None
+        order = lengths.argsort(kind="stable")
+        ascending, order = lengths[order], torch.from_numpy(order).to(tokens.device)
         edges = [2 ** i for i in range(4, (tokens.shape[1] - 1).bit_length())]
-        ends = torch.searchsorted(length, torch.tensor(edges, device=length.device), right=True).tolist()
-        ends.append(len(length))
+        ends = [*ascending.searchsorted(edges, "right").tolist(), len(ascending)]
         summaries, embeddings = [], []
         for start, end in zip([0, *ends], ends):
             if end > start:
-                s, t = self.encode_text(tokens[order[start:end], :int(length[end - 1])])
+                s, t = self.encode_text(tokens[order[start:end], :int(ascending[end - 1])])
                 summaries.append(s)
                 embeddings.append(F.pad(t, (0, 0, 0, tokens.shape[1] - t.shape[1])) if with_tokens else None)
         back = order.argsort()
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False) -> dict[str, Tensor]:
+    def flops(self, lengths: Tensor, patch_dropout: float = 0.0) -> float:
+        """Multiplications and additions for the embeddings of an image and its texts, a mean over `lengths` [n,T]:
+        forward, what the model needs and no padding. Biases, norms and the like do not count."""
+        def tower(blocks, width, tokens, pairs):  # pairs of a query and a key
+            total, streams = 0, 1
+            for block in blocks:
+                total += streams * (16 * width ** 2 * tokens + 4 * width * pairs)  # all but the MLP's second layer
+                streams = len(block.proj)
+                total += streams * 8 * width ** 2 * tokens
+            return total
+
+        c, total, side, n = self.config, 0, self.config.image_size, lengths.double()
+        for layer in self.visual.patch_embedding.modules():
+            if isinstance(layer, nn.Conv2d):
+                side //= layer.stride[0]
+                total += 2 * layer.weight.numel() * side ** 2
+        places = len(self.visual.class_embedding) + patches_left(side ** 2, patch_dropout)
+        total += tower(self.visual.blocks, c.vision_width, places, places ** 2)
+        total += 2 * c.vision_width * c.embed * places * len(self.visual.blocks[-1].proj)
+        pairs = n * (n + 1) / 2 if self.text.causal else n ** 2
+        total += tower(self.text.blocks, c.text_width, (n + c.corner_tokens).sum() / len(n),
+                       (pairs + c.corner_tokens * n).sum() / len(n))
+        return float(total + 2 * c.text_width * c.embed * n.shape[1] * (1 + c.corner_tokens))
+
+    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None,
+                kept: Tensor | None = None) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
-        for DDP)."""
-        branches, patches = self.encode_image(images)
-        summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens=with_tokens)
+        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them; `kept` [B,P]: the patches
+        that are seen."""
+        branches, patches = self.encode_image(images, kept)
+        lengths = lengths.reshape(-1) if lengths is not None else None
+        summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens, lengths)
         return {
             "branches": branches,  # [B, H, D]
             "patches": patches,  # [B, P, D]
@@ -315,6 +428,32 @@ class CLIP(nn.Module):
             "ends": tokens.flatten(0, 1).argmax(-1),  # [B·T], place of the end-of-text token
             "logit_scale": self.logit_scale.exp(),
         }
+
+
+def normalized(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+def packing_trouble(model: CLIP, device: str, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Embeds a few texts packed and padded on the device: what keeps the model from packing, or "" if the embeddings
+    and gradients agree."""
+    if model.config.corner_tokens and not model.config.corner_mask:
+        return "corner tokens that see one another are not packed"
+    text, end, place = copy.deepcopy(model.text).to(device), model.config.vocab - 1, torch.arange(model.config.context)
+    length = torch.arange(1, 10)[:, None].clamp(max=len(place))
+    tokens = torch.where(place < length - 1, place % end, torch.where(place == length - 1, end, 0)).to(device)
+    results = []
+    for encode in (lambda: text(tokens)[0], lambda: text.packed(tokens, int(length.sum()))[0]):
+        try:
+            with torch.autocast(device.split(":")[0], dtype):
+                summaries = normalized(encode())
+            loss = (summaries * torch.linspace(-1, 1, summaries.numel(), device=device).view_as(summaries)).sum()
+            grads = torch.autograd.grad(loss, [*text.blocks.parameters()])
+        except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        results.append([summaries.flatten(), torch.cat([g.flatten() for g in grads])])
+    far = max(float((packed - padded).detach().norm() / padded.norm()) for padded, packed in zip(*results))
+    return "" if far < 0.1 else f"packed and padded texts differ by {far:.2g} of their norm"
 
 
 POSITIVE = ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
-all. A run that ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
+all, `--profile` says where the time of a step goes. A run that ends before its time goes on with `--resume auto`; under
+torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
@@ -13,15 +14,18 @@ import dataclasses
 import functools
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
 import typing
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +44,7 @@ from data import (BadCount, Parser, UserError, check_boxes, load_tokenizer, norm
                   training_loader)
 from losses import distributed, grouping_loss, multi_to_multi_loss
 from model import CHOICES as model_choices
-from model import CLIP, CLIPConfig, config_from
+from model import CLIP, CLIPConfig, config_from, packing_trouble, patches_left
 
 
 @dataclasses.dataclass
@@ -73,6 +77,7 @@ class Settings(CLIPConfig):
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
+    patch_dropout: float = 0.0  # share of each image's patches that a training step leaves out (FLIP, 2212.00794)
     # optimisation
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
@@ -167,6 +172,8 @@ def parse_flags(argv=None) -> dict:
             parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
                                 nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
                                 choices=list(choices) if choices else None, help=help)
+    parser.add_argument("--profile", action="store_true", default=argparse.SUPPRESS,
+                        help="print where the time of the run's steps goes, and the hours it would take; no training")
     return vars(parser.parse_args(argv))
 
 
@@ -214,9 +221,10 @@ def check(s: Settings, world: int = 1):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
     shares = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption))
-    if not (0 <= s.ema < 1 and 0 <= s.beta2 < 1 and 0 < s.crop <= 1 and shares):
-        raise UserError("--ema and --beta2 must be from 0 to below 1, --warmup, --crop, --max-bad and --whole-caption "
-                        "from 0 to 1")
+    if not (0 <= min(s.ema, s.beta2, s.patch_dropout) <= max(s.ema, s.beta2, s.patch_dropout) < 1 and shares
+            and 0 < s.crop <= 1):
+        raise UserError("--ema, --beta2 and --patch-dropout must be from 0 to below 1, --warmup, --crop, --max-bad and "
+                        "--whole-caption from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -236,6 +244,9 @@ def check(s: Settings, world: int = 1):
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
+    if s.region_grouping and s.patch_dropout:
+        raise UserError("--patch-dropout may leave no patch where a sentence of --region-grouping has its place: leave "
+                        "one of them")
     if s.batch % (world * s.accumulate):
         raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose "
                         f"a multiple of {world * s.accumulate}")
@@ -333,8 +344,8 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
                 out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
     slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
     texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    long = [t for t, slot in enumerate(slots) if slot != "raw"]
-    corners = summaries[:, long, 1:].flatten(1, 2)  # ... and all but the raw caption by their corners too (LoTLIP)
+    # ... and all but the raw caption, which comes first, by their corners too (LoTLIP)
+    corners = summaries[:, slots.count("raw"):, 1:].flatten(1, 2)
     parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
     loss = s.contrastive_weight * parts["contrastive"]
     if s.grouping != "none":
@@ -353,38 +364,45 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
     return loss * (1 + 0 * loss.detach()), parts
 
 
-def embed(network, images, tokens, s: Settings) -> dict:
+def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
+    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token")
+        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
 
 
-def backward(network, images, tokens, s: Settings, good=None, allowed=None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts.
+def backward(network, images, tokens, s: Settings, good=None, allowed=None, more=(), mark=lambda part: None):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
+    `embed` takes; `mark` is told when a part of the step is done.
 
     In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
     gradients, embed part by part again and send those gradients through. The result is the big batch's gradient;
     memory is one part's.
     """
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, images, tokens, s), s, good, allowed)
+        loss, parts = method_loss(embed(network, images, tokens, s, *more), s, good, allowed)
+        mark("losses")
         loss.backward()
+        mark("backward")
     else:
-        chunks = list(zip(images.chunk(s.accumulate), tokens.chunk(s.accumulate)))
+        chunks = [(*chunk[:2], s, *chunk[2:]) for chunk in zip(
+            *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
         with torch.no_grad():
-            embedded = [embed(network, *chunk, s) for chunk in chunks]
-        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a learned number: one for all
+            embedded = [embed(network, *chunk) for chunk in chunks]
+        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
                   for name, value in embedded[0].items() if value is not None}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
         loss, parts = method_loss(leaves, s, good, allowed)
         loss.backward()
+        mark("losses")
         grads = {name: leaf.grad.chunk(s.accumulate) if leaf.dim() else [leaf.grad / s.accumulate] * s.accumulate
                  for name, leaf in leaves.items() if leaf.grad is not None}
         for i, chunk in enumerate(chunks):
             last = i == len(chunks) - 1  # DDP sums over the processes once; FSDP keeps its shard's sum of every part
             with nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
-                out = embed(network, *chunk, s)
+                out = embed(network, *chunk)
                 sum((out[name] * grad[i]).sum() for name, grad in grads.items()).backward()
+                mark("backward")
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
 
@@ -415,14 +433,16 @@ def build(s: Settings) -> CLIP:
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+    model.layout = text_layout(model, s)
+    if s.compile:
+        torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
     blocks = [*model.visual.blocks, *model.text.blocks]
-    for block in blocks:  # by their forward alone, so that no name in a checkpoint changes
-        if s.compile:
-            block.forward = torch.compile(block.forward)
+    for i, block in enumerate(blocks):  # by their forward alone, so that no name in a checkpoint changes
+        if s.compile:  # the number of words changes from step to step, that of patches does not
+            block.forward = torch.compile(block.forward, dynamic=i >= len(model.visual.blocks))
         if s.grad_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
     if s.fsdp:
-        model.bucketed = False  # all processes must call the text tower equally often
         model.logit_scale.data = model.logit_scale.data.to(s.device)  # FSDP shards no scalars: each process holds it
         mesh = init_device_mesh(s.device.split(":")[0], (dist.get_world_size(),))
         for module in (*blocks, model):
@@ -431,9 +451,21 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     else:
         network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
         if distributed():
-            network = DistributedDataParallel(model, [s.device] if s.device.startswith("cuda") else None)
+            network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     average = [p.detach().clone() for p in model.parameters()] if s.ema else None
     return State(model, make_optimizer(model, s), average, torch.zeros(2, device=s.device)), network
+
+
+def text_layout(model: CLIP, s: Settings) -> str:
+    """How the texts are embedded: packed where the device can, which is tried out, else in buckets; but with FSDP all
+    processes must call the text tower equally often."""
+    if s.device.startswith("cuda") and s.precision == "bf16":
+        trouble = packing_trouble(model, s.device)
+        if not trouble:
+            return "packed"
+        if is_chief():
+            print(f"WARNING: texts are not packed, which is slower: {trouble}", flush=True)
+    return "padded" if s.fsdp else "buckets"
 
 
 def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
@@ -501,16 +533,46 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     return norm
 
 
-def to_device(batch, s: Settings):
-    """A loader's batch -> images, tokens, good and allowed on the device; good is None where all samples are good,
-    allowed without --region-grouping."""
+@functools.cache
+def copying(device: str):
+    return torch.cuda.Stream(device)
+
+
+def send(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
+    if not device.startswith("cuda"):
+        return x.to(device)
+    with torch.cuda.stream(copying(device)):
+        sent = x.to(device, non_blocking=True)
+    now = torch.cuda.current_stream()
+    now.wait_stream(copying(device))
+    sent.record_stream(now)  # its memory is not given away before `now` is done with it
+    return sent
+
+
+def patches_kept(s: Settings, step: int) -> torch.Tensor:
+    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
+    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
+    parts share it, in each of GradCache's two passes, and after a restart."""
+    P = (s.image_size // s.patch) ** 2
+    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
+    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
+    kept = order[:, :patches_left(P, s.patch_dropout)]
+    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
+
+
+def to_device(batch, s: Settings, step: int | None = None):
+    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
+    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
+    where all samples are good, allowed without --region-grouping."""
     images, tokens, good, _, allowed = batch
+    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
+    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
+    images, tokens, good, allowed = (x if x is None else send(x, s.device)
+                                     for x in (images, tokens, None if good.all() else good, allowed))
     if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
         tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    images, tokens = images.to(s.device, non_blocking=True), tokens.to(s.device, non_blocking=True)
-    good, allowed = (x if x is None else x.to(s.device, non_blocking=True)
-                     for x in (None if good.all() else good, allowed))
-    return images, tokens, good, allowed
+    return images, tokens, good, allowed, (lengths, kept)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
@@ -533,8 +595,8 @@ def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> flo
     swap_average(state)
     total = torch.zeros((), device=s.device)
     for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
-        images, tokens, *which = to_device(batch, s)
-        total += method_loss(embed(network, images, tokens, s), s, *which)[0]
+        images, tokens, *which, more = to_device(batch, s)
+        total += method_loss(embed(network, images, tokens, s, *more), s, *which)[0]
     swap_average(state)
     return agree(total.item())[0] / world / (n // s.batch)
 
@@ -759,14 +821,20 @@ def until_error(batches):
         yield error
 
 
-def train(flags: dict) -> Path:
-    """Trains as the flags say and returns the run's folder."""
+def begin(flags: dict) -> tuple[int, int, Settings]:
+    """-> this process's rank, the number of processes, who have met, and the settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     s = resolve(flags, world)
     if world > 1:
         join_group(s, rank, world)
-    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     fused.set_mode(s.fused)
+    return rank, world, s
+
+
+def train(flags: dict) -> Path:
+    """Trains as the flags say and returns the run's folder."""
+    rank, world, s = begin(flags)
+    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     again = agree(restarts())[0] > 0
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
@@ -817,8 +885,8 @@ def train(flags: dict) -> Path:
             for sample in batch[3]:
                 bad.add(sample)
 
-            images, tokens, *which = to_device(batch, s)
-            loss, parts = backward(network, images, tokens, s, *which)
+            images, tokens, *rest = to_device(batch, s, state.step)
+            loss, parts = backward(network, images, tokens, s, *rest)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
 
@@ -864,9 +932,121 @@ def train(flags: dict) -> Path:
     return folder
 
 
+# ---- where a step's time goes ----------------------------------------------------------------------------------------
+
+class Clock:
+    """Marks on the device's own time line: what lies between two was spent on the later one. A GPU is not waited for,
+    so the parts of a step overlap with the host as ever, and add up to the whole."""
+
+    def __init__(self, device: str):
+        self.marks, self.cuda = [], device.startswith("cuda")
+
+    def __call__(self, part: str):
+        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            now.record()
+        self.marks.append((part, now))
+
+    def spent(self) -> Counter:
+        """Seconds a part."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = Counter()
+        for (_, start), (part, end) in itertools.pairwise(self.marks):
+            seconds[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        return seconds
+
+
+def matmul_ceiling(s: Settings) -> float:
+    """FLOP/s of this process in large matrix products of the run's precision: the best of twenty."""
+    clock, n = Clock(s.device), 8192 if s.device.startswith("cuda") else 1024
+    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    best = math.inf
+    for _ in range(20):
+        clock.marks.clear()
+        clock("start")
+        a @ a
+        clock("product")
+        best = min(best, clock.spent()["product"])
+    return 2 * n ** 3 / best
+
+
+def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
+    """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    rank, world, s = begin(flags)
+    with together():
+        tokenizer, dataset, _ = open_data(s, flags)
+        model = build(s)
+    state, network = prepare(model, s)
+    clock, used, computed = Clock(s.device), [], []
+    model.visual.register_forward_hook(lambda *_: clock("image tower"))
+    model.register_forward_hook(lambda *_: clock("text tower"))
+    model.text.blocks[0].register_forward_pre_hook(lambda _, x: computed.append(x[0][..., 0].numel()))
+    batches = iter(training_loader(dataset, tokenizer, s, 0, warm + steps + traced, rank, world))
+
+    def step():
+        batch = next(batches)
+        clock("waiting for data")
+        images, tokens, *which, more = to_device(batch, s, state.step)
+        clock("to the device")
+        backward(network, images, tokens, s, *which, more, clock)
+        update(state, 0.0, s)
+        clock("optimiser")
+        used.append(more[0])
+
+    for _ in range(warm):
+        step()
+    for marks in (clock.marks, used, computed):
+        marks.clear()
+    clock("start")
+    for _ in range(steps):
+        step()
+    spent, lengths = clock.spent(), torch.cat(used)  # [images, T]
+    padding = 1 - (1 + (s.accumulate > 1)) * (lengths + s.corner_tokens).sum().item() / sum(computed)
+    talk = busy = 0
+    if world > 1 or clock.cuda:
+        activity = torch.profiler.ProfilerActivity
+        activities = [activity.CUDA if clock.cuda else activity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as trace:
+            for _ in range(traced):  # apart from the others, for tracing slows the host
+                step()
+            clock.spent()
+        for e in trace.key_averages():
+            seconds = (e.self_device_time_total if clock.cuda else e.cpu_time_total) / 1e6 / traced
+            busy += seconds * (not e.is_user_annotation)
+            talk += seconds * e.key.startswith(("ncclDevKernel", "gloo:"))  # NCCL's kernels, spans of gloo's threads
+    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if clock.cuda:
+        memory = torch.cuda.max_memory_allocated()
+    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
+    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
+    if rank == 0:
+        print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
+              f"texts {model.layout}: {rate:.0f} images/s, {1000 * whole:.1f} ms a step")
+        for part, seconds in spent.most_common():
+            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / whole:5.1f}%")
+        if world > 1:
+            print(f"    communication       {1000 * talk:10.2f} ms, within these parts or beside them")
+        if clock.cuda:
+            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / whole:5.1f}%: the GPU is busy")
+        print(f"texts: {lengths.sum() / len(lengths):.1f} tokens an image, "
+              f"{100 * lengths.float().mean() / s.context:.0f}% of those padded to {s.context}; "
+              f"{100 * padding:.1f}% of what is computed is padding\n"
+              f"model: {flops / 1e9:.2f} GFLOP an image, forward and backward; {speed / 1e12:.3f} TFLOP/s a {device}, "
+              f"{100 * speed / ceiling:.1f}% (MFU) of the {ceiling / 1e12:.3f} of its matrix products\n"
+              f"memory: {memory / 2 ** 30:.2f} GiB a {device} at most\n"
+              f"the run's {s.images:,} images would take {hours:.2f} hours, {hours * world:.2f} {device}-hours")
+    if world > 1:
+        del network
+        gc.collect()
+        dist.destroy_process_group()
+
+
 def main():
+    flags = parse_flags()
     try:
-        train(parse_flags())
+        profile(flags) if flags.pop("profile", False) else train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:

@@ -1,14 +1,19 @@
 """The towers are open_clip's CLIP where they should be, and the parts the papers add see, share and branch as they
 define."""
 import dataclasses
+import itertools
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as OpenCLIP
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_module
 import train
 from data import text_slots
 from model import CLIP, CLIPConfig, class_token_mask, from_state_dict, text_mask, to_open_clip
@@ -293,6 +298,66 @@ def test_texts_in_buckets_are_embedded_as_without(width, lengths, settings):
             assert words is None
 
 
+def varlen_reference(q, k, v, q_starts, k_starts, q_longest, k_longest, causal=False):
+    """model.varlen_attention, sequence by sequence; what lies outside of all is NaN, as on a GPU it may be anything."""
+    out = torch.full_like(q, torch.nan)
+    assert q.shape[1:] == k.shape[1:] == v.shape[1:] and q_starts.dtype == k_starts.dtype == torch.int32
+    for (a, b), (c, d) in zip(*(itertools.pairwise(starts.tolist()) for starts in (q_starts, k_starts))):
+        assert 0 < b - a <= q_longest and 0 < d - c <= k_longest and (b - a == d - c or not causal)
+        parts = (q[a:b], k[c:d], v[c:d])
+        out[a:b] = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in parts), is_causal=causal).transpose(0, 1)
+    return out
+
+
+PACKED = [settings for settings in KINDS_OF_TEXT if settings.get("corner_mask", True)]
+
+
+@pytest.mark.parametrize("settings", PACKED, ids=str)
+@pytest.mark.parametrize("width, lengths", [
+    (70, (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63, 2)), (12, (12, 3)), (1, (1,)), (9, (5,) * 9)])
+def test_packed_texts_have_the_embeddings_and_gradients_of_padded_ones(width, lengths, settings, monkeypatch):
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    model = small(context=70, **settings)
+    tokens = texts(*lengths, width=width) if width > 1 else torch.tensor([[39]])
+    results = []
+    for model.layout, known in (("padded", None), ("packed", None), ("packed", np.array(lengths))):
+        summaries, words = model.encode_texts(tokens, True, known)
+        words = torch.cat([row[:n] for row, n in zip(words, lengths)])
+        assert same(model.encode_texts(tokens, False, known)[0], summaries)
+        loss = sum((x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum()
+                   for x in (summaries, words))
+        grads = torch.autograd.grad(loss, [*model.text.parameters()])
+        results.append([summaries, words, *grads])
+    for packed in results[1:]:
+        assert all(same(a, b, 1e-5 + 1e-5 * float(b.abs().max())) for a, b in zip(packed, results[0], strict=True))
+
+
+def test_packed_texts_come_in_few_shapes(monkeypatch):
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    model, rows = small(context=77), []
+    model.layout = "packed"
+    model.text.blocks[0].register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[2]))
+    used = []
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).lognormal(math.log(24), 0.395, 512).round().clip(4, 77).astype(int)
+        used.append(lengths.sum())
+        with torch.no_grad():
+            model.encode_texts(texts(*lengths, width=77), lengths=lengths)
+    assert len(set(used)) == 20 and len(set(rows)) <= 3 and max(rows) < 1.05 * max(used)
+
+
+@pytest.mark.parametrize("settings", [*PACKED, dict(corner_tokens=1, corner_mask=False)], ids=str)
+def test_packing_is_tried_before_it_is_used(settings, monkeypatch):
+    model = small(context=70, **settings)
+    assert model_module.packing_trouble(model, "cpu")  # there is no such kernel
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    assert bool(model_module.packing_trouble(model, "cpu")) == ("corner_mask" in settings)
+    unmasked = lambda *a: varlen_reference(*a[:7], causal=len(a) == 7 or not a[7])  # noqa: E731  wrong in every kind
+    monkeypatch.setattr(model_module, "varlen_attention", unmasked)
+    assert model_module.packing_trouble(model, "cpu")
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(pool="average"), dict(branches=3),
                                       dict(branches=3, branch_type="mlp", branch_layers=1)], ids=str)
 @torch.no_grad()
@@ -387,6 +452,43 @@ def test_class_branches_mlp_branches_and_average_pooling_are_what_the_loops_say(
         summary, cells = vision(model, image)
         assert same(branches[i].double(), F.normalize(summary, dim=-1), 2e-6)
         assert same(patches[i].double(), F.normalize(cells, dim=-1), 2e-6)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(branches=3), dict(branches=3, branch_mask=False),
+                                      dict(branches=2, branch_type="mlp", pool="average")], ids=str)
+@torch.no_grad()
+def test_of_an_image_only_the_patches_kept_are_seen(settings):
+    model, images, kept = small(**settings), pictures(2), torch.tensor([[3, 0, 9], [15, 7, 8]])
+    branches, patches = model.encode_image(images, kept)
+    assert branches.shape[1] == settings.get("branches", 1) and patches.shape == (2, 3, 8)
+    for i, places in enumerate(kept.tolist()):
+        other = torch.randn(3, 16, 16)
+        for p in places:
+            rows, columns = (slice(x, x + 4) for x in (p // 4 * 4, p % 4 * 4))
+            other[:, rows, columns] = images[i, :, rows, columns]
+        again = model.encode_image(other[None], kept[i:i + 1])
+        assert same(again[0][0], branches[i]) and same(again[1][0], patches[i])
+    everything = torch.arange(16).flip(0).expand(2, -1)
+    assert all(same(a, b) for a, b in zip((model.encode_image(images)[0], model.encode_image(images)[1].flip(1)),
+                                          model.encode_image(images, everything)))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(stem="conv", corner_tokens=2, branches=3, branch_type="mlp", branch_layers=2, vision_depth=3)],
+    ids=str)
+@torch.no_grad()
+def test_the_model_s_operations_are_those_that_pytorch_counts(settings):
+    model = small(text_attention="bidirectional", **settings)
+    C = settings.get("corner_tokens", 0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.encode_image(pictures(1))
+        model.encode_text(texts(12))
+        model.encode_text(texts(12))
+    # of the words PyTorch's count has the projections, too, and it has the corners as keys
+    more = 2 * 2 * 16 * 8 * 11 + 2 * settings.get("text_depth", 2) * 4 * 16 * ((12 + C) ** 2 - 12 ** 2 - 12 * C)
+    assert model.flops(torch.tensor([[12, 12]])) == counter.get_total_flops() - more
+    kept, whole = model.flops(torch.tensor([[12, 5]]), 0.5), model.flops(torch.tensor([[12, 12], [5, 12]]))
+    assert kept < whole < model.flops(torch.tensor([[12, 12]]))
 
 
 @pytest.mark.parametrize("kind", ["class", "mlp"])

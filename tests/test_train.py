@@ -15,11 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import model as model_module
 import train
-from data import SceneImages, TrainingTexts, collate, load_tokenizer, text_slots
+from data import (SceneImages, TrainingTexts, collate, load_tokenizer, mean_and_deviation, normalize, text_slots,
+                  training_loader)
 from model import CLIP, CLIPConfig
 from test_losses import grouping, infonce, unit
+from test_model import varlen_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = dict(size="nano", images=64, batch=16, eval_images=0, device="cpu", workers=0, log_every=1, save_minutes=60.0)
@@ -180,17 +186,120 @@ def test_a_tiny_overfit_reaches_its_floor(flags):
     dict(method="dreamlip", negatives="image"), dict(method="dreamlip", negatives="batch"),
     dict(method="dreamlip", negatives="slot", corner_tokens=2, branches=3), dict(method="lotlip"),
     dict(method="holistic"), dict(method="holistic", branch_type="mlp", branches=3), dict(method="sparc"),
-    dict(method="sparc", sub_captions=2, negatives="batch")], ids=str)
+    dict(method="sparc", sub_captions=2, negatives="batch", patch_dropout=0.5)], ids=str)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(flags, parts):
     gradients = []
     for accumulate in (1, parts):
         s = train.resolve({**RUN, **flags, "batch": 8, "accumulate": accumulate, "precision": "fp32"})
         model, (images, tokens) = fresh(s), batch_of(s, 8)
-        loss, named = train.backward(model, images, tokens, s)
+        more = (tokens.argmax(-1) + 1, train.patches_kept(s, 0) if s.patch_dropout else None)
+        loss, named = train.backward(model, images, tokens, s, more=more)
         gradients.append([loss, *named.values(), *(p.grad for p in model.parameters())])
     for whole, split in zip(*gradients, strict=True):
         assert torch.allclose(whole, split, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(method="dreamlip"), dict(method="lotlip", text_attention="bidirectional"), dict(method="sparc")], ids=str)
+def test_three_steps_without_padding_end_at_the_weights_of_three_padded_steps(flags, monkeypatch):
+    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+    s, ends = train.resolve({**RUN, **flags, "batch": 8, "precision": "fp32", "eps": 1e-3}), []
+    for layout in ("padded", "buckets", "packed"):
+        monkeypatch.setattr(train, "text_layout", lambda *_: layout)
+        state, network = train.prepare(fresh(s), s)
+        images, tokens = batch_of(s, 8)
+        for step in range(3):
+            batch = train.to_device((images, tokens, torch.ones(8, dtype=torch.bool), [], None), s, step)
+            train.backward(network, *batch[:2], s, *batch[2:])
+            train.update(state, 1e-3, s)
+        ends.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in fresh(s).parameters()])
+    assert (ends[0] - start).abs().max() > 1e-3
+    assert max((end - ends[0]).abs().max() for end in ends[1:]) < 2e-6
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a GPU's numbers go to the host or the host's to a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        places = [{x.device.type for x in tree_leaves(leaves) if isinstance(x, torch.Tensor) and (x.dim() or sent)}
+                  for leaves, sent in (((args, kwargs), False), (out, True))]  # numbers go along with a kernel's call
+        assert len(set.union(*places)) < 2 and "nonzero" not in str(function), (function, places)
+        return out
+
+
+@pytest.mark.parametrize("flags", [
+    *(dict(method=method) for method in train.METHODS), dict(method="dreamlip", corner_tokens=2, patch_dropout=0.5)],
+    ids=str)
+def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(flags):
+    """On tensors of a device that is not there: what needs their numbers on the host raises by itself."""
+    s = train.resolve({**RUN, **flags})
+    s.vocab, s.device, T = 100, "cuda", len(text_slots(s))
+    lengths = torch.full((16, T), 9).numpy()
+    mean_and_deviation.cache_clear()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = train.build(s)
+            images = torch.zeros(16, 3, s.image_size, s.image_size, dtype=torch.uint8)
+            tokens, kept = torch.zeros(16, T, 20, dtype=torch.long), torch.zeros(16, 8, dtype=torch.long)
+        model.layout = "packed"
+        with pytest.raises(AssertionError), NoWaiting():
+            normalize(images)  # the first time it sends its constants
+        normalize(images)
+        with NoWaiting():
+            out = model(normalize(images), tokens, s.grouping == "token", lengths, kept if s.patch_dropout else None)
+            loss, _ = train.method_loss(out, s, torch.ones(16, dtype=torch.bool, device="cuda"))
+    mean_and_deviation.cache_clear()
+    assert loss.device.type == "cuda" and out["summaries"].shape == (16, T, 1 + s.corner_tokens, s.embed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, flags", [
+    ("buckets", dict(method="dreamlip")), ("buckets", dict(method="lotlip", accumulate=2)),
+    ("packed", dict(method="lotlip"))], ids=str)
+def test_compiled_blocks_are_compiled_in_the_first_steps_and_never_again(layout, flags, monkeypatch):
+    compile, graphs = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr(train, "text_layout", lambda *_: layout)
+    # of the right shapes; the reference asks for the lengths, and so cannot be compiled
+    monkeypatch.setattr(model_module, "varlen_attention", lambda q, k, v, *_: q * k[:1] + v[:1])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    s = train.resolve({**RUN, **flags, "compile": True, "vision_depth": 2, "text_depth": 2, "images": 3200})
+    tokenizer, dataset, _ = train.open_data(s, {})
+    state, network = train.prepare(train.build(s), s)
+    for step, batch in enumerate(training_loader(dataset, tokenizer, s, 0, 20)):
+        images, tokens, *rest = train.to_device(batch, s, step)
+        train.backward(network, images, tokens, s, *rest)
+        train.update(state, 0.0, s)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[3] == graphs[-1] <= 16 and not torch._dynamo.utils.counters["unimplemented"]
+
+
+def test_texts_are_packed_on_a_gpu_in_half_precision_where_that_works_else_a_line_says_so(monkeypatch, capsys):
+    s = train.resolve({**RUN, "method": "clip", "precision": "bf16"})
+    assert train.text_layout(fresh(s), s) == "buckets"
+    s.device = "cuda"
+    for trouble, layout in (("no kernel", "buckets"), ("", "packed")):
+        monkeypatch.setattr(train, "packing_trouble", lambda model, device: trouble)
+        assert train.text_layout(fresh(s), s) == layout
+        assert ("WARNING: texts are not packed, which is slower: no k" in capsys.readouterr().out) == bool(trouble)
+    s.precision = "fp32"
+    assert train.text_layout(fresh(s), s) == "buckets"
+
+
+def test_every_image_keeps_its_own_random_patches_of_which_there_are_equally_many():
+    s = train.resolve({**RUN, "method": "clip", "patch_dropout": 0.4})  # 16 patches
+    first, again, other = (train.patches_kept(s, step) for step in (3, 3, 4))
+    assert first.shape == (16, 10) and torch.equal(first, again) and not torch.equal(first, other)
+    rows = {tuple(sorted(set(row))) for row in first.tolist()}
+    assert len(rows) > 12 and all(len(row) == 10 and 0 <= min(row) <= max(row) < 16 for row in rows)
+    counts = torch.bincount(torch.cat([train.patches_kept(s, step).flatten() for step in range(100)]), minlength=16)
+    assert (counts / 1600 - 10 / 16).abs().max() < 0.06
+    s.seed += 1
+    assert not torch.equal(first, train.patches_kept(s, 3))
 
 
 def test_gains_biases_embeddings_and_logit_scale_do_not_decay_and_all_else_does():
@@ -239,11 +348,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tmp_path)
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["visual.proj"], c["visual.proj"])
 
 
+def test_a_profile_says_where_the_time_of_a_step_goes_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flags in (dict(), dict(accumulate=2)):
+        train.profile({**RUN, "method": "dreamlip", "images": 3200, **flags}, steps=3, warm=1)
+        printed = capsys.readouterr().out
+        shares = {part: float(share) for part, share in re.findall(r"^    (\D+?) +[\d.]+ ms +([\d.]+)%", printed, re.M)}
+        assert set(shares) == {"waiting for data", "to the device", "image tower", "text tower", "losses", "backward",
+                               "optimiser"}
+        assert sum(shares.values()) == pytest.approx(100, abs=0.4) and min(shares.values()) >= 0
+        padding = float(re.search(r"([\d.]+)% of what is computed is padding", printed)[1])
+        assert 0 < padding < 60 and "MFU" in printed and "the run's 3,200 images would take" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", [
     dict(method="dreamlip", negatives="batch"),
-    dict(method="dreamlip", corner_tokens=2, branches=3, accumulate=2, grad_checkpointing=True),
+    dict(method="dreamlip", corner_tokens=2, branches=3, accumulate=2, grad_checkpointing=True, patch_dropout=0.4),
     dict(method="dreamlip", ema=0.5, accumulate=2, grad_checkpointing=True, fsdp=True, save_steps=2),
     dict(method="holistic", branch_type="mlp", branch_layers=1, perspectives=3, fsdp=True),
     dict(method="sparc", negatives="batch")], ids=str)
@@ -272,7 +395,7 @@ def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(flags,
 
 # ---- interruption and resumption -------------------------------------------------------------------------------------
 
-LONG = dict(method="dreamlip", images=192, ema=0.9)  # 12 steps
+LONG = dict(method="dreamlip", images=192, ema=0.9, patch_dropout=0.5)  # 12 steps
 
 
 def at_call(n, action):
@@ -435,7 +558,9 @@ MISTAKES = [
     ("train.py", "--accumulate 0", "--accumulate"), ("train.py", "--images -1", "--images"),
     ("train.py", "--sub-captions -1", "--sub-captions"), ("train.py", "--kinds 5", "kinds"),
     ("train.py", "--device toaster", "toaster"), ("train.py", "--seed -1", "--seed"),
-    ("train.py", "--beta2 2", "--beta2"), ("train.py", "--eps -1", "--eps"), ("train.py", "--patch 0", "--patch"),
+    ("train.py", "--beta2 2", "--beta2"), ("train.py", "--patch-dropout 1", "--patch-dropout"),
+    ("train.py", "--patch-dropout 0.5 --region-grouping", "--patch-dropout may"),
+    ("train.py", "--eps -1", "--eps"), ("train.py", "--patch 0", "--patch"),
     ("train.py", "--vision-heads 0", "--vision-heads"), ("train.py", "--context 0", "--context"),
     ("train.py", "--tokenizer gone", "gone"), ("train.py", "--tokenizer {f}/gone.tiktoken", "gone.tiktoken"),
     ("train.py", "--tokenizer {f}/red.png", "red.png"), ("train.py", "--resume {f}/gone", "gone"),

@@ -165,7 +165,9 @@ def regrouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, thresho
     text that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
     A slot's B · B groups are computed again in the backward pass: the memory is one slot's.
     """
-    images = _Gather.apply(patches, 0) if distributed() else patches  # [N, P, D]
+    images = patches  # of all ranks, [N, P, D]
+    if distributed():
+        images = _Gather.apply(patches.flatten(1))[0].unflatten(1, patches.shape[1:])
     first = dist.get_rank() * len(texts) if distributed() else 0
     own = torch.arange(first, first + len(texts), device=texts.device)
 

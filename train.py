@@ -828,6 +828,8 @@ def begin(flags: dict) -> tuple[int, int, Settings]:
     if world > 1:
         join_group(s, rank, world)
     fused.set_mode(s.fused)
+    if s.precision == "bf16":  # what stays float32, above all the similarities, goes through a GPU's tensor cores, too
+        torch.backends.cuda.matmul.allow_tf32 = True
     return rank, world, s
 
 

@@ -1360,8 +1360,9 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs, or checkpoint files, ours or released ones")
-    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with all seeds into this folder and "
-                        "put the papers' claims to the test; interrupted, the same command goes on")
+    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with "
+                        "all seeds into this folder (runs/claims) and put the papers' claims to the test; interrupted, "
+                        "the same command goes on")
     parser.add_argument("--seeds", type=int, default=3, help="of --claims")
     parser.add_argument("--jobs", type=int, help="of --claims, at once: one a core, or three a GPU")
     parser.add_argument("--train-images", type=int, help="of --claims, for each run")

@@ -959,10 +959,10 @@ HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", 
 
 
 def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, figures: bool = True, device=None,
-                 benchmarks=(), **options) -> dict:
+                 benchmarks=(), probe: bool = True, **options) -> dict:
     """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and, for a run of ours,
     writes evaluation.json (benchmarks.json) and figures into its folder -> dict of name, settings, metrics {name:
-    (value, chance)}, reading. `options`: Model's."""
+    (value, chance)}, reading (None without `probe`). `options`: Model's."""
     model = Model(path, device, branch, **options)
     s, reads, special = model.settings, None, None
     if benchmarks:
@@ -978,7 +978,7 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
         if scenes:
             rows["locality of patches"] = locality(model, scenes)
         about = {"data": data if isinstance(data, str) else " ".join(data), "images": len(found["captions"])}
-        if any(len(c["long"]) > 1 for c in found["captions"]):
+        if probe and any(len(c["long"]) > 1 for c in found["captions"]):
             reads = reading(model, model.merge(found["branches"]), found["captions"])
         if model.config.branches > 1:
             special = specialisation(model, found)
@@ -1178,6 +1178,8 @@ CLAIMS = {  # paper: the rows and the measures of its table, and its claims: wha
         ("branches add to it", "our dreamlip, 5 MLPs", "our dreamlip row"),
         ("both add to it", "our dreamlip, 2 corners, 5 MLPs", "our dreamlip row"))),
 }
+READERS = ("raw (CLIP)", "long alone", "raw, whole long", "raw, long, 2 corners (LoTLIP)", "raw, sub-captions, short",
+           "our dreamlip row")  # rows that reading.png shows
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, two-sided 95%, 1 to 9 degrees
 
 
@@ -1185,7 +1187,7 @@ def run_of(folder: Path, row: str, seed: int) -> Path:
     return folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', row).strip('-')}-{seed}"
 
 
-def train_row(out: Path, flags: dict, threads: int) -> dict:
+def train_row(out: Path, flags: dict, threads: int, probe: bool = True) -> dict:
     """Trains a run and evaluates it, as far as that is not done yet -> its evaluation, with the seconds an image took
     in training. It is called in a process of its own; what it prints is in a .log beside the run."""
     torch.set_num_threads(threads)
@@ -1193,7 +1195,7 @@ def train_row(out: Path, flags: dict, threads: int) -> dict:
     with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         train(flags)  # of a run that is done already it only checks that it was the same
         if not (out / "evaluation.json").exists():
-            evaluate_run(out, n=1000, figures=False)
+            evaluate_run(out, n=1000, figures=False, probe=probe)
     rates = [json.loads(line)["images_per_s"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     return json.loads((out / "evaluation.json").read_text()) | dict(seconds=1 / np.median(rates))
 
@@ -1209,7 +1211,7 @@ def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: di
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for i, (seed, row) in enumerate((seed, row) for seed in range(seeds) for row in rows):
             settings = flags | rows[row] | dict(seed=seed) | (dict(device=f"cuda:{i % gpus}") if gpus else {})
-            futures[pool.submit(train_row, run_of(folder, row, seed), settings, threads)] = row, seed
+            futures[pool.submit(train_row, run_of(folder, row, seed), settings, threads, row in READERS)] = row, seed
         for future in as_completed(futures):
             row, seed = futures[future]
             try:
@@ -1231,9 +1233,7 @@ def run_claims(folder: Path, seeds: int, jobs: int | None, flags: dict):
     print("\n" + text)
     draw_claims(found, folder / "claims.png")
     draw_localisation(found, folder, folder / "localisation.png")
-    readers = ("raw (CLIP)", "long alone", "raw, whole long", "raw, long, 2 corners (LoTLIP)",
-               "raw, sub-captions, short", "our dreamlip row")
-    draw_reading({row: mean_of(found[row], "reading", "length", "place") for row in readers}, folder / "reading.png")
+    draw_reading({row: mean_of(found[row], "reading", "length", "place") for row in READERS}, folder / "reading.png")
     draw_branches({row: mean_of(found[row], "specialisation", "matrix") for row in
                    ("M2M, 5 class tokens", "M2M, 5 MLPs")}, folder / "branches.png")
     print(f"{folder}: claims.md, claims.png, localisation.png, reading.png, branches.png")
@@ -1322,7 +1322,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     panels = {"pointing": "sentence's best patch\non its object", "centred": "the same, less the\nmean sentence",
               "zero-shot": "zero-shot class", "patches grouped": "patches with a\nweight above 0",
               "locality": "object's effect on\nits own patches", "group finds its text": "group finds its text;\n"
-              "red: in a wrong image"}
+              "dot: in a wrong image"}
     axes = upper.subplots(1, len(panels), sharey=True)
     for axis, (measure, title) in zip(axes, panels.items()):
         values = [measured(rows[row], measure) for row in names]

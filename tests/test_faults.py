@@ -226,8 +226,8 @@ def moments(state):
 def test_many_such_steps_in_a_row_stop_the_run_with_what_to_try_and_the_last_good_weights(tmp_path, monkeypatch):
     method_loss, calls = train.method_loss, []
 
-    def from_step_4(out, s, good=None):
-        loss, parts = method_loss(out, s, good)
+    def from_step_4(out, s, *which):
+        loss, parts = method_loss(out, s, *which)
         calls.append(1)
         return loss * (math.nan if len(calls) > 3 else 1), parts
     monkeypatch.setattr(train, "method_loss", from_step_4)

@@ -1046,8 +1046,8 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
 
 
 def main():
-    flags = parse_flags()
     try:
+        flags = parse_flags()
         profile(flags) if flags.pop("profile", False) else train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)

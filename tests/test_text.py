@@ -487,7 +487,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole_with_places_too(flags):
 @pytest.mark.parametrize("grouping", ["sub-caption", "token"])
 def test_patches_outside_the_places_of_all_texts_get_no_gradient_from_the_grouping_loss(grouping):
     s = settings_of(grouping=grouping, contrastive_weight=0.0, raw_caption=False)
-    model, images, tokens, (good, allowed) = placed_batch(s)
+    model, images, tokens, (good, allowed, *_) = placed_batch(s)
     assert good is None and allowed.shape == (8, 3, 16)
     out = train.embed(model, images, tokens, s)
     out["patches"].retain_grad()

@@ -1205,7 +1205,6 @@ def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: di
     gpus = torch.cuda.device_count()
     jobs = jobs or 3 * gpus or os.cpu_count() or 1
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # OpenMP reads it once, when a process begins
     folder.mkdir(parents=True, exist_ok=True)
     started, found, futures = time.monotonic(), {}, {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:

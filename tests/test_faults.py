@@ -436,7 +436,7 @@ def test_a_run_whose_processes_are_killed_at_random_moments_ends_as_the_undistur
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
     with open(log, "w") as file:
         run = subprocess.Popen([sys.executable, *launcher, __file__, *command_line({**flags, "out": folder})],
-                               stdout=file, stderr=file)
+                               stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})  # as in `two`
     def steps_done():
         return len((folder / "seen-0.jsonl").read_text().splitlines()) if (folder / "seen-0.jsonl").exists() else 0
 

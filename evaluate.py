@@ -1191,7 +1191,8 @@ def train_row(out: Path, flags: dict, threads: int, probe: bool = True) -> dict:
     """Trains a run and evaluates it, as far as that is not done yet -> its evaluation, with the seconds an image took
     in training. It is called in a process of its own; what it prints is in a .log beside the run."""
     torch.set_num_threads(threads)
-    flags = flags | dict(out=str(out), resume="auto", eval_images=0, images=flags["images"] * flags.pop("times", 1))
+    times = flags.pop("times", 1)
+    flags |= dict(out=str(out), resume="auto", eval_images=0, images=times * flags["images"])
     with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         train(flags)  # of a run that is done already it only checks that it was the same
         if not (out / "evaluation.json").exists():

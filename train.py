@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -975,6 +974,7 @@ def matmul_ceiling(s: Settings) -> float:
 
 def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    import resource  # here, for Windows has none
     rank, world, s = begin(flags)
     with together():
         tokenizer, dataset, _ = open_data(s, flags)

@@ -22,7 +22,6 @@ import html
 import http.client
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -146,10 +145,6 @@ class Tokenizer:
             tokens[i, :len(row)] = row
             tokens[i, len(row) - 1] = self.eot
         return torch.from_numpy(tokens)
-
-    def lengths(self, tokens):
-        """Tokens in use, both ends counted: [N, L] -> [N]."""
-        return tokens.argmax(dim=1) + 1
 
 
 def load_tokenizer(name_or_path="auto"):
@@ -818,7 +813,7 @@ def csv_cells(lines, path, strict=False):
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def csv_names(path, _stamp):
     with open(path, "rb") as file:
         return [name.strip(" \ufeff") for name in csv_row(file, path)[0] or [""]]
@@ -1136,7 +1131,7 @@ def mean_and_deviation(device):
     return [255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)]
 
 
-# A dataset: len; key(i); name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
+# A dataset: len; name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
 # [3,S,S], Captions), or BadSample raised; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
 
 class SceneImages:
@@ -1148,10 +1143,8 @@ class SceneImages:
     def __len__(self):
         return len(self.scenes)
 
-    def key(self, i):
+    def name(self, i):
         return f"scene-{self.scenes.split}-{i}"
-
-    name = key
 
     def __getitem__(self, i, rng=None):
         scene = self.scenes.scene(i)
@@ -1227,9 +1220,6 @@ class Pictures:
     def __len__(self):
         return len(self.rows)
 
-    def key(self, i):
-        return self.records[int(self.rows[i])].key
-
     def name(self, i):
         return self.records.name(int(self.rows[i]))
 
@@ -1280,10 +1270,6 @@ class Sets:
     def _find(self, i):
         part = int(np.searchsorted(self.first, i, "right")) - 1
         return self.parts[part], i - int(self.first[part])
-
-    def key(self, i):
-        part, i = self._find(i)
-        return part.key(i)
 
     def name(self, i):
         part, i = self._find(i)

@@ -407,7 +407,7 @@ def good(n=60):
 
 
 def keys(dataset):
-    return [dataset.key(i) for i in range(len(dataset))]
+    return [dataset.records[i].key for i in dataset.rows.tolist()]
 
 
 def test_training_and_validation_share_no_picture_and_lose_none(pictures):

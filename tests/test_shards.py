@@ -438,7 +438,7 @@ def test_every_fault_costs_its_own_sample_and_is_counted_by_reason_and_named(tmp
     dataset, reasons, read = Pictures(records, 16), Counter(records.bad.counts), {}
     for i in range(len(dataset)):
         try:
-            image, read[dataset.key(i)] = dataset[i]
+            image, read[records[i].key] = dataset[i]
             assert image.shape == (3, 16, 16)
         except BadSample as error:
             reasons[error.reason] += 1

@@ -98,12 +98,12 @@ def test_a_row_is_start_ids_end_zeros_and_the_end_survives_truncation():
     assert clip("", 3).tolist() == [[clip.sot, clip.eot, 0]]
 
 
-def test_a_batch_is_its_rows_and_lengths_count_both_ends():
+def test_a_batch_is_its_rows_and_the_end_is_the_greatest_id_of_each():
     texts = ["a red umbrella", "", "x " * 50]
     batch = clip(texts, 12)
     assert batch.dtype == torch.int64 and batch.shape == (3, 12)
     assert torch.equal(batch, torch.cat([clip(text, 12) for text in texts]))
-    assert clip.lengths(batch).tolist() == [5, 2, 12]
+    assert batch.argmax(1).tolist() == [4, 1, 11]
     assert clip([], 12).shape == (0, 12)
 
 
@@ -111,7 +111,7 @@ def test_the_cache_is_not_touched_by_what_a_caller_does_to_its_rows():
     before = clip("one two three", 4).clone()
     clip("one two three", 4).fill_(0)
     assert torch.equal(clip("one two three", 4), before)
-    assert clip.lengths(clip("one two three", 9)).item() == 5  # a short request did not shorten the cached row
+    assert clip("one two three", 9).argmax().item() == 4  # a short request did not shorten the cached row
 
 
 def test_decode_gives_back_the_words_and_stops_at_the_end():
@@ -300,7 +300,7 @@ def test_a_vocabulary_survives_its_file(tmp_path):
     assert read_tiktoken(tmp_path / "own.tiktoken") == ranks
     own = load_tokenizer(tmp_path / "own.tiktoken")
     assert (own.name, own.vocab_size, own.sot, own.eot) == ("own", 320, 318, 319)
-    assert own("a red umbrella", 30).argmax(dim=1).item() == own.lengths(own("a red umbrella", 30)).item() - 1
+    assert own("a red umbrella", 30).argmax().item() == len(own.encode("a red umbrella")) + 1
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused():

@@ -57,7 +57,6 @@ BACKGROUNDS = {
     "lavender": (225, 215, 245), "peach": (250, 220, 200), "silver": (205, 208, 212), "rose": (248, 210, 220),
 }
 PATTERNS, STYLES = ("plain", "graded", "striped", "checkered"), ("clean", "grainy", "dim", "faded")
-SIZES = ("small", "medium", "large")
 SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image's
 PLACES = [["upper left", "top", "upper right"], ["left", "centre", "right"], ["lower left", "bottom", "lower right"]]
 PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_words")
@@ -145,7 +144,7 @@ class Scenes:
 
     def draw(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         size, mask = self.size, np.zeros((self.size, self.size), np.uint8)
-        image = background(scene.pattern, scene.ground, size, scene.seed).copy()
+        image = background(scene.pattern, scene.ground, size, scene.seed % 4).copy()
         for k, o in enumerate(scene.objects):
             alpha = glyph(o.kind, self._pixels(o))
             h, w = alpha.shape
@@ -177,15 +176,15 @@ class Scenes:
         return [boxes[k] for k in scene.about]
 
 
-@functools.lru_cache(maxsize=None)
-def _font(px):
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), px)
+@functools.cache
+def font():
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 160)
 
 
 @functools.lru_cache(maxsize=20_000)
 def glyph(kind: int, side: int) -> np.ndarray:
     """The pictograph's opacity, float32 in 0..1, cropped to its ink and scaled to `side` pixels on its longer side."""
-    mask = _font(160).getmask(KINDS[kind][1])
+    mask = font().getmask(KINDS[kind][1])
     ink = Image.frombytes("L", mask.size, bytes(mask))
     ink = ink.crop(ink.getbbox())
     scale = side / max(ink.size)
@@ -193,12 +192,9 @@ def glyph(kind: int, side: int) -> np.ndarray:
     return np.asarray(ink, np.float32) / 255
 
 
-def background(pattern, ground, size, seed) -> np.ndarray:
-    return _background(pattern, ground, size, seed % 4)
-
-
 @functools.lru_cache(maxsize=2_000)
-def _background(pattern, ground, size, variant):
+def background(pattern: str, ground: tuple, size: int, variant: int) -> np.ndarray:
+    """float32 [S, S, 3] in 0..255. `variant`, 0 to 3: the direction of a gradient or of stripes, the size of checks."""
     first, second = np.float32(BACKGROUNDS[ground[0]]), np.float32(BACKGROUNDS[ground[-1]])
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     if pattern == "graded":
@@ -254,7 +250,7 @@ def main_sentence(rng, o):
     return capital(rng.choice((
         "the main object is {thing}.", "{thing} takes up most of the picture.", "{thing} dominates the scene.",
         "the largest thing here is {thing}.", "the picture is about {thing}.",
-    )).format(thing=phrase(rng, o, colour=0.8, size=0.6)))
+    )).format(thing=phrase(rng, o, size=0.6)))
 
 
 def relation_sentence(rng, objects):
@@ -270,19 +266,18 @@ def relation_sentence(rng, objects):
 
 
 def background_sentence(rng, pattern, ground):
-    if pattern == "plain":
-        text = rng.choice(("the background is plain {0}.", "everything stands on a plain {0} background.",
-                           "behind it all is a {0} wall."))
-    elif pattern == "graded":
-        text = rng.choice(("the background fades from {0} to {1}.", "behind the objects {0} turns slowly into {1}.",
-                           "there is a gradient of {0} and {1} in the background."))
-    elif pattern == "striped":
-        text = rng.choice(("the background has stripes of {0} and {1}.", "the wall is striped in {0} and {1}.",
-                           "{0} and {1} stripes fill the background."))
-    else:
-        text = rng.choice(("the background is checkered in {0} and {1}.", "{0} and {1} squares tile the background.",
-                           "the backdrop is a checkerboard of {0} and {1}."))
-    return capital(text.format(*rng.sample(ground, len(ground)) if pattern != "graded" else ground))
+    text = rng.choice({
+        "plain": ("the background is plain {0}.", "everything stands on a plain {0} background.",
+                  "behind it all is a {0} wall."),
+        "graded": ("the background fades from {0} to {1}.", "behind the objects {0} turns slowly into {1}.",
+                   "there is a gradient of {0} and {1} in the background."),
+        "striped": ("the background has stripes of {0} and {1}.", "the wall is striped in {0} and {1}.",
+                    "{0} and {1} stripes fill the background."),
+        "checkered": ("the background is checkered in {0} and {1}.", "{0} and {1} squares tile the background.",
+                      "the backdrop is a checkerboard of {0} and {1}."),
+    }[pattern])
+    names = ground if pattern == "graded" else rng.sample(ground, len(ground))  # a gradient goes from one to the other
+    return capital(text.format(*names))
 
 
 def style_sentence(rng, style):
@@ -334,14 +329,13 @@ def describe(rng, objects, pattern, ground, style, kinds) -> tuple[dict, list]:
     subject = f"{main.colour_name} {name}" if rng.random() < 0.6 else name
     raw = rng.choice((
         "{subject}", "{subject} clipart", "{subject} and {other}", "img_{number} {subject}",
-        "{subject} | free download", "buy {subject} online",
-        "{subject} wallpaper hd", "best {subject} ever!!", "{subject} stock photo {number}", "my {subject} #{other}",
+        "{subject} | free download", "buy {subject} online", "{subject} wallpaper hd", "best {subject} ever!!",
+        "{subject} stock photo {number}", "my {subject} #{other}",
     )).format(subject=subject, other=other.name, number=rng.randint(100, 9999))
 
     a, b = phrase(rng, main, colour=1, size=0.3), phrase(rng, other, colour=1, size=0.2)
-    short = rng.choice(("{a} and {b}.", "{a} with {b}.", "{b} beside {a}.", "{a} next to {b}.",
-                        "a picture of {a} and {b}."))
-    short = capital(short.format(a=a, b=b))
+    short = capital(rng.choice((f"{a} and {b}.", f"{a} with {b}.", f"{b} beside {a}.", f"{a} next to {b}.",
+                                f"a picture of {a} and {b}.")))
     captions = {
         "raw": raw,
         "short": short,
@@ -356,12 +350,12 @@ def describe(rng, objects, pattern, ground, style, kinds) -> tuple[dict, list]:
     return captions, [k for _, k in long]
 
 
-def contact_sheet(path: str, scenes: Scenes, n: int = 8):
-    """Draw the first n scenes with their masks and captions into a picture file."""
+def contact_sheet(path: str, scenes: Scenes):
+    """Draws the first eight scenes with their masks and captions into a picture file."""
     import textwrap
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(n // 2, 6, figsize=(17, 2.1 * (n // 2)), width_ratios=(1, 1, 2.4) * 2)
-    for i, (left, middle, right) in enumerate(axes.reshape(n, 3)):
+    figure, axes = plt.subplots(4, 6, figsize=(17, 8.4), width_ratios=(1, 1, 2.4) * 2)
+    for i, (left, middle, right) in enumerate(axes.reshape(8, 3)):
         scene = scenes.scene(i)
         image, mask = scenes.draw(scene)
         left.imshow(image)

@@ -28,13 +28,13 @@ import os
 import random
 import re
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
 import urllib.parse
 import urllib.request
 import warnings
-from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -53,7 +53,7 @@ from scenes import KINDS, PERSPECTIVES, Scenes
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence naming the thing and the remedy. train.py prints it and exits 2."""
+    """A mistake the user can mend: one sentence naming the thing and the remedy. Scripts print it and exit 1."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -478,10 +478,15 @@ def read_fields(text: str, dense: bool = False) -> dict:
     return fields
 
 
+def recaptioned(row: dict) -> dict:
+    """What is under "captions", as in re-captioning's records."""
+    captions = row.get("captions")
+    return captions if isinstance(captions, dict) else {}
+
+
 def all_fields(row: dict) -> dict:
-    """With what is under "captions" (re-captioning's records), which wins over the same names outside."""
-    inner = row.get("captions")
-    return {**row, **inner} if isinstance(inner, dict) else row
+    """With what is under "captions", which wins over the same names outside."""
+    return row | recaptioned(row)
 
 
 def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
@@ -595,9 +600,9 @@ class Record:
 class BadCount(dict):
     """{reason: the first few details} of bad samples; `counts` has the numbers, `seen` that of all samples met."""
 
-    def __init__(self):
-        super().__init__()
-        self.counts, self.seen = Counter(), 0
+    def __init__(self, details=(), counts=(), seen=0):
+        super().__init__(details)
+        self.counts, self.seen = Counter(counts), seen
 
     def add(self, bad: BadSample):
         self.counts[bad.reason] += 1
@@ -606,16 +611,8 @@ class BadCount(dict):
             details.append(bad.detail)
 
     def plain(self) -> tuple[dict, dict, int]:
-        """For a file; BadCount.of(*plain) is the same again."""
+        """For a file; BadCount(*plain) is the same again."""
         return dict(self), dict(self.counts), self.seen
-
-    @classmethod
-    def of(cls, details: dict, counts: dict, seen: int):
-        bad = cls()
-        bad.update(details)
-        bad.counts.update(counts)
-        bad.seen = seen
-        return bad
 
     def merge(self, other: "BadCount"):
         self.counts.update(other.counts)
@@ -882,9 +879,7 @@ READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), "
 
 def captions_path(file: Path) -> Path:
     """Where the new captions of a file or folder lie: 00000.tar -> 00000.captions.jsonl, set -> set.captions.jsonl."""
-    file = Path(file)
-    name = file.resolve().name if file.is_dir() else file.stem
-    return (file.resolve() if file.is_dir() else file).with_name(f"{name}.captions.jsonl")
+    return Path(f"{file.resolve()}.captions.jsonl") if file.is_dir() else file.with_suffix(".captions.jsonl")
 
 
 def expand(pattern: str) -> list[str]:
@@ -935,7 +930,7 @@ def load_index(file: Path):
             head = kept.readline()
         n, *bad = json.loads(head)
         if path.stat().st_size == len(head) + n * SPAN.itemsize:
-            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), BadCount.of(*bad)
+            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), BadCount(*bad)
     except (OSError, ValueError, TypeError):
         return None
 
@@ -945,7 +940,7 @@ def make_index(file: Path):
     changing."""
     if load_index(file):
         return None  # another process was faster
-    path, columns, bad, known = index_path(file), (array("Q"), array("L"), array("Q")), BadCount(), set()
+    path, spans, bad, known = index_path(file), bytearray(), BadCount(), set()
     sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
     try:
         for found in READERS[file.suffix if file.is_file() else ""][0](file):
@@ -960,13 +955,10 @@ def make_index(file: Path):
                 bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
             else:
                 known.add(identity)
-                for column, value in zip(columns, (start, length, hashed(key))):
-                    column.append(value)
+                spans += struct.pack("<QIQ", start, length, hashed(key))  # a SPAN
     except OSError as error:
         bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
-    spans = np.empty(len(columns[0]), SPAN)
-    for name, column in zip(SPAN.names, columns):
-        spans[name] = column
+    spans = np.frombuffer(spans, SPAN)
     if sidecar:
         spans.sort(order="key", kind="stable")  # its lines are looked up by key
     if file.is_file():  # the time of a folder does not tell whether what is below it has changed
@@ -1052,11 +1044,10 @@ class Records:
             self.bad.merge(bad)
         self.first = np.cumsum([0, *map(len, self.spans)])  # the number of each file's first sample, and that of all
         self.listing = b"".join(list_folder(self.files[0])) if self.parse is parse_folder else None
-        self.sidecars = [path if path.is_file() else None for path in map(captions_path, self.files)]
-        there = [path for path in self.sidecars if path]
-        indices = dict(zip(there, read_indices(there)))
-        self.sidecars = [path and (path, stamp(path), indices[path][0]) for path in self.sidecars]
-        for _, bad in indices.values():
+        there = {n: path for n, path in enumerate(map(captions_path, self.files)) if path.is_file()}
+        self.sidecars = {}  # number of a file -> path, stamp and spans of its new captions
+        for (n, sidecar), (spans, bad) in zip(there.items(), read_indices(list(there.values()))):
+            self.sidecars[n] = sidecar, stamp(sidecar), spans
             bad.seen = 0  # no samples, but what is said of them
             self.bad.merge(bad)
 
@@ -1066,10 +1057,15 @@ class Records:
     def file_of(self, i: int) -> int:
         return int(np.searchsorted(self.first, i, "right")) - 1
 
+    def _span(self, i: int) -> tuple[int, int, int, int]:
+        """Of sample i: the number of its file, where in it the sample starts, its length, the hash of its key."""
+        n = self.file_of(i)
+        return n, *self.spans[n][i - self.first[n]].tolist()
+
     def ask_around(self, i: int):
         """Asks for the piece of the file that sample i lies in."""
-        n = self.file_of(i)
-        ask_for(self.files[n], self.stamps[n], int(self.spans[n][i - self.first[n]]["start"]) // AHEAD)
+        n, start, *_ = self._span(i)
+        ask_for(self.files[n], self.stamps[n], start // AHEAD)
 
     def locate(self, n: int, image: str) -> Path:
         """The image that a row of file n names: below the root; of a URL the last part counts."""
@@ -1078,11 +1074,11 @@ class Records:
 
     def name(self, i: int) -> str:
         """Of a sample, for a message, whatever is wrong with it."""
-        n = self.file_of(i)
+        n, start, *_ = self._span(i)
         try:
             return f"{self.files[n].name}: {self[i].key}"
         except BadSample:
-            return f"{self.files[n].name} at byte {self.spans[n][i - self.first[n]]['start']}"
+            return f"{self.files[n].name} at byte {start}"
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
@@ -1091,15 +1087,14 @@ class Records:
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        n = self.file_of(i)
-        file, (start, length, key) = self.files[n], self.spans[n][i - self.first[n]].tolist()
+        n, start, length, key = self._span(i)
+        file = self.files[n]
         try:
             content = self.listing[start:start + length] if self.listing is not None else read_span(
                 file, self.stamps[n], start, length)
             record = self.parse(content, self, n)
-            if self.sidecars[n]:
-                captions = record.row.get("captions")
-                record.row["captions"] = (captions if isinstance(captions, dict) else {}) | self._new_captions(n, key)
+            if n in self.sidecars:
+                record.row["captions"] = recaptioned(record.row) | self._new_captions(n, key)
         except OSError as error:
             raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         return record
@@ -1110,8 +1105,7 @@ class Records:
         first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
         found = {}
         for start, length, _ in spans[first:last].tolist():
-            captions = parse_json(read_span(path, stamp, start, length), path.name).get("captions")
-            found |= captions if isinstance(captions, dict) else {}
+            found |= recaptioned(parse_json(read_span(path, stamp, start, length), path.name))
         return found
 
 
@@ -1169,6 +1163,11 @@ CACHE = 512 << 20  # bytes of decoded pictures that a data-loading process may k
 HELD_OUT = 5000  # samples held out for validation, or a tenth where that is less
 
 
+def spread(n: int, k: int) -> list[int]:
+    """k of the numbers below n, evenly spread; all, if they are fewer."""
+    return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
+
+
 class Pictures:
     """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
@@ -1183,14 +1182,11 @@ class Pictures:
         if self.train:
             self._name_missing_fields()
 
-    def _some(self) -> list[int]:
-        return np.linspace(0, len(self) - 1, min(len(self), 8)).astype(int).tolist()
-
     def _name_missing_fields(self):
         """A mistyped name in --caption-fields would otherwise cost its texts without a word."""
         named = {name for kind, names in self.fields.items() for name in names
                  if names not in (FIELDS[kind], FIELDS[kind] + DENSE)}
-        for i in self._some() if named else ():
+        for i in spread(len(self), 8) if named else ():
             with suppress(BadSample):
                 named.difference_update(all_fields(self.records[int(self.rows[i])].row))
         if named and os.environ.get("RANK", "0") == "0":
@@ -1206,7 +1202,7 @@ class Pictures:
             raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
                             "take more data, or --eval-images 0")
         failed = BadCount()
-        for i in self._some():
+        for i in spread(len(self), 8):
             try:
                 self[i]
                 return
@@ -1302,7 +1298,7 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
 def check_boxes(dataset, n: int = 64):
     """Raises UserError if of n samples of each set, spread over it, not one has a sentence with a place."""
     for part in getattr(dataset, "parts", [dataset]):
-        for i in np.linspace(0, len(part) - 1, min(len(part), n)).astype(int).tolist():
+        for i in spread(len(part), n):
             with suppress(BadSample):
                 if part[i][1].boxes:
                     return
@@ -1373,21 +1369,13 @@ class Order:
         return np.concatenate(orders)[np.argsort(when)]
 
 
-class Steps(torch.utils.data.Sampler):
+def local_batches(order, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
     """The (epoch, index) pairs of each step's local batch: the stream cut into global batches, of which this rank takes
     its share. Starts at any step without walking there."""
-
-    def __init__(self, order, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
-        self.order, self.batch, self.first, self.last, self.rank, self.world = order, batch, first, last, rank, world
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        local = self.batch // self.world
-        for step in range(self.first, self.last):
-            start = step * self.batch + self.rank * local
-            yield [self.order(position) for position in range(start, start + local)]
+    local = batch // world
+    for step in range(first, last):
+        start = step * batch + rank * local
+        yield [order(position) for position in range(start, start + local)]
 
 
 class TrainingTexts(torch.utils.data.Dataset):
@@ -1438,12 +1426,11 @@ def begin_worker(_number):
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
     order = Order(dataset, settings.seed, settings.shuffle_buffer, settings.data_weights)
-    samples, workers = TrainingTexts(dataset, tokenizer, settings), {}
-    if settings.workers:
-        workers = dict(num_workers=settings.workers, prefetch_factor=4, worker_init_fn=begin_worker)
+    samples = TrainingTexts(dataset, tokenizer, settings)
     loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=Steps(order, settings.batch, first, last, rank, world), collate_fn=collate,
-        pin_memory=torch.cuda.is_available(), **workers)
+        samples, batch_sampler=local_batches(order, settings.batch, first, last, rank, world), collate_fn=collate,
+        num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
+        pin_memory=torch.cuda.is_available())
     return watched(loader, samples)
 
 
@@ -1493,19 +1480,23 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
     for kind, found in lengths.items():
         if found:
-            print(f"\n{kind}: {len(found):,}, tokens: mean {np.mean(found):.0f}, median {np.median(found):.0f}, "
-                  f"99% up to {np.quantile(found, 0.99):.0f}, over 77: {100 * np.mean(np.array(found) > 77):.1f}%")
-            width = max(found) // 12 + 1
-            counts = np.bincount(np.array(found) // width)
-            for i in range(min(found) // width, len(counts)):
-                bar = "█" * math.ceil(50 * counts[i] / max(counts))
-                print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
+            histogram(kind, np.array(found))
     if sheet and shown:
         try:
             contact_sheet(sheet, shown)
         except (OSError, ValueError) as error:
             raise UserError(f"--sheet {sheet} cannot be written: {error}") from None
         print(f"\nwrote {sheet}")
+
+
+def histogram(kind, lengths):
+    print(f"\n{kind}: {len(lengths):,}, tokens: mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, "
+          f"99% up to {np.quantile(lengths, 0.99):.0f}, over 77: {100 * (lengths > 77).mean():.1f}%")
+    width = lengths.max() // 12 + 1
+    counts = np.bincount(lengths // width)
+    for i in range(lengths.min() // width, len(counts)):
+        bar = "█" * math.ceil(50 * counts[i] / counts.max())
+        print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
 
 
 def contact_sheet(path, shown):

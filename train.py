@@ -736,7 +736,7 @@ def restore(state: State, content: dict):
     state.skipped.copy_(content["skipped"])
     state.step, state.best = content["step"], content["best"]
     if is_chief() and "bad" in content:  # older checkpoints count none
-        state.bad = BadCount.of(*content["bad"])
+        state.bad = BadCount(*content["bad"])
 
 
 MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared

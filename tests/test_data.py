@@ -18,9 +18,9 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 import train
-from data import (BadCount, BadSample, Captions, Order, Pictures, Records, SceneImages, Steps, TrainingTexts, UserError,
-                  collate, crop_box, draw_texts, load_tokenizer, open_dataset, read_captions, read_fields, text_slots,
-                  training_loader)
+from data import (BadCount, BadSample, Captions, Order, Pictures, Records, SceneImages, TrainingTexts, UserError,
+                  collate, crop_box, draw_texts, load_tokenizer, local_batches, open_dataset, read_captions,
+                  read_fields, text_slots, training_loader)
 from scenes import BACKGROUNDS, COLOURS, KINDS, NUMBERS, PERSPECTIVES, Scenes, glyph, held_out
 
 NAMES = [name for name, _ in KINDS]
@@ -529,20 +529,20 @@ def order_of(n, seed=3):
 
 @pytest.mark.parametrize("n, batch, world", [(50, 8, 1), (50, 8, 2), (23, 12, 4), (7, 16, 2), (64, 16, 2)])
 def test_ranks_share_out_the_global_order_and_any_start_is_its_tail(n, batch, world):
-    order = list(Steps(order_of(n), batch, 0, 20))
-    assert [len(step) for step in order] == [batch] * 20 and len(Steps(order_of(n), batch, 5, 20)) == 15
-    ranks = [list(Steps(order_of(n), batch, 0, 20, rank, world)) for rank in range(world)]
+    order = list(local_batches(order_of(n), batch, 0, 20))
+    assert [len(step) for step in order] == [batch] * 20
+    ranks = [list(local_batches(order_of(n), batch, 0, 20, rank, world)) for rank in range(world)]
     assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == order
     for first, rank in itertools.product((1, 7, 19), range(world)):
-        assert list(Steps(order_of(n), batch, first, 20, rank, world)) == ranks[rank][first:]
+        assert list(local_batches(order_of(n), batch, first, 20, rank, world)) == ranks[rank][first:]
 
 
 def test_every_index_comes_once_an_epoch_and_epochs_and_seeds_are_shuffled_anew():
-    flat = list(itertools.chain(*Steps(order_of(30, 0), 8, 0, 15)))  # 120 samples: four epochs
+    flat = list(itertools.chain(*local_batches(order_of(30, 0), 8, 0, 15)))  # 120 samples: four epochs
     epochs = [[i for e, i in flat if e == epoch] for epoch in range(4)]
     assert [e for e, _ in flat] == sorted(e for e, _ in flat)
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
-    other_seed = [i for _, i in itertools.chain(*Steps(order_of(30, 1), 8, 0, 15))][:30]
+    other_seed = [i for _, i in itertools.chain(*local_batches(order_of(30, 1), 8, 0, 15))][:30]
     assert len({tuple(e) for e in epochs}) == 4 and epochs[0] != other_seed
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import train
-from data import (BadSample, Order, Pictures, Records, Steps, UserError, captions_path, expand, load_tokenizer,
+from data import (BadSample, Order, Pictures, Records, UserError, captions_path, expand, load_tokenizer, local_batches,
                   open_dataset, read_captions, read_fields, shard_order, training_loader)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,10 +302,10 @@ def test_shards_are_read_some_at_a_time_and_every_sample_once(counts, window):
 
 def test_shards_order_is_deterministic_and_the_same_for_any_ranks_and_workers(tmp_path):
     dataset = Pictures(Records(str(shards(tmp_path / "a", (30, 30, 31)))), 16, "train")
-    order = list(Steps(Order(dataset, 5, 20), 12, 0, 30))
-    assert order == list(Steps(Order(dataset, 5, 20), 12, 0, 30)) != list(Steps(Order(dataset, 6, 20), 12, 0, 30))
+    order, again, other = (list(local_batches(Order(dataset, seed, 20), 12, 0, 30)) for seed in (5, 5, 6))
+    assert order == again != other
     for world in (2, 3, 4):
-        ranks = [list(Steps(Order(dataset, 5, 20), 12, 7, 30, rank, world)) for rank in range(world)]
+        ranks = [list(local_batches(Order(dataset, 5, 20), 12, 7, 30, rank, world)) for rank in range(world)]
         assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == order[7:]
 
 

@@ -667,6 +667,11 @@ def image_field(row: dict, otherwise: str | None = None) -> str:
     return image.strip()
 
 
+def row_key(row: dict, otherwise: str | None = None) -> str:
+    key = row.get("key")
+    return key if isinstance(key, str) and key else image_field(row, otherwise)
+
+
 # Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
 # with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
 
@@ -763,11 +768,6 @@ def parse_tar(content, records, n):
     if image is None:
         raise BadSample("no image", f"{file.name}/{key}")
     return Record(key, image, text | {name: value for name, value in row.items() if value})
-
-
-def row_key(row: dict, otherwise: str | None = None) -> str:
-    key = row.get("key")
-    return key if isinstance(key, str) and key else image_field(row, otherwise)
 
 
 def scan_lines(path):
@@ -1090,8 +1090,8 @@ class Records:
         n, start, length, key = self._span(i)
         file = self.files[n]
         try:
-            content = self.listing[start:start + length] if self.listing is not None else read_span(
-                file, self.stamps[n], start, length)
+            content = (read_span(file, self.stamps[n], start, length) if self.listing is None
+                       else self.listing[start:start + length])
             record = self.parse(content, self, n)
             if n in self.sidecars:
                 record.row["captions"] = recaptioned(record.row) | self._new_captions(n, key)

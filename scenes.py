@@ -21,6 +21,7 @@ import argparse
 import functools
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 
@@ -379,10 +380,13 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", type=int, default=24)
     parser.add_argument("--split", choices=SPLITS, default="test")
     options = parser.parse_args()
-    scenes = Scenes(options.split, size=options.size, kinds=options.kinds)
-    if options.sheet:
-        contact_sheet(options.sheet, scenes)
-        print(f"wrote {options.sheet}")
+    try:
+        scenes = Scenes(options.split, size=options.size, kinds=options.kinds)
+        if options.sheet:
+            contact_sheet(options.sheet, scenes)
+            print(f"wrote {options.sheet}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     if options.speed or not options.sheet:
         for i in range(500):
             scenes.draw(scenes.scene(i))

@@ -7,6 +7,8 @@ import json
 import math
 import random
 import re
+import runpy
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -272,6 +274,15 @@ def test_about_one_raw_caption_in_twenty_names_what_is_not_there():
 def test_a_split_or_number_of_kinds_that_is_not_there_is_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("flags, says", [(["--kinds", "5"], "6 to 83, not 5"), (["--sheet", "/gone/a.png"], "/gone/a"),
+                                         (["--sheet", "a.xyz"], "xyz")], ids=str)
+def test_a_mistake_on_the_command_line_of_the_scenes_ends_in_one_sentence(monkeypatch, flags, says):
+    monkeypatch.setattr(sys, "argv", ["scenes.py", *flags])
+    with pytest.raises(SystemExit, match=f"^error: .*{says}") as caught:
+        runpy.run_path(str(Path(__file__).parent.parent / "scenes.py"), run_name="__main__")
+    assert "\n" not in str(caught.value)
 
 
 # ---- the texts each method draws -------------------------------------------------------------------------------------

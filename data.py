@@ -1343,22 +1343,23 @@ class Order:
         self.lengths = [sum(len(part) for part, _ in stream) for stream in self.streams]
         shares = np.cumsum([0, *weights]) / sum(weights) if weights else np.array([0, 1])
         self.quotas = np.maximum(1, np.diff(np.round(1000 * shares).astype(int)))  # of a block, for each stream
-        self.block, self.known = -1, {}
+        keep_last = functools.lru_cache(1)  # positions come in order, or nearly
+        self.pattern = keep_last(self._pattern)
+        self.epochs = [keep_last(functools.partial(self._epoch, stream)) for stream in range(len(self.streams))]
 
     def __call__(self, position: int) -> tuple[int, int]:
         block, place = divmod(position, int(self.quotas.sum()))
-        if block != self.block:
-            self.block, stream = block, np.repeat(np.arange(len(self.quotas)), self.quotas)
-            if len(stream) > 1:
-                np.random.default_rng((self.seed, block)).shuffle(stream)
-            turn = np.empty(len(stream), int)  # how many of its stream came before, in this block
-            turn[np.argsort(stream, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
-            self.pattern = stream.tolist(), turn.tolist()
-        stream, turn = (column[place] for column in self.pattern)
+        stream, turn = (column[place] for column in self.pattern(block))
         epoch, place = divmod(block * int(self.quotas[stream]) + turn, self.lengths[stream])
-        if self.known.get(stream, (None, None))[0] != epoch:
-            self.known[stream] = epoch, self._epoch(stream, epoch)
-        return epoch, int(self.known[stream][1][place])
+        return epoch, int(self.epochs[stream](epoch)[place])
+
+    def _pattern(self, block):
+        """For every place in a block its stream, and how many of that stream came before, in this block."""
+        stream = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        np.random.default_rng((self.seed, block)).shuffle(stream)
+        turn = np.empty(len(stream), int)
+        turn[np.argsort(stream, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
+        return stream.tolist(), turn.tolist()
 
     def _epoch(self, stream, epoch):
         rng = np.random.default_rng((self.seed, epoch, stream) if stream else (self.seed, epoch))

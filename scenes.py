@@ -201,7 +201,7 @@ def background(pattern: str, ground: tuple, size: int, variant: int) -> np.ndarr
     if pattern == "graded":
         share = (y, x, (x + y) / 2, (x + 1 - y) / 2)[variant]
     elif pattern == "striped":
-        share = ((y, x, x + y, x + 1 - y)[variant] * 4 % 1 < 0.5).astype(np.float32)
+        share = (y, x, x + y, x + 1 - y)[variant] * 4 % 1 < 0.5
     elif pattern == "checkered":
         share = ((x * (3 + variant)).astype(int) + (y * (3 + variant)).astype(int)) % 2
     else:

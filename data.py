@@ -35,7 +35,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -675,8 +675,11 @@ def row_key(row: dict, otherwise: str | None = None) -> str:
 # Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
 # with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
 
+Member = namedtuple("Member", "key extension start data size")  # bytes: where its headers and its content begin
+
+
 def tar_members(read, end):
-    """(key, extension, start, data, size) of every file in a tar: where its headers and its content begin, in bytes.
+    """A Member for every file in a tar of `end` bytes.
 
     `read(offset, n)` gives bytes. Headers are parsed by the standard library's TarInfo, one by one, because its TarFile
     and webdataset both give up a shard at the first damaged header: here the key is None, the extension says what is
@@ -693,7 +696,7 @@ def tar_members(read, end):
             following = next_header(read, at + 512, end)
             if following is None and block.count(0) == 512:  # the mark of the end
                 return
-            yield None, "tar damaged", at, at, 0
+            yield Member(None, "tar damaged", at, at, 0)
             if following is None:
                 return
             at, start, name = following, None, None
@@ -710,10 +713,10 @@ def tar_members(read, end):
             folder, slash, base = full.rpartition("/")
             stem, _, extension = base.partition(".")
             if info.isreg() and stem:  # a name that begins with a dot is a system's own
-                yield folder + slash + stem, extension.lower(), start, data, info.size
+                yield Member(folder + slash + stem, extension.lower(), start, data, info.size)
             start, name, last = None, None, data + info.size
     if last <= end:
-        yield None, "tar cut off", at, at, 0
+        yield Member(None, "tar cut off", at, at, 0)
 
 
 def next_header(read, at, end):
@@ -733,21 +736,20 @@ def next_header(read, at, end):
 
 def scan_tar(path):
     def sample():
-        key, what, start, _, _ = group[0]
-        stop = group[-1][3] + group[-1][4]
+        key, start, stop = group[0].key, group[0].start, group[-1].data + group[-1].size
         if key is None:
-            return BadSample(what, f"{path.name} at byte {start}")
+            return BadSample(group[0].extension, f"{path.name} at byte {start}")
         if stop > end:
             return BadSample("tar cut off", f"{path.name} in {key}")
-        if not any(extension in SUFFIXES for _, extension, *_ in group):
-            there = " .".join(extension for _, extension, *_ in group[:3])
+        if not any(member.extension in SUFFIXES for member in group):
+            there = " .".join(member.extension for member in group[:3])
             return BadSample("no image", f"{path.name}/{key} with .{there}")  # of a.b.jpg the key is a
         return start, stop - start, key, key
 
     with open(path, "rb") as file:
         descriptor, end, group = file.fileno(), os.fstat(file.fileno()).st_size, []
         for member in tar_members(lambda offset, n: os.pread(descriptor, n, offset), end):
-            if group and (member[0] != group[0][0] or any(member[1] == other[1] for other in group)):
+            if group and (member.key != group[0].key or any(member.extension == other.extension for other in group)):
                 yield sample()
                 group = []
             group.append(member)

@@ -22,6 +22,7 @@ import re
 import sys
 import textwrap
 import time
+from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
@@ -57,14 +58,14 @@ class Model:
         path = Path(path)
         file = path if path.is_file() else next(iter(checkpoints(path)), path / "checkpoint.pt")  # the newest there
         content = read_checkpoint(path) if path.is_file() else load_checkpoint(file)
-        self.ours = "settings" in content and "model" in content
-        self.folder, self.name = (file.parent, file.parent.name) if self.ours else (None, file.stem)
-        if self.ours:
+        if "settings" in content:
+            self.folder, self.name = file.parent, file.parent.name
             clip, self.settings = trained(file, content), content["settings"]
         else:
+            self.folder, self.name = None, file.stem
             clip = released(file, content, activation)
             tokenizer = tokenizer or (str(file.with_name("vocab.txt")) if clip.config.text_style == "bert" else "clip")
-            self.settings = asdict(clip.config) | dict(method=self.name, tokenizer=tokenizer, threshold=None, kinds=24)
+            self.settings = asdict(clip.config) | dict(method=self.name, tokenizer=tokenizer, kinds=24)
         try:
             clip = resized(clip, image_size or clip.config.image_size)
         except ValueError as error:
@@ -87,12 +88,12 @@ class Model:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.on_gpu)
 
     @torch.no_grad()
-    def batches(self, samples, note="images"):
+    def batches(self, samples):
         """Samples (image uint8 [3,S,S], anything ...) -> batch by batch: branches [b,H,D], patches [b,P,D], and of
         everything else a list."""
         loader = torch.utils.data.DataLoader(samples, self.batch, num_workers=self.workers, collate_fn=collate)
         try:
-            for images, *rest in tqdm(loader, note, leave=False, disable=len(samples) <= self.batch):
+            for images, *rest in tqdm(loader, "images", leave=False, disable=len(samples) <= self.batch):
                 with self.autocast():
                     branches, patches = self.clip.encode_image(normalize(images.to(self.device)))
                 yield branches, patches, *rest
@@ -154,7 +155,8 @@ def read_checkpoint(path: Path) -> dict:
                             "take a file that torch.load(..., weights_only=True) reads") from None
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if "settings" not in content and not (content and all(isinstance(x, Tensor) for x in content.values())):
+    ours = {"settings", "model"} <= content.keys()
+    if not ours and not (content and all(isinstance(x, Tensor) for x in content.values())):
         raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
     return content
 
@@ -294,11 +296,7 @@ def chance_recall(right: Tensor, C: int, k: int) -> float:
 
 def chance_median(right: Tensor, C: int) -> float:
     """The median rank of a random order: the least k at which half the queries have found a right answer."""
-    low, high = 1, C
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if chance_recall(right, C, middle) >= 50 else (middle + 1, high)
-    return float(low)
+    return 1.0 + bisect_left(range(1, C), True, key=lambda k: chance_recall(right, C, k) >= 50)
 
 
 def classification(images: Tensor, classes: Tensor, target: Tensor) -> dict:
@@ -368,12 +366,13 @@ def scene_metrics(model: Model, scenes: Scenes) -> tuple[dict, dict]:
     for name, texts, embedded in (("short", short, model.texts(short)), ("long", long, model.texts(long)),
                                   ("long by sentence", long, means)):
         rows |= prefixed(name, retrieval(images, embedded, same_text(texts), same_text(texts)))
-    main = torch.tensor([scene.objects[0].kind for scene in facts])
+    main = [scene.objects[0] for scene in facts]
     prompts = [[t.format(article(name), name) for t in SCENE_PROMPTS] for name in names]
-    rows |= prefixed("zero-shot", classification(images, class_embeddings(model, prompts), main))
+    kinds = torch.tensor([o.kind for o in main])
+    rows |= prefixed("zero-shot", classification(images, class_embeddings(model, prompts), kinds))
     pairs = model.texts([f"the main object is {article(f'{colour} {name}')}." for name in names for colour in COLOURS])
-    target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in (scene.objects[0] for scene in facts)])
-    unseen = torch.tensor([held_out(scene.objects[0].kind, scene.objects[0].colour) for scene in facts])
+    target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
+    unseen = torch.tensor([held_out(o.kind, o.colour) for o in main])
     for name, which in (("seen", ~unseen), ("unseen", unseen)):
         if which.any():
             rows[f"{name} colour and object"] = classification(images[which], pairs, target[which])["top-1"]
@@ -469,9 +468,9 @@ def pair_metrics(model: Model, dataset, n: int) -> tuple[dict, dict]:
             return torch.zeros(3, model.config.image_size, model.config.image_size, dtype=torch.uint8), bad
 
     branches, captions = model.images(Samples(min(n, len(dataset)), sample))
-    good, bad = [i for i, c in enumerate(captions) if not isinstance(c, BadSample)], BadCount()
-    for found in (c for c in captions if isinstance(c, BadSample)):
-        bad.add(found)
+    good, bad = [], BadCount()
+    for i, found in enumerate(captions):
+        bad.add(found) if isinstance(found, BadSample) else good.append(i)
     if bad:
         print(f"passed over: {bad.report()}")
     branches, captions = branches[good], [captions[i] for i in good]
@@ -732,24 +731,28 @@ def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) ->
     """
     images, captions = images[:n], captions[:n]
     counts = [len(c["long"]) for c in captions]
-    length, places = [], min(8, int(np.median(counts)))
+    length, place = [], []
     for sentences in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, max(counts)}):
         if sentences <= max(counts):
             texts = [" ".join(c["long"][:sentences]) for c in captions]
             rows = retrieval(images, model.texts(texts), same_text(texts), same_text(texts))
             length.append([sentences, rows["T2I R@1"][0], rows["I2T R@1"][0], rows["T2I R@1"][1]])
+
+    places = min(8, int(np.median(counts)))
+    usable = [i for i, count in enumerate(counts) if count >= places]
+    images, captions = images[usable], [captions[i] for i in usable]
     telling = [c.get("main_object") or c["long"][0] for c in captions]
-    usable = [i for i, c in enumerate(captions) if counts[i] >= places]
-    other = {i: next((j for j in [*usable[k + 1:], *usable[:k]] if telling[j] != telling[i]), None)
-             for k, i in enumerate(usable)}
-    usable, place = [i for i in usable if other[i] is not None], []
-    for p in range(places if usable and places > 1 else 0):
-        both = []
-        for told in ({i: i for i in usable}, other):
-            rest = {i: [s for s in captions[i]["long"] if s != telling[i]][:places - 1] for i in usable}
-            texts = model.texts([" ".join([*rest[i][:p], telling[told[i]], *rest[i][p:]]) for i in usable])
-            both.append(torch.einsum("nhd,nd->nh", images[usable], texts).amax(1).cpu())
-        right, wrong = both
+    if places < 2 or len(set(telling)) < 2:
+        return dict(length=length, place=place)
+    rest = [[s for s in c["long"] if s != own][:places - 1] for c, own in zip(captions, telling)]
+    others = [next(t for t in telling[i + 1:] + telling[:i] if t != own) for i, own in enumerate(telling)]
+
+    def similar(told, p):  # each image to its caption with the sentence that is told of it at place p
+        texts = model.texts([" ".join([*r[:p], t, *r[p:]]) for r, t in zip(rest, told)])
+        return torch.einsum("nhd,nd->nh", images, texts).amax(1).cpu()
+
+    for p in range(places):
+        right, wrong = similar(telling, p), similar(others, p)
         place.append([p + 1, 100 * ((right > wrong).double() + 0.5 * (right == wrong)).mean().item()])
     return dict(length=length, place=place)
 
@@ -819,7 +822,7 @@ def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, senten
     chosen = np.linspace(0, n - 1, min(pictures, n)).astype(int)
     shown = [list(dict.fromkeys([*c["long"], c["raw"]]))[:sentences] for c in (found["captions"][i] for i in chosen)]
     images = torch.stack([found["picture"](i) for i in chosen])
-    (_, patches), = model.batches([(image,) for image in images], "figures")
+    (_, patches), = model.batches([(image,) for image in images])
     columns = 1 + max(map(len, shown))
     figure, axes = plt.subplots(len(chosen), columns, figsize=(2.3 * columns, 2.9 * len(chosen)), squeeze=False,
                                 layout="constrained")

@@ -173,7 +173,7 @@ class Oracle:
         mask = torch.from_numpy(SCENES.draw(FACTS[i])[1]).flatten().long()
         return F.normalize(branch, dim=-1), torch.stack(cells)[mask]
 
-    def batches(self, samples, note=""):
+    def batches(self, samples):
         for start in range(0, len(samples), 10):
             _, *rest = zip(*(samples[i] for i in range(start, min(start + 10, len(samples)))))
             branches, patches = zip(*(self.image(i) for i in rest[-1]))

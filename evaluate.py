@@ -161,6 +161,17 @@ def read_checkpoint(path: Path) -> dict:
     return content
 
 
+def read_json(path: Path):
+    """A JSON file's content, or of JSON lines a list. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "jsonl" not in path.suffix:
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
+
+
 def released(path: Path, state: dict, activation: str | None) -> CLIP:
     """The model of somebody else's checkpoint. What its shapes do not tell stands in open_clip's JSON beside it, if at
     all: the file's own name with .json, or open_clip_config.json."""
@@ -567,17 +578,6 @@ def torchvision_set(name: str, model: Model, path: Path) -> dict:
 
 # A layout is a generator: path -> (picture's path, captions) again and again, as the data set was published.
 
-def read_json(path: Path):
-    """A JSON file's content, or of JSON lines a list. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "jsonl" not in path.suffix:
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
-
-
 def the_file(path: Path, pattern: str) -> Path:
     """`path` itself if it is a file, else the one in it that the pattern fits."""
     found = [path] if path.is_file() else sorted(path.glob(pattern))
@@ -801,7 +801,7 @@ def save_figure(plt, figure, path):
 def draw_curves(model: Model, path: Path):
     """Every loss against images seen, and the learned multiplier."""
     plt = plots()
-    lines = [json.loads(line) for line in (model.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json(model.folder / "metrics.jsonl")
     titles = dict(contrastive="contrastive loss", grouping="grouping loss", held_out_loss="loss on held-out images",
                   logit_scale="multiplier s")
     shown = {name: [(line["images"] / 1000, line[name]) for line in lines if name in line] for name in titles}
@@ -1190,18 +1190,17 @@ def run_of(folder: Path, row: str, seed: int) -> Path:
     return folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', row).strip('-')}-{seed}"
 
 
-def train_row(out: Path, flags: dict, threads: int, probe: bool = True) -> dict:
+def train_row(out: Path, threads: int, probe: bool, times: int = 1, **flags) -> dict:
     """Trains a run and evaluates it, as far as that is not done yet -> its evaluation, with the seconds an image took
     in training. It is called in a process of its own; what it prints is in a .log beside the run."""
     torch.set_num_threads(threads)
-    times = flags.pop("times", 1)
     flags |= dict(out=str(out), resume="auto", eval_images=0, images=times * flags["images"])
     with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         train(flags)  # of a run that is done already it only checks that it was the same
         if not (out / "evaluation.json").exists():
             evaluate_run(out, n=1000, figures=False, probe=probe)
-    rates = [json.loads(line)["images_per_s"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((out / "evaluation.json").read_text()) | dict(seconds=1 / np.median(rates))
+    rates = [line["images_per_s"] for line in read_json(out / "metrics.jsonl")]
+    return read_json(out / "evaluation.json") | dict(seconds=1 / np.median(rates))
 
 
 def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: dict) -> tuple[dict, float]:
@@ -1214,7 +1213,7 @@ def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: di
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for i, (seed, row) in enumerate((seed, row) for seed in range(seeds) for row in rows):
             settings = flags | rows[row] | dict(seed=seed) | (dict(device=f"cuda:{i % gpus}") if gpus else {})
-            futures[pool.submit(train_row, run_of(folder, row, seed), settings, threads, row in READERS)] = row, seed
+            futures[pool.submit(train_row, run_of(folder, row, seed), threads, row in READERS, **settings)] = row, seed
         for future in as_completed(futures):
             row, seed = futures[future]
             try:
@@ -1363,8 +1362,8 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs, or checkpoint files, ours or released ones")
-    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with "
-                        "all seeds into this folder (runs/claims) and put the papers' claims to the test; interrupted, "
+    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with"
+                        " all seeds into this folder (runs/claims) and put the papers' claims to the test; interrupted, "
                         "the same command goes on")
     parser.add_argument("--seeds", type=int, default=3, help="of --claims")
     parser.add_argument("--jobs", type=int, help="of --claims, at once: one a core, or three a GPU")

@@ -32,6 +32,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
@@ -783,68 +784,63 @@ def last_attention(tower):
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")  # Okabe and Ito's
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "figure.dpi": 120,
+         "legend.frameon": False}
 
 
-def plots():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False,
-                         "axes.titlesize": 11, "figure.dpi": 120, "legend.frameon": False})
-    return plt
-
-
-def save_figure(plt, figure, path):
-    figure.savefig(path)
-    plt.close(figure)
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    """A figure of so many inches. It is not pyplot's: it needs no screen and no closing."""
+    matplotlib.rcParams.update(STYLE)
+    return Figure((width, height), layout=layout)
 
 
 def draw_curves(model: Model, path: Path):
     """Every loss against images seen, and the learned multiplier."""
-    plt = plots()
     lines = read_json(model.folder / "metrics.jsonl")
     titles = dict(contrastive="contrastive loss", grouping="grouping loss", held_out_loss="loss on held-out images",
                   logit_scale="multiplier s")
     shown = {name: [(line["images"] / 1000, line[name]) for line in lines if name in line] for name in titles}
     shown = {name: points for name, points in shown.items() if points}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3), layout="constrained")
-    for axis, (name, points) in zip(axes, shown.items()):
+    figure = new_figure(4 * len(shown), 3)
+    for axis, (name, points) in zip(figure.subplots(1, len(shown)), shown.items()):
         axis.plot(*zip(*points), color=PALETTE[0], lw=1.4, marker="o" if len(points) < 10 else None, ms=4)
         axis.set(title=titles[name], xlabel="thousand images seen")
         axis.grid(alpha=0.25)
     figure.suptitle(model.name)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, sentences: int = 5):
     """Held-out pictures, and over each the weights of the patches that each of its sentences groups."""
-    plt = plots()
     n = len(found["captions"])
     chosen = np.linspace(0, n - 1, min(pictures, n)).astype(int)
     shown = [list(dict.fromkeys([*c["long"], c["raw"]]))[:sentences] for c in (found["captions"][i] for i in chosen)]
     images = torch.stack([found["picture"](i) for i in chosen])
     (_, patches), = model.batches([(image,) for image in images])
     columns = 1 + max(map(len, shown))
-    figure, axes = plt.subplots(len(chosen), columns, figsize=(2.3 * columns, 2.9 * len(chosen)), squeeze=False,
-                                layout="constrained")
+    figure = new_figure(2.3 * columns, 2.9 * len(chosen))
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
     for row, image, cells, texts in zip(axes, images, patches, shown):
         _, weights = group_patches(cells[None], model.texts(texts)[None], model.settings.get("threshold"))
-        for axis in row:
-            axis.axis("off")
-        row[0].imshow(image.permute(1, 2, 0).numpy())
+        draw_image(row[0], image)
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
-            draw_heat(axis, image, weight.view(model.side, model.side))
+            draw_image(axis, image, weight.view(model.side, model.side))
             axis.set_title("\n".join(textwrap.wrap(text, 26, max_lines=4, placeholder=" …")), fontsize=9.5)
     figure.suptitle(f"{model.name}: the patches that each sentence groups (bright: much weight)")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
-def draw_heat(axis, image: Tensor, heat: Tensor):
-    """The picture under a veil of white that is thin where heat [side,side] is great."""
-    heat = heat / heat.max().clamp_min(1e-9)
-    step = image.shape[-1] // len(heat)
+def draw_image(axis, image: Tensor, heat: Tensor | None = None):
+    """image uint8 [3,S,S], under a veil of white that is thin where heat [side,side] is great."""
     axis.imshow(image.permute(1, 2, 0).numpy())
-    axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
-                alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
+    axis.axis("off")
+    if heat is not None:
+        heat = heat / heat.max().clamp_min(1e-9)
+        step = image.shape[-1] // len(heat)
+        axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
+                    alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
 
 
 def draw_matrix(axis, matrix, rows, columns, form):
@@ -858,39 +854,34 @@ def draw_matrix(axis, matrix, rows, columns, form):
 
 def draw_branches(matrices: dict, path: Path):
     """{title: what `specialisation` found} -> a matrix each, side by side."""
-    plt = plots()
-    H, M = (max(len(side(found)) for found in matrices.values())
-            for side in (lambda f: f["matrix"], lambda f: f["perspectives"]))
-    figure, axes = plt.subplots(1, len(matrices), squeeze=False, layout="constrained",
-                                figsize=((1.0 * M + 1.8) * len(matrices), 0.6 * H + 2))
-    for axis, (title, found) in zip(axes[0], matrices.items()):
+    H, M = (max(len(found[key]) for found in matrices.values()) for key in ("matrix", "perspectives"))
+    figure = new_figure((M + 1.8) * len(matrices), 0.6 * H + 2)
+    for axis, (title, found) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
         draw_matrix(axis, matrix, [f"branch {h}" for h in range(len(matrix))],
                     [name.replace("_", " ") for name in found["perspectives"]], "{:.2f}")
         axis.set_title(title)
     figure.suptitle("similarity to the own picture's text,\nabove the mean over pictures")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, words: int = 22):
     """Last layers: where a text's summary tokens look among its words, and each class token among the patches."""
-    plt, clip = plots(), model.clip
+    clip, C, by_class = model.clip, model.config.corner_tokens, model.config.pool == "class"
     text = " ".join(found["captions"][0]["long"])
     tokens = model.tokenizer([text], min(words + 2, model.config.context)).to(model.device)
     with last_attention(clip.text) as caught:
         clip.encode_text(tokens)
     end, L = int(tokens.argmax()), tokens.shape[1]
-    summary = [end if clip.text.causal else 0, *range(L, L + model.config.corner_tokens)]
+    summary = [end if clip.text.causal else 0, *range(L, L + C)]
     look = caught[0][0][summary][:, 1:end].numpy()
     images = torch.stack([found["picture"](i) for i in range(min(pictures, len(found["captions"])))])
-    by_class = model.config.pool == "class"
-    figure = plt.figure(figsize=(13, 2.2 + 0.35 * len(summary) + 2.1 * len(images) * by_class), layout="constrained")
-    upper, *lower = figure.subfigures(1 + by_class, 1, height_ratios=[1.8 + 0.35 * len(summary)] + [
-        2.1 * len(images)] * by_class, squeeze=False)[:, 0]
-    axis, names = upper.subplots(), [f"corner {c + 1}" for c in range(model.config.corner_tokens)]
-    draw_matrix(axis, 100 * look, ["end" if clip.text.causal else "[CLS]", *names],
-                [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
+    heights = [1.8 + 0.35 * len(summary)] + [2.1 * len(images)] * by_class
+    figure = new_figure(13, 0.4 + sum(heights))
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axis, names = upper.subplots(), ["end" if clip.text.causal else "[CLS]", *(f"corner {c + 1}" for c in range(C))]
+    draw_matrix(axis, 100 * look, names, [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
     axis.set_title("attention of the summary tokens to words, % (last layer, mean over heads)")
     if by_class:
         with last_attention(clip.visual) as caught:
@@ -899,20 +890,18 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
         heat = caught[0].unflatten(0, (-1, len(images)))[:, :, :T, T:].permute(1, 0, 2, 3).flatten(1, 2)  # [n, H, P]
         axes = lower[0].subplots(len(images), 1 + heat.shape[1], squeeze=False)
         for row, image, heats in zip(axes, images, heat):
-            row[0].imshow(image.permute(1, 2, 0).numpy())
+            draw_image(row[0], image)
             for h, (axis, weight) in enumerate(zip(row[1:], heats)):
-                draw_heat(axis, image, weight.view(model.side, model.side))
+                draw_image(axis, image, weight.view(model.side, model.side))
                 axis.set_title(f"branch {h}" if heat.shape[1] > 1 else "class token")
-            for axis in row:
-                axis.axis("off")
     figure.suptitle(model.name)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_reading(curves: dict, path: Path):
     """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
-    plt = plots()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
+    figure = new_figure(12.5, 4.2)
+    left, right = figure.subplots(1, 2)
     for colour, (name, found) in zip(PALETTE * len(curves), curves.items()):
         sentences, t2i, i2t, chance = zip(*found["length"])
         left.plot(sentences, t2i, "o-", color=colour, ms=5, label=name)
@@ -930,20 +919,19 @@ def draw_reading(curves: dict, path: Path):
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.legend(loc="outside right center")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_comparison(groups: list[dict], path: Path):
     """Every headline metric: a dot for each method, whiskers of one standard deviation over seeds, chance dotted."""
-    plt = plots()
     names = headline(groups)
     columns = min(4, len(names))
-    figure, axes = plt.subplots(-(-len(names) // columns), columns, squeeze=False, sharey=True, layout="constrained",
-                                figsize=(3.1 * columns, (0.38 * len(groups) + 1.2) * -(-len(names) // columns)))
+    rows = -(-len(names) // columns)
+    figure = new_figure(3.1 * columns, (0.38 * len(groups) + 1.2) * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, names):
         for y, (group, colour) in enumerate(zip(groups, PALETTE * len(groups))):
-            if name in group["metrics"]:
-                m = group["metrics"][name]
+            if m := group["metrics"].get(name):
                 axis.errorbar(m["mean"], y, xerr=m["sd"], fmt="o", color=colour, capsize=3)
                 axis.axvline(m["chance"], ls=":", color="grey")
         axis.set(title=textwrap.fill(name, 28), yticks=range(len(groups)), yticklabels=[g["name"] for g in groups],
@@ -953,7 +941,7 @@ def draw_comparison(groups: list[dict], path: Path):
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     figure.suptitle("%; whiskers: one standard deviation over seeds; dotted: chance")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -1288,16 +1276,16 @@ def claims_text(rows: dict, minutes: float) -> str:
 def draw_claims(rows: dict, path: Path):
     """Every claim against every usual measure: the paired difference and its confidence interval, in colour where the
     interval leaves out 0."""
-    plt = plots()
     lines = [(paper, *claim) for paper, (_, _, claims) in CLAIMS.items() for claim in claims]
     places = [i + list(CLAIMS).index(line[0]) for i, line in enumerate(lines)]  # a free line between two papers
-    figure, axes = plt.subplots(1, len(USUAL), sharey=True, figsize=(14, 0.31 * places[-1] + 1.7), layout="constrained")
+    figure = new_figure(14, 0.31 * places[-1] + 1.7)
+    axes = figure.subplots(1, len(USUAL), sharey=True)
     for axis, measure in zip(axes, USUAL):
-        for y, (_, _, better, than) in zip(places, lines):
-            d, half = interval(measured(rows[better], measure), measured(rows[than], measure))
+        found = [interval(measured(rows[better], measure), measured(rows[than], measure)) for *_, better, than in lines]
+        for y, (d, half) in zip(places, found):
             colour = PALETTE[7] if abs(d) <= half else PALETTE[2] if d > 0 else PALETTE[1]
             axis.errorbar(d, y, xerr=min(half, 1e3), fmt="o", color=colour, ms=5.5, capsize=2.5, lw=1.5)
-        reach = max(8, 1.15 * max(abs(line.get_xdata()).max() for line in axis.lines if len(line.get_xdata()) == 1))
+        reach = max(8, *(1.15 * (abs(d) + (half if half < np.inf else 0)) for d, half in found))
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlim=(-reach, reach), ylim=(places[-1] + 0.7, -1.4), title=measure, yticks=places,
                  yticklabels=[claim for _, claim, _, _ in lines])
@@ -1311,15 +1299,14 @@ def draw_claims(rows: dict, path: Path):
                      fontweight="bold", fontsize=12)
     figure.supxlabel("difference in percentage points and its 95% confidence interval over seeds; "
                      "green: better, orange: worse, grey: not told apart", fontsize=11)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     """Where do sentences point, and why? Bars for every row of the table; and for some rows' first seeds the similarity
     of a held-out scene's patches to a sentence about each of its objects, the most similar patch marked."""
-    plt, names = plots(), CLAIMS["Localisation"][0]
-    figure = plt.figure(figsize=(13, 13), layout="constrained")
+    figure, names = new_figure(13, 13), CLAIMS["Localisation"][0]
     upper, lower = figure.subfigures(2, 1, height_ratios=(0.3, 1))
     panels = {"pointing": "sentence's best patch\non its object", "centred": "the same, less the\nmean sentence",
               "zero-shot": "zero-shot class", "patches grouped": "patches with a\nweight above 0",
@@ -1337,8 +1324,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
         axis.grid(axis="x", alpha=0.25)
     axes[0].invert_yaxis()
     shown = [names[0], *names[2:4], *names[6:]]
-    grid = lower.subplots(len(shown), 1 + objects, squeeze=False)
-    for line, row in zip(grid, shown):
+    for line, row in zip(lower.subplots(len(shown), 1 + objects), shown):
         model = Model(run_of(folder, row, 0))
         scenes = Scenes("test", 1000, model.config.image_size, model.settings["kinds"])
         facts = next(f for f in map(scenes.scene, range(1000)) if len(f.objects) == objects)
@@ -1346,17 +1332,15 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
         texts = [told[about] for about in range(objects)]
         image = torch.from_numpy(scenes.draw(facts)[0]).permute(2, 0, 1)
         patches = model.clip.encode_image(normalize(image[None].to(model.device)))[1][0]
-        line[0].imshow(image.permute(1, 2, 0).numpy())
+        draw_image(line[0], image)
         line[0].set_title("\n".join(textwrap.wrap(row, 22)), fontsize=11, fontweight="bold")
         for axis, text, sims in zip(line[1:], texts, (patches @ model.texts(texts).T).T.cpu()):
-            draw_heat(axis, image, ((sims - sims.min()) / (sims.max() - sims.min())).view(model.side, model.side))
+            draw_image(axis, image, ((sims - sims.min()) / (sims.max() - sims.min())).view(model.side, model.side))
             y, x = divmod(int(sims.argmax()), model.side)
             x, y = ((c + 0.5) * model.config.patch - 0.5 for c in (x, y))
             axis.plot(x, y, "o", mfc="none", mec="red", ms=15, mew=2.5)
             axis.set_title("\n".join(textwrap.wrap(text, 28, max_lines=2)) if row == shown[0] else "", fontsize=10)
-        for axis in line:
-            axis.axis("off")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def main(argv=None):

@@ -773,12 +773,9 @@ def specialisation(model: Model, found: dict) -> dict:
 def last_attention(tower):
     """Collects the attention of the tower's last block, averaged over heads, of all that is embedded in the `with`."""
     caught = []
-    hook = tower.blocks[-1].attn.register_forward_hook(
-        lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu()))
-    try:
+    with tower.blocks[-1].attn.register_forward_hook(
+            lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu())):
         yield caught
-    finally:
-        hook.remove()
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -946,6 +943,7 @@ def draw_comparison(groups: list[dict], path: Path):
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
+# A table of several runs shows the metrics whose names end in these.
 HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "pointing", "mIoU")
 
 
@@ -988,34 +986,33 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
 
 def draw_run(model: Model, found: dict, reads: dict | None, special: dict | None) -> list[str]:
     """Every figure that this run has something to show in, into its folder -> their names."""
-    figures = {"curves": lambda path: draw_curves(model, path)} if (model.folder / "metrics.jsonl").exists() else {}
-    figures |= {"patches": lambda path: draw_groups(model, found, path),
-                "attention": lambda path: draw_attention(model, found, path)}
+    figures = {"patches": (draw_groups, model, found), "attention": (draw_attention, model, found)}
+    if (model.folder / "metrics.jsonl").exists():
+        figures["curves"] = draw_curves, model
     if special:
-        figures["branches"] = lambda path: draw_branches({model.name: special}, path)
+        figures["branches"] = draw_branches, {model.name: special}
     if reads:
-        figures["reading"] = lambda path: draw_reading({model.name: reads}, path)
-    for name, draw in figures.items():
-        draw(model.folder / f"{name}.png")
+        figures["reading"] = draw_reading, {model.name: reads}
+    for name, (draw, *shown) in figures.items():
+        draw(*shown, model.folder / f"{name}.png")
     return [f"{name}.png" for name in sorted(figures)]
 
 
 def run_table(name: str, rows: dict) -> str:
     """One model's metrics as markdown: retrieval with both directions in a row, then all the rest."""
-    whats = ("R@1", "R@5", "R@10", "median rank")
-    sets = list(dict.fromkeys(key.removesuffix("T2I R@1").rstrip() for key in rows if key.endswith("T2I R@1")))
-    lines, used = [], set()
+    columns = [f"{way} {what}" for way in ("T2I", "I2T") for what in ("R@1", "R@5", "R@10", "median rank")]
+    sets = [key.removesuffix(" T2I R@1") for key in rows if key.endswith(" T2I R@1")]
+    lines, rest = [], dict(rows)
     if sets:
-        lines = [f"| {name}: retrieval, % | " + " | ".join(f"{d} {what}" for d in ("T2I", "I2T") for what in whats)
-                 + " | chance R@1, R@10, rank |", "|---|" + "---:|" * 9]
+        lines = [f"| {name}: retrieval, % | " + " | ".join(columns) + " | chance R@1, R@10, rank |",
+                 "|---|" + "---:|" * 9]
     for which in sets:
-        keys = [f"{which} {d} {what}".lstrip() for d in ("T2I", "I2T") for what in whats]
-        used |= {*keys}
-        chance = ", ".join(f"{rows[keys[k]][1]:.3g}" for k in (0, 2, 3))
-        lines.append(f"| {which} | " + " | ".join(f"{rows[key][0]:.1f}" for key in keys) + f" | {chance} |")
-    rest = [f"| {key} | {value:.1f} | {chance:.1f} |" for key, (value, chance) in rows.items() if key not in used]
+        values, chances = zip(*(rest.pop(f"{which} {column}") for column in columns))
+        chance = ", ".join(f"{chances[k]:.3g}" for k in (0, 2, 3))
+        lines.append(f"| {which} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {chance} |")
     if rest:
-        lines += [""] * bool(lines) + [f"| {name}: other, % | | chance |", "|---|---:|---:|", *rest]
+        lines += [""] * bool(lines) + [f"| {name}: other, % | | chance |", "|---|---:|---:|"]
+        lines += [f"| {key} | {value:.1f} | {chance:.1f} |" for key, (value, chance) in rest.items()]
     return "\n".join(lines)
 
 
@@ -1031,8 +1028,7 @@ def summarise(results: list[dict]) -> list[dict]:
         metrics = {}
         for name, (_, chance) in group[0]["metrics"].items():
             values = [run["metrics"][name][0] for run in group if name in run["metrics"]]
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0
-            metrics[name] = dict(mean=float(np.mean(values)), sd=sd, values=values, chance=chance)
+            metrics[name] = dict(mean=float(np.mean(values)), sd=spread(values), values=values, chance=chance)
         summary.append(dict(name=method if methods.count(method) == 1 else group[0]["name"], method=method,
                             runs=[run["name"] for run in group], metrics=metrics, reading=group[0]["reading"]))
     baseline = next((group for group in summary if group["method"] == "clip"), None)
@@ -1043,9 +1039,14 @@ def summarise(results: list[dict]) -> list[dict]:
     return summary
 
 
+def spread(values) -> float:
+    """The standard deviation over seeds, 0 of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0
+
+
 def headline(groups: list[dict]) -> list[str]:
     names = dict.fromkeys(name for group in groups for name in group["metrics"])
-    return [name for name in names if any(f" {name}".endswith(f" {end}") for end in HEADLINE)]
+    return [name for name in names if name.endswith(HEADLINE)]
 
 
 def table(groups: list[dict]) -> str:
@@ -1055,11 +1056,10 @@ def table(groups: list[dict]) -> str:
     for group in groups:
         cells, n = [], len(group["runs"])
         for name in names:
-            m = group["metrics"].get(name)
-            if m:
+            if m := group["metrics"].get(name):
                 chances[name] = f"{m['chance']:.1f}"
-                spread = f" ± {m['sd']:.1f}" if len(m["values"]) > 1 else ""
-                cells.append(f"{m['mean']:.1f}{spread}" + (f" ({m['difference']:+.1f})" if "difference" in m else ""))
+                cells.append(f"{m['mean']:.1f}" + (f" ± {m['sd']:.1f}" if len(m["values"]) > 1 else "")
+                             + (f" ({m['difference']:+.1f})" if "difference" in m else ""))
             else:
                 cells.append("")
         lines.append(f"| {group['name']}" + (f", {n} seeds" if n > 1 else "") + " | " + " | ".join(cells) + " |")
@@ -1243,9 +1243,8 @@ def interval(better: np.ndarray, than: np.ndarray) -> tuple[float, float]:
     """Values of two rows, seed by seed -> the mean of their differences and half of its 95% confidence interval, by
     Student's t (infinite for a single seed)."""
     d = better - than
-    if len(d) == 1:
-        return float(d[0]), float("inf")
-    return float(d.mean()), float(STUDENT[min(len(d) - 2, 8)] * d.std(ddof=1) / len(d) ** 0.5)
+    half = STUDENT[min(len(d) - 2, 8)] * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.inf
+    return float(d.mean()), float(half)
 
 
 def claims_text(rows: dict, minutes: float) -> str:
@@ -1259,7 +1258,7 @@ def claims_text(rows: dict, minutes: float) -> str:
         lines += ["", f"### {paper}", "", f"| % | {columns} | time |", "|---|" + "---:|" * (len(measures) + 1)]
         for row in names:
             values = [measured(rows[row], m) for m in measures]
-            cells = [f"{v.mean():.1f} ± {v.std(ddof=1) if seeds > 1 else 0:.1f}" for v in values]
+            cells = [f"{v.mean():.1f} ± {spread(v):.1f}" for v in values]
             seconds = np.median([run["seconds"] for run in rows[row]]) * ROWS[row].get("times", 1)
             lines.append(f"| {row} | " + " | ".join(cells) + f" | {seconds / cost:.1f} |")
         first = rows[names[0]][0]["metrics"]
@@ -1316,7 +1315,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     for axis, (measure, title) in zip(axes, panels.items()):
         values = [measured(rows[row], measure) for row in names]
         axis.barh(range(len(names)), [v.mean() for v in values], 0.62, color=PALETTE[4],
-                  xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], error_kw=dict(lw=1))
+                  xerr=list(map(spread, values)), error_kw=dict(lw=1))
         if measure == "group finds its text":
             axis.plot([measured(rows[row], "in a wrong image").mean() for row in names], range(len(names)), "o",
                       color=PALETTE[1])
@@ -1346,9 +1345,9 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs, or checkpoint files, ours or released ones")
-    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with"
-                        " all seeds into this folder (runs/claims) and put the papers' claims to the test; interrupted, "
-                        "the same command goes on")
+    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS "
+                        "with all seeds into this folder (runs/claims) and put the papers' claims to the test; "
+                        "interrupted, the same command goes on")
     parser.add_argument("--seeds", type=int, default=3, help="of --claims")
     parser.add_argument("--jobs", type=int, help="of --claims, at once: one a core, or three a GPU")
     parser.add_argument("--train-images", type=int, help="of --claims, for each run")

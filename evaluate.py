@@ -791,6 +791,17 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
     return Figure((width, height), layout=layout)
 
 
+def draw_image(axis, image: Tensor, heat: Tensor | None = None):
+    """image uint8 [3,S,S], under a veil of white that is thin where heat [side,side] is great."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
+    axis.axis("off")
+    if heat is not None:
+        heat = heat / heat.max().clamp_min(1e-9)
+        step = image.shape[-1] // len(heat)
+        axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
+                    alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
+
+
 def draw_curves(model: Model, path: Path):
     """Every loss against images seen, and the learned multiplier."""
     lines = read_json(model.folder / "metrics.jsonl")
@@ -827,17 +838,6 @@ def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, senten
             axis.set_title("\n".join(textwrap.wrap(text, 26, max_lines=4, placeholder=" …")), fontsize=9.5)
     figure.suptitle(f"{model.name}: the patches that each sentence groups (bright: much weight)")
     figure.savefig(path)
-
-
-def draw_image(axis, image: Tensor, heat: Tensor | None = None):
-    """image uint8 [3,S,S], under a veil of white that is thin where heat [side,side] is great."""
-    axis.imshow(image.permute(1, 2, 0).numpy())
-    axis.axis("off")
-    if heat is not None:
-        heat = heat / heat.max().clamp_min(1e-9)
-        step = image.shape[-1] // len(heat)
-        axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
-                    alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
 
 
 def draw_matrix(axis, matrix, rows, columns, form):

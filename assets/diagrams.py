@@ -38,9 +38,9 @@ def canvas(axis):
     return axis
 
 
-def box(axis, x, y, width, height, text, colour, **style):
+def box(axis, x, y, width, height, text, colour, fontsize=9.5):
     axis.add_patch(Rectangle((x, y), width, height, fc=to_rgba(colour, 0.14), ec=colour))
-    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9.5, **style})
+    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fontsize)
 
 
 def arrow(axis, start, end, colour=GREY, **style):
@@ -145,8 +145,7 @@ def sparc():
     scene = SCENES.scene(16)
     figure = new_figure(WIDTH, 5.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.35))
-    main = torch.zeros(1, 1, 1 + len(scene.objects))
-    main[..., 1] = 1
+    main = F.one_hot(torch.tensor([[1]]), 1 + len(scene.objects)).float()  # [1, 1, 1+objects]: the first object's name
     noise = 0.2 * torch.randn(1, 64, main.shape[-1], generator=torch.Generator().manual_seed(0))
     patches = F.normalize(patches_of(scene) + noise, dim=-1)
     similar = (main @ patches.mT)[0, 0]
@@ -165,12 +164,12 @@ def sparc():
         axis.axis("off")
     B, K = 3, 3
     image, slot = np.divmod(np.arange(B * K), K)
-    allowed = {"image": image[:, None] == image, "slot": slot[:, None] == slot, "batch": np.full((B * K, B * K), True)}
-    titles = dict(image="--negatives image\nother texts of the image (papers)",
-                  slot="--negatives slot\nsame slot of other images", batch="--negatives batch\nall (DreamLIP's code)")
+    allowed = {"--negatives image\nother texts of the image (papers)": image[:, None] == image,
+               "--negatives slot\nsame slot of other images": slot[:, None] == slot,
+               "--negatives batch\nall (DreamLIP's code)": np.full((B * K, B * K), True)}
     names = [f"$t_{{{i + 1}{k + 1}}}$" for i, k in zip(image, slot)]
-    for axis, (kind, where) in zip(lower.subplots(1, 3), allowed.items()):
-        cells(axis, where + np.eye(B * K), ("#f0f0f0", SKY, GREEN), names, names, titles[kind], turn=0)
+    for axis, (title, where) in zip(lower.subplots(1, 3), allowed.items()):
+        cells(axis, where + np.eye(B * K), ("#f0f0f0", SKY, GREEN), names, names, title, turn=0)
         axis.set_yticklabels([name.replace("t", "g") for name in names])
     legend(figure, {GREEN: "positive", SKY: "negative", "#f0f0f0": "takes no part"})
     return figure

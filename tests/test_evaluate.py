@@ -838,6 +838,14 @@ def test_claims_train_what_is_missing_and_report_what_was_measured(tmp_path, mon
         assert Image.open(tmp_path / "claims" / f"{figure}.png").size[0] > 800
 
 
+def test_claims_of_a_single_seed_are_drawn_at_the_scale_of_their_differences(monkeypatch):
+    drawn, names = [], [name for names in evaluate.MEASURES.values() for name in names]
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    rows = {row: [dict(metrics=dict.fromkeys(names, dict(value=i)))] for i, row in enumerate(evaluate.ROWS)}
+    evaluate.draw_claims(rows, None)
+    assert all(8 <= axis.get_xlim()[1] < 40 for axis in drawn[0].axes)  # 28 rows; the intervals have no end
+
+
 def test_claims_refuse_what_makes_no_sense():
     for argv in (["--claims", "x", "--seeds", "0"], []):
         with pytest.raises(UserError):

@@ -875,7 +875,7 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
     look = caught[0][0][summary][:, 1:end].numpy()
     images = torch.stack([found["picture"](i) for i in range(min(pictures, len(found["captions"])))])
     heights = [1.8 + 0.35 * len(summary)] + [2.1 * len(images)] * by_class
-    figure = new_figure(13, 0.4 + sum(heights))
+    figure = new_figure(13, 2.2 + 0.35 * len(summary) + 2.1 * len(images) * by_class)
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axis, names = upper.subplots(), ["end" if clip.text.causal else "[CLS]", *(f"corner {c + 1}" for c in range(C))]
     draw_matrix(axis, 100 * look, names, [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")

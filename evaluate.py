@@ -22,6 +22,7 @@ import re
 import sys
 import textwrap
 import time
+from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets as torchvision_datasets
@@ -57,14 +59,14 @@ class Model:
         path = Path(path)
         file = path if path.is_file() else next(iter(checkpoints(path)), path / "checkpoint.pt")  # the newest there
         content = read_checkpoint(path) if path.is_file() else load_checkpoint(file)
-        self.ours = "settings" in content and "model" in content
-        self.folder, self.name = (file.parent, file.parent.name) if self.ours else (None, file.stem)
-        if self.ours:
+        if "settings" in content:
+            self.folder, self.name = file.parent, file.parent.name
             clip, self.settings = trained(file, content), content["settings"]
         else:
+            self.folder, self.name = None, file.stem
             clip = released(file, content, activation)
             tokenizer = tokenizer or (str(file.with_name("vocab.txt")) if clip.config.text_style == "bert" else "clip")
-            self.settings = asdict(clip.config) | dict(method=self.name, tokenizer=tokenizer, threshold=None, kinds=24)
+            self.settings = asdict(clip.config) | dict(method=self.name, tokenizer=tokenizer, kinds=24)
         try:
             clip = resized(clip, image_size or clip.config.image_size)
         except ValueError as error:
@@ -87,12 +89,12 @@ class Model:
         return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.on_gpu)
 
     @torch.no_grad()
-    def batches(self, samples, note="images"):
+    def batches(self, samples):
         """Samples (image uint8 [3,S,S], anything ...) -> batch by batch: branches [b,H,D], patches [b,P,D], and of
         everything else a list."""
         loader = torch.utils.data.DataLoader(samples, self.batch, num_workers=self.workers, collate_fn=collate)
         try:
-            for images, *rest in tqdm(loader, note, leave=False, disable=len(samples) <= self.batch):
+            for images, *rest in tqdm(loader, "images", leave=False, disable=len(samples) <= self.batch):
                 with self.autocast():
                     branches, patches = self.clip.encode_image(normalize(images.to(self.device)))
                 yield branches, patches, *rest
@@ -154,9 +156,21 @@ def read_checkpoint(path: Path) -> dict:
                             "take a file that torch.load(..., weights_only=True) reads") from None
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if "settings" not in content and not (content and all(isinstance(x, Tensor) for x in content.values())):
+    ours = {"settings", "model"} <= content.keys()
+    if not ours and not (content and all(isinstance(x, Tensor) for x in content.values())):
         raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
     return content
+
+
+def read_json(path: Path):
+    """A JSON file's content, or of JSON lines a list. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "jsonl" not in path.suffix:
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
 
 
 def released(path: Path, state: dict, activation: str | None) -> CLIP:
@@ -294,11 +308,7 @@ def chance_recall(right: Tensor, C: int, k: int) -> float:
 
 def chance_median(right: Tensor, C: int) -> float:
     """The median rank of a random order: the least k at which half the queries have found a right answer."""
-    low, high = 1, C
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if chance_recall(right, C, middle) >= 50 else (middle + 1, high)
-    return float(low)
+    return 1.0 + bisect_left(range(1, C), True, key=lambda k: chance_recall(right, C, k) >= 50)
 
 
 def classification(images: Tensor, classes: Tensor, target: Tensor) -> dict:
@@ -368,12 +378,13 @@ def scene_metrics(model: Model, scenes: Scenes) -> tuple[dict, dict]:
     for name, texts, embedded in (("short", short, model.texts(short)), ("long", long, model.texts(long)),
                                   ("long by sentence", long, means)):
         rows |= prefixed(name, retrieval(images, embedded, same_text(texts), same_text(texts)))
-    main = torch.tensor([scene.objects[0].kind for scene in facts])
+    main = [scene.objects[0] for scene in facts]
     prompts = [[t.format(article(name), name) for t in SCENE_PROMPTS] for name in names]
-    rows |= prefixed("zero-shot", classification(images, class_embeddings(model, prompts), main))
+    kinds = torch.tensor([o.kind for o in main])
+    rows |= prefixed("zero-shot", classification(images, class_embeddings(model, prompts), kinds))
     pairs = model.texts([f"the main object is {article(f'{colour} {name}')}." for name in names for colour in COLOURS])
-    target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in (scene.objects[0] for scene in facts)])
-    unseen = torch.tensor([held_out(scene.objects[0].kind, scene.objects[0].colour) for scene in facts])
+    target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
+    unseen = torch.tensor([held_out(o.kind, o.colour) for o in main])
     for name, which in (("seen", ~unseen), ("unseen", unseen)):
         if which.any():
             rows[f"{name} colour and object"] = classification(images[which], pairs, target[which])["top-1"]
@@ -469,9 +480,9 @@ def pair_metrics(model: Model, dataset, n: int) -> tuple[dict, dict]:
             return torch.zeros(3, model.config.image_size, model.config.image_size, dtype=torch.uint8), bad
 
     branches, captions = model.images(Samples(min(n, len(dataset)), sample))
-    good, bad = [i for i, c in enumerate(captions) if not isinstance(c, BadSample)], BadCount()
-    for found in (c for c in captions if isinstance(c, BadSample)):
-        bad.add(found)
+    good, bad = [], BadCount()
+    for i, found in enumerate(captions):
+        bad.add(found) if isinstance(found, BadSample) else good.append(i)
     if bad:
         print(f"passed over: {bad.report()}")
     branches, captions = branches[good], [captions[i] for i in good]
@@ -567,17 +578,6 @@ def torchvision_set(name: str, model: Model, path: Path) -> dict:
 # ---- benchmarks: retrieval -------------------------------------------------------------------------------------------
 
 # A layout is a generator: path -> (picture's path, captions) again and again, as the data set was published.
-
-def read_json(path: Path):
-    """A JSON file's content, or of JSON lines a list. Raises UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "jsonl" not in path.suffix:
-            return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
-
 
 def the_file(path: Path, pattern: str) -> Path:
     """`path` itself if it is a file, else the one in it that the pattern fits."""
@@ -732,24 +732,28 @@ def reading(model: Model, images: Tensor, captions: list[dict], n: int = 500) ->
     """
     images, captions = images[:n], captions[:n]
     counts = [len(c["long"]) for c in captions]
-    length, places = [], min(8, int(np.median(counts)))
+    length, place = [], []
     for sentences in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, max(counts)}):
         if sentences <= max(counts):
             texts = [" ".join(c["long"][:sentences]) for c in captions]
             rows = retrieval(images, model.texts(texts), same_text(texts), same_text(texts))
             length.append([sentences, rows["T2I R@1"][0], rows["I2T R@1"][0], rows["T2I R@1"][1]])
+
+    places = min(8, int(np.median(counts)))
+    usable = [i for i, count in enumerate(counts) if count >= places]
+    images, captions = images[usable], [captions[i] for i in usable]
     telling = [c.get("main_object") or c["long"][0] for c in captions]
-    usable = [i for i, c in enumerate(captions) if counts[i] >= places]
-    other = {i: next((j for j in [*usable[k + 1:], *usable[:k]] if telling[j] != telling[i]), None)
-             for k, i in enumerate(usable)}
-    usable, place = [i for i in usable if other[i] is not None], []
-    for p in range(places if usable and places > 1 else 0):
-        both = []
-        for told in ({i: i for i in usable}, other):
-            rest = {i: [s for s in captions[i]["long"] if s != telling[i]][:places - 1] for i in usable}
-            texts = model.texts([" ".join([*rest[i][:p], telling[told[i]], *rest[i][p:]]) for i in usable])
-            both.append(torch.einsum("nhd,nd->nh", images[usable], texts).amax(1).cpu())
-        right, wrong = both
+    if places < 2 or len(set(telling)) < 2:
+        return dict(length=length, place=place)
+    rest = [[s for s in c["long"] if s != own][:places - 1] for c, own in zip(captions, telling)]
+    others = [next(t for t in telling[i + 1:] + telling[:i] if t != own) for i, own in enumerate(telling)]
+
+    def similar(told, p):  # each image to its caption with the sentence that is told of it at place p
+        texts = model.texts([" ".join([*r[:p], t, *r[p:]]) for r, t in zip(rest, told)])
+        return torch.einsum("nhd,nd->nh", images, texts).amax(1).cpu()
+
+    for p in range(places):
+        right, wrong = similar(telling, p), similar(others, p)
         place.append([p + 1, 100 * ((right > wrong).double() + 0.5 * (right == wrong)).mean().item()])
     return dict(length=length, place=place)
 
@@ -769,79 +773,71 @@ def specialisation(model: Model, found: dict) -> dict:
 def last_attention(tower):
     """Collects the attention of the tower's last block, averaged over heads, of all that is embedded in the `with`."""
     caught = []
-    hook = tower.blocks[-1].attn.register_forward_hook(
-        lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu()))
-    try:
+    with tower.blocks[-1].attn.register_forward_hook(
+            lambda attn, inputs, _: caught.append(attn.weights(*inputs).mean(1).float().cpu())):
         yield caught
-    finally:
-        hook.remove()
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")  # Okabe and Ito's
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "figure.dpi": 120,
+         "legend.frameon": False}
 
 
-def plots():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False,
-                         "axes.titlesize": 11, "figure.dpi": 120, "legend.frameon": False})
-    return plt
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    """A figure of so many inches. It is not pyplot's: it needs no screen and no closing."""
+    matplotlib.rcParams.update(STYLE)
+    return Figure((width, height), layout=layout)
 
 
-def save_figure(plt, figure, path):
-    figure.savefig(path)
-    plt.close(figure)
+def draw_image(axis, image: Tensor, heat: Tensor | None = None):
+    """image uint8 [3,S,S], under a veil of white that is thin where heat [side,side] is great."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
+    axis.axis("off")
+    if heat is not None:
+        heat = heat / heat.max().clamp_min(1e-9)
+        step = image.shape[-1] // len(heat)
+        axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
+                    alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
 
 
 def draw_curves(model: Model, path: Path):
     """Every loss against images seen, and the learned multiplier."""
-    plt = plots()
-    lines = [json.loads(line) for line in (model.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json(model.folder / "metrics.jsonl")
     titles = dict(contrastive="contrastive loss", grouping="grouping loss", held_out_loss="loss on held-out images",
                   logit_scale="multiplier s")
     shown = {name: [(line["images"] / 1000, line[name]) for line in lines if name in line] for name in titles}
     shown = {name: points for name, points in shown.items() if points}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3), layout="constrained")
-    for axis, (name, points) in zip(axes, shown.items()):
+    figure = new_figure(4 * len(shown), 3)
+    for axis, (name, points) in zip(figure.subplots(1, len(shown)), shown.items()):
         axis.plot(*zip(*points), color=PALETTE[0], lw=1.4, marker="o" if len(points) < 10 else None, ms=4)
         axis.set(title=titles[name], xlabel="thousand images seen")
         axis.grid(alpha=0.25)
     figure.suptitle(model.name)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, sentences: int = 5):
     """Held-out pictures, and over each the weights of the patches that each of its sentences groups."""
-    plt = plots()
     n = len(found["captions"])
     chosen = np.linspace(0, n - 1, min(pictures, n)).astype(int)
     shown = [list(dict.fromkeys([*c["long"], c["raw"]]))[:sentences] for c in (found["captions"][i] for i in chosen)]
     images = torch.stack([found["picture"](i) for i in chosen])
-    (_, patches), = model.batches([(image,) for image in images], "figures")
+    (_, patches), = model.batches([(image,) for image in images])
     columns = 1 + max(map(len, shown))
-    figure, axes = plt.subplots(len(chosen), columns, figsize=(2.3 * columns, 2.9 * len(chosen)), squeeze=False,
-                                layout="constrained")
+    figure = new_figure(2.3 * columns, 2.9 * len(chosen))
+    axes = figure.subplots(len(chosen), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
     for row, image, cells, texts in zip(axes, images, patches, shown):
         _, weights = group_patches(cells[None], model.texts(texts)[None], model.settings.get("threshold"))
-        for axis in row:
-            axis.axis("off")
-        row[0].imshow(image.permute(1, 2, 0).numpy())
+        draw_image(row[0], image)
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
-            draw_heat(axis, image, weight.view(model.side, model.side))
+            draw_image(axis, image, weight.view(model.side, model.side))
             axis.set_title("\n".join(textwrap.wrap(text, 26, max_lines=4, placeholder=" …")), fontsize=9.5)
     figure.suptitle(f"{model.name}: the patches that each sentence groups (bright: much weight)")
-    save_figure(plt, figure, path)
-
-
-def draw_heat(axis, image: Tensor, heat: Tensor):
-    """The picture under a veil of white that is thin where heat [side,side] is great."""
-    heat = heat / heat.max().clamp_min(1e-9)
-    step = image.shape[-1] // len(heat)
-    axis.imshow(image.permute(1, 2, 0).numpy())
-    axis.imshow(np.ones(image.shape[1:]), cmap="gray", vmin=0, vmax=1,
-                alpha=0.92 * (1 - np.kron(heat.numpy() ** 2, np.ones((step, step)))))
+    figure.savefig(path)
 
 
 def draw_matrix(axis, matrix, rows, columns, form):
@@ -855,39 +851,34 @@ def draw_matrix(axis, matrix, rows, columns, form):
 
 def draw_branches(matrices: dict, path: Path):
     """{title: what `specialisation` found} -> a matrix each, side by side."""
-    plt = plots()
-    H, M = (max(len(side(found)) for found in matrices.values())
-            for side in (lambda f: f["matrix"], lambda f: f["perspectives"]))
-    figure, axes = plt.subplots(1, len(matrices), squeeze=False, layout="constrained",
-                                figsize=((1.0 * M + 1.8) * len(matrices), 0.6 * H + 2))
-    for axis, (title, found) in zip(axes[0], matrices.items()):
+    H, M = (max(len(found[key]) for found in matrices.values()) for key in ("matrix", "perspectives"))
+    figure = new_figure((M + 1.8) * len(matrices), 0.6 * H + 2)
+    for axis, (title, found) in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items()):
         matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
         draw_matrix(axis, matrix, [f"branch {h}" for h in range(len(matrix))],
                     [name.replace("_", " ") for name in found["perspectives"]], "{:.2f}")
         axis.set_title(title)
     figure.suptitle("similarity to the own picture's text,\nabove the mean over pictures")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, words: int = 22):
     """Last layers: where a text's summary tokens look among its words, and each class token among the patches."""
-    plt, clip = plots(), model.clip
+    clip, C, by_class = model.clip, model.config.corner_tokens, model.config.pool == "class"
     text = " ".join(found["captions"][0]["long"])
     tokens = model.tokenizer([text], min(words + 2, model.config.context)).to(model.device)
     with last_attention(clip.text) as caught:
         clip.encode_text(tokens)
     end, L = int(tokens.argmax()), tokens.shape[1]
-    summary = [end if clip.text.causal else 0, *range(L, L + model.config.corner_tokens)]
+    summary = [end if clip.text.causal else 0, *range(L, L + C)]
     look = caught[0][0][summary][:, 1:end].numpy()
     images = torch.stack([found["picture"](i) for i in range(min(pictures, len(found["captions"])))])
-    by_class = model.config.pool == "class"
-    figure = plt.figure(figsize=(13, 2.2 + 0.35 * len(summary) + 2.1 * len(images) * by_class), layout="constrained")
-    upper, *lower = figure.subfigures(1 + by_class, 1, height_ratios=[1.8 + 0.35 * len(summary)] + [
-        2.1 * len(images)] * by_class, squeeze=False)[:, 0]
-    axis, names = upper.subplots(), [f"corner {c + 1}" for c in range(model.config.corner_tokens)]
-    draw_matrix(axis, 100 * look, ["end" if clip.text.causal else "[CLS]", *names],
-                [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
+    heights = [1.8 + 0.35 * len(summary)] + [2.1 * len(images)] * by_class
+    figure = new_figure(13, 2.2 + 0.35 * len(summary) + 2.1 * len(images) * by_class)
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axis, names = upper.subplots(), ["end" if clip.text.causal else "[CLS]", *(f"corner {c + 1}" for c in range(C))]
+    draw_matrix(axis, 100 * look, names, [model.tokenizer.decode([i]) for i in tokens[0, 1:end]], "{:.0f}")
     axis.set_title("attention of the summary tokens to words, % (last layer, mean over heads)")
     if by_class:
         with last_attention(clip.visual) as caught:
@@ -896,20 +887,18 @@ def draw_attention(model: Model, found: dict, path: Path, pictures: int = 3, wor
         heat = caught[0].unflatten(0, (-1, len(images)))[:, :, :T, T:].permute(1, 0, 2, 3).flatten(1, 2)  # [n, H, P]
         axes = lower[0].subplots(len(images), 1 + heat.shape[1], squeeze=False)
         for row, image, heats in zip(axes, images, heat):
-            row[0].imshow(image.permute(1, 2, 0).numpy())
+            draw_image(row[0], image)
             for h, (axis, weight) in enumerate(zip(row[1:], heats)):
-                draw_heat(axis, image, weight.view(model.side, model.side))
+                draw_image(axis, image, weight.view(model.side, model.side))
                 axis.set_title(f"branch {h}" if heat.shape[1] > 1 else "class token")
-            for axis in row:
-                axis.axis("off")
     figure.suptitle(model.name)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_reading(curves: dict, path: Path):
     """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
-    plt = plots()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
+    figure = new_figure(12.5, 4.2)
+    left, right = figure.subplots(1, 2)
     for colour, (name, found) in zip(PALETTE * len(curves), curves.items()):
         sentences, t2i, i2t, chance = zip(*found["length"])
         left.plot(sentences, t2i, "o-", color=colour, ms=5, label=name)
@@ -927,20 +916,19 @@ def draw_reading(curves: dict, path: Path):
     for axis in (left, right):
         axis.grid(alpha=0.25)
     figure.legend(loc="outside right center")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def draw_comparison(groups: list[dict], path: Path):
     """Every headline metric: a dot for each method, whiskers of one standard deviation over seeds, chance dotted."""
-    plt = plots()
     names = headline(groups)
     columns = min(4, len(names))
-    figure, axes = plt.subplots(-(-len(names) // columns), columns, squeeze=False, sharey=True, layout="constrained",
-                                figsize=(3.1 * columns, (0.38 * len(groups) + 1.2) * -(-len(names) // columns)))
+    rows = -(-len(names) // columns)
+    figure = new_figure(3.1 * columns, (0.38 * len(groups) + 1.2) * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, names):
         for y, (group, colour) in enumerate(zip(groups, PALETTE * len(groups))):
-            if name in group["metrics"]:
-                m = group["metrics"][name]
+            if m := group["metrics"].get(name):
                 axis.errorbar(m["mean"], y, xerr=m["sd"], fmt="o", color=colour, capsize=3)
                 axis.axvline(m["chance"], ls=":", color="grey")
         axis.set(title=textwrap.fill(name, 28), yticks=range(len(groups)), yticklabels=[g["name"] for g in groups],
@@ -950,11 +938,12 @@ def draw_comparison(groups: list[dict], path: Path):
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     figure.suptitle("%; whiskers: one standard deviation over seeds; dotted: chance")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
+# A table of several runs shows the metrics whose names end in these.
 HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "pointing", "mIoU")
 
 
@@ -997,34 +986,33 @@ def evaluate_run(path, n: int | None = None, branch: str = "mean", data=None, fi
 
 def draw_run(model: Model, found: dict, reads: dict | None, special: dict | None) -> list[str]:
     """Every figure that this run has something to show in, into its folder -> their names."""
-    figures = {"curves": lambda path: draw_curves(model, path)} if (model.folder / "metrics.jsonl").exists() else {}
-    figures |= {"patches": lambda path: draw_groups(model, found, path),
-                "attention": lambda path: draw_attention(model, found, path)}
+    figures = {"patches": (draw_groups, model, found), "attention": (draw_attention, model, found)}
+    if (model.folder / "metrics.jsonl").exists():
+        figures["curves"] = draw_curves, model
     if special:
-        figures["branches"] = lambda path: draw_branches({model.name: special}, path)
+        figures["branches"] = draw_branches, {model.name: special}
     if reads:
-        figures["reading"] = lambda path: draw_reading({model.name: reads}, path)
-    for name, draw in figures.items():
-        draw(model.folder / f"{name}.png")
+        figures["reading"] = draw_reading, {model.name: reads}
+    for name, (draw, *shown) in figures.items():
+        draw(*shown, model.folder / f"{name}.png")
     return [f"{name}.png" for name in sorted(figures)]
 
 
 def run_table(name: str, rows: dict) -> str:
     """One model's metrics as markdown: retrieval with both directions in a row, then all the rest."""
-    whats = ("R@1", "R@5", "R@10", "median rank")
-    sets = list(dict.fromkeys(key.removesuffix("T2I R@1").rstrip() for key in rows if key.endswith("T2I R@1")))
-    lines, used = [], set()
+    columns = [f"{way} {what}" for way in ("T2I", "I2T") for what in ("R@1", "R@5", "R@10", "median rank")]
+    sets = [key.removesuffix(" T2I R@1") for key in rows if key.endswith(" T2I R@1")]
+    lines, rest = [], dict(rows)
     if sets:
-        lines = [f"| {name}: retrieval, % | " + " | ".join(f"{d} {what}" for d in ("T2I", "I2T") for what in whats)
-                 + " | chance R@1, R@10, rank |", "|---|" + "---:|" * 9]
+        lines = [f"| {name}: retrieval, % | " + " | ".join(columns) + " | chance R@1, R@10, rank |",
+                 "|---|" + "---:|" * 9]
     for which in sets:
-        keys = [f"{which} {d} {what}".lstrip() for d in ("T2I", "I2T") for what in whats]
-        used |= {*keys}
-        chance = ", ".join(f"{rows[keys[k]][1]:.3g}" for k in (0, 2, 3))
-        lines.append(f"| {which} | " + " | ".join(f"{rows[key][0]:.1f}" for key in keys) + f" | {chance} |")
-    rest = [f"| {key} | {value:.1f} | {chance:.1f} |" for key, (value, chance) in rows.items() if key not in used]
+        values, chances = zip(*(rest.pop(f"{which} {column}") for column in columns))
+        chance = ", ".join(f"{chances[k]:.3g}" for k in (0, 2, 3))
+        lines.append(f"| {which} | " + " | ".join(f"{value:.1f}" for value in values) + f" | {chance} |")
     if rest:
-        lines += [""] * bool(lines) + [f"| {name}: other, % | | chance |", "|---|---:|---:|", *rest]
+        lines += [""] * bool(lines) + [f"| {name}: other, % | | chance |", "|---|---:|---:|"]
+        lines += [f"| {key} | {value:.1f} | {chance:.1f} |" for key, (value, chance) in rest.items()]
     return "\n".join(lines)
 
 
@@ -1040,8 +1028,7 @@ def summarise(results: list[dict]) -> list[dict]:
         metrics = {}
         for name, (_, chance) in group[0]["metrics"].items():
             values = [run["metrics"][name][0] for run in group if name in run["metrics"]]
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0
-            metrics[name] = dict(mean=float(np.mean(values)), sd=sd, values=values, chance=chance)
+            metrics[name] = dict(mean=float(np.mean(values)), sd=spread(values), values=values, chance=chance)
         summary.append(dict(name=method if methods.count(method) == 1 else group[0]["name"], method=method,
                             runs=[run["name"] for run in group], metrics=metrics, reading=group[0]["reading"]))
     baseline = next((group for group in summary if group["method"] == "clip"), None)
@@ -1052,9 +1039,14 @@ def summarise(results: list[dict]) -> list[dict]:
     return summary
 
 
+def spread(values) -> float:
+    """The standard deviation over seeds, 0 of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0
+
+
 def headline(groups: list[dict]) -> list[str]:
     names = dict.fromkeys(name for group in groups for name in group["metrics"])
-    return [name for name in names if any(f" {name}".endswith(f" {end}") for end in HEADLINE)]
+    return [name for name in names if name.endswith(HEADLINE)]
 
 
 def table(groups: list[dict]) -> str:
@@ -1064,11 +1056,10 @@ def table(groups: list[dict]) -> str:
     for group in groups:
         cells, n = [], len(group["runs"])
         for name in names:
-            m = group["metrics"].get(name)
-            if m:
+            if m := group["metrics"].get(name):
                 chances[name] = f"{m['chance']:.1f}"
-                spread = f" ± {m['sd']:.1f}" if len(m["values"]) > 1 else ""
-                cells.append(f"{m['mean']:.1f}{spread}" + (f" ({m['difference']:+.1f})" if "difference" in m else ""))
+                cells.append(f"{m['mean']:.1f}" + (f" ± {m['sd']:.1f}" if len(m["values"]) > 1 else "")
+                             + (f" ({m['difference']:+.1f})" if "difference" in m else ""))
             else:
                 cells.append("")
         lines.append(f"| {group['name']}" + (f", {n} seeds" if n > 1 else "") + " | " + " | ".join(cells) + " |")
@@ -1187,18 +1178,17 @@ def run_of(folder: Path, row: str, seed: int) -> Path:
     return folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', row).strip('-')}-{seed}"
 
 
-def train_row(out: Path, flags: dict, threads: int, probe: bool = True) -> dict:
+def train_row(out: Path, threads: int, probe: bool, times: int = 1, **flags) -> dict:
     """Trains a run and evaluates it, as far as that is not done yet -> its evaluation, with the seconds an image took
     in training. It is called in a process of its own; what it prints is in a .log beside the run."""
     torch.set_num_threads(threads)
-    times = flags.pop("times", 1)
     flags |= dict(out=str(out), resume="auto", eval_images=0, images=times * flags["images"])
     with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         train(flags)  # of a run that is done already it only checks that it was the same
         if not (out / "evaluation.json").exists():
             evaluate_run(out, n=1000, figures=False, probe=probe)
-    rates = [json.loads(line)["images_per_s"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((out / "evaluation.json").read_text()) | dict(seconds=1 / np.median(rates))
+    rates = [line["images_per_s"] for line in read_json(out / "metrics.jsonl")]
+    return read_json(out / "evaluation.json") | dict(seconds=1 / np.median(rates))
 
 
 def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: dict) -> tuple[dict, float]:
@@ -1211,7 +1201,7 @@ def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: di
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for i, (seed, row) in enumerate((seed, row) for seed in range(seeds) for row in rows):
             settings = flags | rows[row] | dict(seed=seed) | (dict(device=f"cuda:{i % gpus}") if gpus else {})
-            futures[pool.submit(train_row, run_of(folder, row, seed), settings, threads, row in READERS)] = row, seed
+            futures[pool.submit(train_row, run_of(folder, row, seed), threads, row in READERS, **settings)] = row, seed
         for future in as_completed(futures):
             row, seed = futures[future]
             try:
@@ -1253,9 +1243,8 @@ def interval(better: np.ndarray, than: np.ndarray) -> tuple[float, float]:
     """Values of two rows, seed by seed -> the mean of their differences and half of its 95% confidence interval, by
     Student's t (infinite for a single seed)."""
     d = better - than
-    if len(d) == 1:
-        return float(d[0]), float("inf")
-    return float(d.mean()), float(STUDENT[min(len(d) - 2, 8)] * d.std(ddof=1) / len(d) ** 0.5)
+    half = STUDENT[min(len(d) - 2, 8)] * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.inf
+    return float(d.mean()), float(half)
 
 
 def claims_text(rows: dict, minutes: float) -> str:
@@ -1269,7 +1258,7 @@ def claims_text(rows: dict, minutes: float) -> str:
         lines += ["", f"### {paper}", "", f"| % | {columns} | time |", "|---|" + "---:|" * (len(measures) + 1)]
         for row in names:
             values = [measured(rows[row], m) for m in measures]
-            cells = [f"{v.mean():.1f} ± {v.std(ddof=1) if seeds > 1 else 0:.1f}" for v in values]
+            cells = [f"{v.mean():.1f} ± {spread(v):.1f}" for v in values]
             seconds = np.median([run["seconds"] for run in rows[row]]) * ROWS[row].get("times", 1)
             lines.append(f"| {row} | " + " | ".join(cells) + f" | {seconds / cost:.1f} |")
         first = rows[names[0]][0]["metrics"]
@@ -1286,16 +1275,16 @@ def claims_text(rows: dict, minutes: float) -> str:
 def draw_claims(rows: dict, path: Path):
     """Every claim against every usual measure: the paired difference and its confidence interval, in colour where the
     interval leaves out 0."""
-    plt = plots()
     lines = [(paper, *claim) for paper, (_, _, claims) in CLAIMS.items() for claim in claims]
     places = [i + list(CLAIMS).index(line[0]) for i, line in enumerate(lines)]  # a free line between two papers
-    figure, axes = plt.subplots(1, len(USUAL), sharey=True, figsize=(14, 0.31 * places[-1] + 1.7), layout="constrained")
+    figure = new_figure(14, 0.31 * places[-1] + 1.7)
+    axes = figure.subplots(1, len(USUAL), sharey=True)
     for axis, measure in zip(axes, USUAL):
-        for y, (_, _, better, than) in zip(places, lines):
-            d, half = interval(measured(rows[better], measure), measured(rows[than], measure))
+        found = [interval(measured(rows[better], measure), measured(rows[than], measure)) for *_, better, than in lines]
+        for y, (d, half) in zip(places, found):
             colour = PALETTE[7] if abs(d) <= half else PALETTE[2] if d > 0 else PALETTE[1]
             axis.errorbar(d, y, xerr=min(half, 1e3), fmt="o", color=colour, ms=5.5, capsize=2.5, lw=1.5)
-        reach = max(8, 1.15 * max(abs(line.get_xdata()).max() for line in axis.lines if len(line.get_xdata()) == 1))
+        reach = max(8, *(1.15 * (abs(d) + (half if half < np.inf else 0)) for d, half in found))
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlim=(-reach, reach), ylim=(places[-1] + 0.7, -1.4), title=measure, yticks=places,
                  yticklabels=[claim for _, claim, _, _ in lines])
@@ -1309,15 +1298,14 @@ def draw_claims(rows: dict, path: Path):
                      fontweight="bold", fontsize=12)
     figure.supxlabel("difference in percentage points and its 95% confidence interval over seeds; "
                      "green: better, orange: worse, grey: not told apart", fontsize=11)
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     """Where do sentences point, and why? Bars for every row of the table; and for some rows' first seeds the similarity
     of a held-out scene's patches to a sentence about each of its objects, the most similar patch marked."""
-    plt, names = plots(), CLAIMS["Localisation"][0]
-    figure = plt.figure(figsize=(13, 13), layout="constrained")
+    figure, names = new_figure(13, 13), CLAIMS["Localisation"][0]
     upper, lower = figure.subfigures(2, 1, height_ratios=(0.3, 1))
     panels = {"pointing": "sentence's best patch\non its object", "centred": "the same, less the\nmean sentence",
               "zero-shot": "zero-shot class", "patches grouped": "patches with a\nweight above 0",
@@ -1327,7 +1315,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     for axis, (measure, title) in zip(axes, panels.items()):
         values = [measured(rows[row], measure) for row in names]
         axis.barh(range(len(names)), [v.mean() for v in values], 0.62, color=PALETTE[4],
-                  xerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], error_kw=dict(lw=1))
+                  xerr=list(map(spread, values)), error_kw=dict(lw=1))
         if measure == "group finds its text":
             axis.plot([measured(rows[row], "in a wrong image").mean() for row in names], range(len(names)), "o",
                       color=PALETTE[1])
@@ -1335,8 +1323,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
         axis.grid(axis="x", alpha=0.25)
     axes[0].invert_yaxis()
     shown = [names[0], *names[2:4], *names[6:]]
-    grid = lower.subplots(len(shown), 1 + objects, squeeze=False)
-    for line, row in zip(grid, shown):
+    for line, row in zip(lower.subplots(len(shown), 1 + objects), shown):
         model = Model(run_of(folder, row, 0))
         scenes = Scenes("test", 1000, model.config.image_size, model.settings["kinds"])
         facts = next(f for f in map(scenes.scene, range(1000)) if len(f.objects) == objects)
@@ -1344,25 +1331,23 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
         texts = [told[about] for about in range(objects)]
         image = torch.from_numpy(scenes.draw(facts)[0]).permute(2, 0, 1)
         patches = model.clip.encode_image(normalize(image[None].to(model.device)))[1][0]
-        line[0].imshow(image.permute(1, 2, 0).numpy())
+        draw_image(line[0], image)
         line[0].set_title("\n".join(textwrap.wrap(row, 22)), fontsize=11, fontweight="bold")
         for axis, text, sims in zip(line[1:], texts, (patches @ model.texts(texts).T).T.cpu()):
-            draw_heat(axis, image, ((sims - sims.min()) / (sims.max() - sims.min())).view(model.side, model.side))
+            draw_image(axis, image, ((sims - sims.min()) / (sims.max() - sims.min())).view(model.side, model.side))
             y, x = divmod(int(sims.argmax()), model.side)
             x, y = ((c + 0.5) * model.config.patch - 0.5 for c in (x, y))
             axis.plot(x, y, "o", mfc="none", mec="red", ms=15, mew=2.5)
             axis.set_title("\n".join(textwrap.wrap(text, 28, max_lines=2)) if row == shown[0] else "", fontsize=10)
-        for axis in line:
-            axis.axis("off")
-    save_figure(plt, figure, path)
+    figure.savefig(path)
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs, or checkpoint files, ours or released ones")
-    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS with "
-                        "all seeds into this folder (runs/claims) and put the papers' claims to the test; interrupted, "
-                        "the same command goes on")
+    parser.add_argument("--claims", metavar="FOLDER", nargs="?", const="runs/claims", help="train all rows of ROWS "
+                        "with all seeds into this folder (runs/claims) and put the papers' claims to the test; "
+                        "interrupted, the same command goes on")
     parser.add_argument("--seeds", type=int, default=3, help="of --claims")
     parser.add_argument("--jobs", type=int, help="of --claims, at once: one a core, or three a GPU")
     parser.add_argument("--train-images", type=int, help="of --claims, for each run")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import ListedColormap, to_rgba
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
 from data import Captions, draw_texts, load_tokenizer  # noqa: E402  after sys.path
-from evaluate import PALETTE, draw_heat, plots  # noqa: E402
+from evaluate import PALETTE, draw_image, new_figure  # noqa: E402
 from losses import group_patches  # noqa: E402
 from model import class_token_mask, text_mask  # noqa: E402
 from scenes import PERSPECTIVES, Scenes  # noqa: E402
@@ -31,15 +32,15 @@ SIDE, GRID = 128, 8  # of the scenes drawn here, in pixels and in patches
 SCENES = Scenes("test", 100, SIDE)
 
 
-def canvas(axis, title=""):
-    axis.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[], title=title)
+def canvas(axis):
+    axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.axis("off")
     return axis
 
 
-def box(axis, x, y, width, height, text, colour, **style):
-    axis.add_patch(plt.Rectangle((x, y), width, height, fc=to_rgba(colour, 0.14), ec=colour))
-    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9.5, **style})
+def box(axis, x, y, width, height, text, colour, fontsize=9.5):
+    axis.add_patch(Rectangle((x, y), width, height, fc=to_rgba(colour, 0.14), ec=colour))
+    axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fontsize)
 
 
 def arrow(axis, start, end, colour=GREY, **style):
@@ -48,7 +49,6 @@ def arrow(axis, start, end, colour=GREY, **style):
 
 def cells(axis, kinds, colours, rows, columns, title, turn=90):
     """A matrix of kinds 0, 1, 2 ..., each in its colour, with names beside it."""
-    kinds = np.asarray(kinds)
     axis.imshow(kinds, cmap=ListedColormap(colours), vmin=0, vmax=len(colours) - 1)
     axis.set(xticks=range(len(columns)), yticks=range(len(rows)), yticklabels=rows)
     axis.set_xticklabels(columns)
@@ -62,19 +62,16 @@ def cells(axis, kinds, colours, rows, columns, title, turn=90):
 
 
 def legend(figure, entries):
-    handles = [plt.Rectangle((0, 0), 1, 1, fc=colour) for colour in entries]
+    handles = [Rectangle((0, 0), 1, 1, fc=colour) for colour in entries]
     figure.legend(handles, entries.values(), loc="outside lower center", ncols=len(entries), fontsize=9.5,
                   handlelength=1, handleheight=1)
 
 
-def coverage(scene):
-    """How much of each patch is background and each object: patches that know what they show, [1+objects, P]."""
-    mask = torch.from_numpy(SCENES.draw(scene)[1]).long()
-    return F.avg_pool2d(F.one_hot(mask, 1 + len(scene.objects)).permute(2, 0, 1).float(), SIDE // GRID).flatten(1)
-
-
 def patches_of(scene):
-    return F.normalize(coverage(scene).mT, dim=-1)[None]  # [1, P, 1+objects]
+    """Patches that know what they show: how much of each is background and each object, unit-norm [1, P, 1+objects]."""
+    mask = F.one_hot(torch.from_numpy(SCENES.draw(scene)[1]).long(), 1 + len(scene.objects))
+    shares = F.avg_pool2d(mask.permute(2, 0, 1).float(), SIDE // GRID)
+    return F.normalize(shares.flatten(1).mT, dim=-1)[None]
 
 
 def picture(axis, scene, grid=False):
@@ -87,7 +84,7 @@ def picture(axis, scene, grid=False):
 
 def overview():
     """Data's way through the files, and where each method steps in."""
-    figure = plt.figure(figsize=(WIDTH, 5.3))
+    figure = new_figure(WIDTH, 5.3, layout=None)
     axis = canvas(figure.add_axes((0.01, 0.01, 0.98, 0.98)))
     axis.set(xlim=(-0.003, 1.003))
     rows = [  # file, what it does, what it hands on, who steps in here
@@ -121,7 +118,7 @@ def overview():
 
 def clip():
     """InfoNCE: every image against every text of the batch."""
-    figure = plt.figure(figsize=(WIDTH, 3.7))
+    figure = new_figure(WIDTH, 3.7, layout=None)
     axis = canvas(figure.add_axes((0, 0, 1, 1)))
     chosen = [SCENES.scene(i) for i in (4, 9, 13, 15)]
     left, top, wide, high = 0.9, 0.52, 1.4, 0.7
@@ -131,8 +128,8 @@ def clip():
                   va="bottom", fontsize=9.5)
         for j in range(len(chosen)):
             colour = GREEN if i == j else GREY
-            axis.add_patch(plt.Rectangle((left + wide * j, top + high * i), wide - 0.08, high - 0.08, lw=0,
-                                         fc=to_rgba(colour, 0.75 if i == j else 0.2)))
+            axis.add_patch(Rectangle((left + wide * j, top + high * i), wide - 0.08, high - 0.08, lw=0,
+                                     fc=to_rgba(colour, 0.75 if i == j else 0.2)))
             axis.text(left + wide * (j + 0.47), top + high * (i + 0.45), f"$s\\cdot v_{i + 1}\\cdot t_{j + 1}$",
                       ha="center", va="center", fontsize=11, color="white" if i == j else BLACK)
     axis.set(xlim=(0, WIDTH), ylim=(3.7, 0), aspect="auto")
@@ -146,10 +143,9 @@ def clip():
 def sparc():
     """The weights of a group step by step, and the three choices of negatives."""
     scene = SCENES.scene(16)
-    figure = plt.figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure = new_figure(WIDTH, 5.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.35))
-    main = torch.zeros(1, 1, 1 + len(scene.objects))
-    main[..., 1] = 1
+    main = F.one_hot(torch.tensor([[1]]), 1 + len(scene.objects)).float()  # [1, 1, 1+objects]: the first object's name
     noise = 0.2 * torch.randn(1, 64, main.shape[-1], generator=torch.Generator().manual_seed(0))
     patches = F.normalize(patches_of(scene) + noise, dim=-1)
     similar = (main @ patches.mT)[0, 0]
@@ -168,13 +164,12 @@ def sparc():
         axis.axis("off")
     B, K = 3, 3
     image, slot = np.divmod(np.arange(B * K), K)
-    allowed = {"image": image[:, None] == image, "slot": slot[:, None] == slot, "batch": np.full((B * K, B * K), True)}
-    titles = dict(image="--negatives image\nother texts of the image (papers)",
-                  slot="--negatives slot\nsame slot of other images", batch="--negatives batch\nall (DreamLIP's code)")
+    allowed = {"--negatives image\nother texts of the image (papers)": image[:, None] == image,
+               "--negatives slot\nsame slot of other images": slot[:, None] == slot,
+               "--negatives batch\nall (DreamLIP's code)": np.full((B * K, B * K), True)}
     names = [f"$t_{{{i + 1}{k + 1}}}$" for i, k in zip(image, slot)]
-    for axis, (kind, where) in zip(lower.subplots(1, 3), allowed.items()):
-        cells(axis, where + np.eye(B * K), ("#f0f0f0", SKY, GREEN),
-              names, names, titles[kind], turn=0)
+    for axis, (title, where) in zip(lower.subplots(1, 3), allowed.items()):
+        cells(axis, where + np.eye(B * K), ("#f0f0f0", SKY, GREEN), names, names, title, turn=0)
         axis.set_yticklabels([name.replace("t", "g") for name in names])
     legend(figure, {GREEN: "positive", SKY: "negative", "#f0f0f0": "takes no part"})
     return figure
@@ -186,7 +181,7 @@ def dreamlip():
     c = scene.captions
     captions = Captions(c["raw"], [c["short"]], c["long"], [])
     draws = [[text for text, _ in draw_texts(captions, s, random.Random(seed))] for seed in (10, 2)]
-    figure = plt.figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure = new_figure(WIDTH, 5.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.05, 1))
     left, right = upper.subplots(1, 2, width_ratios=(1, 2.9))
     picture(left, scene)
@@ -207,9 +202,8 @@ def dreamlip():
              for text in draws[0]]
     _, weights = group_patches(patches_of(scene), F.normalize(torch.tensor(named).float(), dim=-1)[None])
     for slot, (axis, text, weight) in enumerate(zip(lower.subplots(1, len(named)), draws[0], weights[0]), 1):
-        draw_heat(axis, image, weight.view(GRID, GRID))
+        draw_image(axis, image, weight.view(GRID, GRID))
         axis.set_title(f"$g_{slot}$: patches of $t_{slot}$\n" + textwrap.fill(text, 24), fontsize=9.5)
-        axis.axis("off")
     return figure
 
 
@@ -220,7 +214,7 @@ def lotlip():
     end = int(ids.argmax())
     ids, L = ids[:end + 2], end + 2  # one place of padding
     words = [tokenizer.decode([int(i)]).strip() for i in ids[1:end]]
-    figure = plt.figure(figsize=(WIDTH, 4.7), layout="constrained")
+    figure = new_figure(WIDTH, 4.7)
     for axis, causal in zip(figure.subplots(1, 2), (True, False)):
         blind, seeing = (text_mask(torch.tensor([end]), L, C, causal, b)[0] for b in (True, False))
         names = ["start" if causal else "[CLS]", *words, "end", "padding", *(f"corner {i + 1}" for i in range(C))]
@@ -238,7 +232,7 @@ def holistic():
     """Blind class tokens, and the text that each branch answers."""
     T, P = METHODS["holistic"]["branches"], 4
     scene = SCENES.scene(0)
-    figure = plt.figure(figsize=(WIDTH, 4.4), layout="constrained")
+    figure = new_figure(WIDTH, 4.4)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     names = [f"class {h + 1}" for h in range(T)] + [f"patch {p + 1}" for p in range(P)]
     cells(left, class_token_mask(T, P).int(), (ORANGE, BLUE), names, names, "attention of the image tower")
@@ -258,14 +252,10 @@ def holistic():
     return figure
 
 
-plt = plots()
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ASSETS
     for draw in (overview, clip, sparc, dreamlip, lotlip, holistic):
-        figure = draw()
         drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=150)
-        plt.close(figure)
+        draw().savefig(drawn, dpi=150)
         file = folder / f"method-{draw.__name__}.png"
         Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)

@@ -280,6 +280,7 @@ def test_files_that_are_no_whole_plain_checkpoint_end_in_a_sentence(tmp_path, ca
     (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:200_000])
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"settings": {}}, tmp_path / "settings.pt")
     torch.save({k: v for k, v in state.items() if "visual" in k}, tmp_path / "tower.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     (tmp_path / "siglip").mkdir()
@@ -288,6 +289,7 @@ def test_files_that_are_no_whole_plain_checkpoint_end_in_a_sentence(tmp_path, ca
     for name, words in (
             ("unsafe.pt", "refused"), ("unsafe.pkl", "not a whole checkpoint"), ("half.pt", "not a whole checkpoint"),
             ("page.pt", "not a whole checkpoint"), ("list.pt", "holds no state dict"), ("script.pt", "TorchScript"),
+            ("settings.pt", "holds no state dict"),
             ("tower.pt", "half a checkpoint"), ("gone.pt", "no checkpoint"), ("siglip/w.pt", "by other numbers")):
         with pytest.raises(UserError, match=words) as caught:
             Model(tmp_path / name, "cpu")

@@ -173,7 +173,7 @@ class Oracle:
         mask = torch.from_numpy(SCENES.draw(FACTS[i])[1]).flatten().long()
         return F.normalize(branch, dim=-1), torch.stack(cells)[mask]
 
-    def batches(self, samples, note=""):
+    def batches(self, samples):
         for start in range(0, len(samples), 10):
             _, *rest = zip(*(samples[i] for i in range(start, min(start + 10, len(samples)))))
             branches, patches = zip(*(self.image(i) for i in rest[-1]))
@@ -836,6 +836,14 @@ def test_claims_train_what_is_missing_and_report_what_was_measured(tmp_path, mon
     assert f" {np.mean(clip):.1f} ± {np.std(clip, ddof=1):.1f} " in line
     for figure in ("claims", "localisation", "reading", "branches"):
         assert Image.open(tmp_path / "claims" / f"{figure}.png").size[0] > 800
+
+
+def test_claims_of_a_single_seed_are_drawn_at_the_scale_of_their_differences(monkeypatch):
+    drawn, names = [], [name for names in evaluate.MEASURES.values() for name in names]
+    monkeypatch.setattr(evaluate.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    rows = {row: [dict(metrics=dict.fromkeys(names, dict(value=i)))] for i, row in enumerate(evaluate.ROWS)}
+    evaluate.draw_claims(rows, None)
+    assert all(8 <= axis.get_xlim()[1] < 40 for axis in drawn[0].axes)  # 28 rows; the intervals have no end
 
 
 def test_claims_refuse_what_makes_no_sense():

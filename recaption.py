@@ -34,7 +34,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -215,17 +215,16 @@ class Lines:
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link "
                             "or copy the data into one") from None
-        self.append(None)
+        with self.locked():
+            pass
 
     def has(self, key: int, fields) -> bool:
         return key in self.done and fields <= self.done[key]
 
-    def append(self, row: dict | None) -> bool:
-        """Whether the row brought anything new, and so was written. None only reads and mends."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        try:
-            self._catch_up()
-            if row is None or self.has(hashed(row["key"]), row["captions"].keys()):
+    def append(self, row: dict) -> bool:
+        """Whether the row brought anything new, and so was written."""
+        with self.locked():
+            if self.has(hashed(row["key"]), row["captions"].keys()):
                 return False
             line = json_line(row)
             if self.file.write(line) < len(line):
@@ -236,6 +235,13 @@ class Lines:
                 os.fsync(self.file.fileno())
                 self.synced = time.monotonic()
             return True
+
+    @contextmanager
+    def locked(self):
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            self._catch_up()
+            yield
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command "
                             "goes on there") from None
@@ -266,11 +272,10 @@ class Lines:
 
     def keep(self, wanted):
         """Takes away the lines whose row is not wanted."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        lines = [line for line in self.lines() if wanted(parsed(line))]
-        os.ftruncate(self.file.fileno(), 0)
-        self.file.write(b"".join(lines))
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        with self.locked():
+            lines = [line for line in self.lines() if wanted(parsed(line))]
+            os.ftruncate(self.file.fileno(), 0)
+            self.file.write(b"".join(lines))
 
 
 def json_line(row: dict) -> bytes:

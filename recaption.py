@@ -787,11 +787,6 @@ class Job:
     bad: BadSample | None = None  # why there is no image
 
 
-def column(name, model) -> str:
-    """The name of a caption: "long", or of the model called SV "longSV_captions", as in DreamLIP's files."""
-    return f"{name}{model}_captions" if model else name
-
-
 def jobs(sets, tally, s, rank, world):
     """Every image that lacks a field, in the order of the files; of `world` processes, this one's share."""
     left = s.limit or sys.maxsize
@@ -803,7 +798,7 @@ def jobs(sets, tally, s, rank, world):
             output = Output(file)
             for place in places[rank::world].tolist():
                 key = int(keys[place])
-                missing = [name for name in s.fields if not output.captions.has(key, {column(name, s.name)})]
+                missing = [name for name in s.fields if not output.captions.has(key, {s.columns[name]})]
                 if not missing:
                     tally["there"] += 1
                     continue
@@ -813,8 +808,8 @@ def jobs(sets, tally, s, rank, world):
                     yield Job(output, f"sample {place}", missing, bad=bad)
                     continue
                 found = output.found.get(record.key, {})
-                found = {c: found[c] for c in (column(name, s.name) for name in missing) if c in found}
-                missing = [name for name in missing if column(name, s.name) not in found]
+                found = {s.columns[name]: found[s.columns[name]] for name in missing if s.columns[name] in found}
+                missing = [name for name in missing if s.columns[name] not in found]
                 yield Job(output, record.key, missing, record.image, raw_caption(record.row), found)
             if not left:
                 return
@@ -894,9 +889,9 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
                 found, bad = {}, dict.fromkeys(job.fields, str(size))
             else:
                 found, bad = await caption(asked, engine, tally, s)
-            found = job.found | {column(name, s.name): text for name, text in found.items()}
+            found = job.found | {s.columns[name]: text for name, text in found.items()}
             if bad:
-                job.output.fail(job.key, found, {column(name, s.name): reason for name, reason in bad.items()})
+                job.output.fail(job.key, found, {s.columns[name]: reason for name, reason in bad.items()})
                 tally["lost", next(iter(bad.values())).split(":")[0]] += 1
                 tally["failed"] += 1
             else:
@@ -1000,7 +995,7 @@ def preview(path, s):
         left.imshow(image)
         left.set_anchor("NE")
         w, h = image.size
-        for x0, y0, x1, y1 in {tuple(part["box"]) for part in captions.get(column("dense", s.name), ())}:
+        for x0, y0, x1, y1 in {tuple(part["box"]) for part in captions.get(s.columns["dense"], ())}:
             left.add_patch(plt.Rectangle((x0 * w, y0 * h), (x1 - x0) * w, (y1 - y0) * h, fill=False, edgecolor="red"))
         right.text(0, 1, "\n".join(lines), va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
     figure.savefig(path, dpi=80)
@@ -1063,6 +1058,8 @@ def parse_flags(argv=None):
         raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(names)}, and --dense GRID for "
                         "crops")
     s.fields += ["dense"] * bool(s.dense)
+    # by field, the name of its captions: as in DreamLIP's files, where "long" of the model SV is "longSV_captions"
+    s.columns = {name: f"{name}{s.name}_captions" if s.name else name for name in s.prompts}
     low = [flag for flag in ("in_flight", "tries", "batch", "side", "timeout") if getattr(s, flag) <= 0]
     low += [flag for flag in ("retries", "limit", "dense", "temperature", "patience") if getattr(s, flag) < 0]
     if low:

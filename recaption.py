@@ -392,9 +392,10 @@ def data_url(jpeg_bytes) -> str:
 
 # ---- engine: chat endpoints over HTTP --------------------------------------------------------------------------------
 
-# asyncio and plain HTTP/1.1, since requests are many, small and all alike: one process keeps hundreds of them in flight
-# at under 1 ms of processor time each. An engine has a name, a width (images worth having in work at once), `retries`,
-# and `ask`: the questions about one image -> their answers.
+# An engine has a name, a width (images worth having in work at once), `as_url` (how it takes pictures), `retries` (by
+# cause), and `start`, `ask` (the questions about one image -> their answers) and `close`. This one speaks asyncio and
+# plain HTTP/1.1, since requests are many, small and all alike: one process keeps hundreds of them in flight at under 1
+# ms of processor time each.
 
 LARGEST = 1 << 26  # bytes of a response that are read at most
 
@@ -789,14 +790,14 @@ class Job:
 
 def jobs(sets, tally, s, rank, world):
     """Every image that lacks a field, in the order of the files; of `world` processes, this one's share."""
-    left = s.limit or sys.maxsize
+    before, limit = 0, s.limit or sys.maxsize
     for records in sets:
         for file, first, spans in zip(records.files, records.first.tolist(), records.spans):
             keys = spans["key"]
-            places = np.sort(np.unique(keys, return_index=True)[1])[:left]  # an image may be in several rows
-            left -= len(places)
-            output = Output(file)
-            for place in places[rank::world].tolist():
+            places = np.sort(np.unique(keys, return_index=True)[1])[:limit - before]  # an image may be in several rows
+            output, mine = Output(file), places[(rank - before) % world::world]
+            before += len(places)
+            for place in mine.tolist():
                 key = int(keys[place])
                 missing = [name for name in s.fields if not output.captions.has(key, {s.columns[name]})]
                 if not missing:
@@ -811,7 +812,7 @@ def jobs(sets, tally, s, rank, world):
                 found = {s.columns[name]: found[s.columns[name]] for name in missing if s.columns[name] in found}
                 missing = [name for name in missing if s.columns[name] not in found]
                 yield Job(output, record.key, missing, record.image, raw_caption(record.row), found)
-            if not left:
+            if before == limit:
                 return
 
 
@@ -867,12 +868,13 @@ async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
     return found, {name: reason for (name, _), reason in bad.items() if name not in found}
 
 
-async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
+async def recaption(sets, engine, s, rank, world) -> tuple[Counter, bool]:
     """Captions all that lacks captions. -> counts for the report, and whether it came to the end, not to Ctrl-C."""
-    share = len(range(rank, min(s.limit or sys.maxsize, sum(map(len, sets))), world))
-    tally, loop, failing, stop = Counter(), asyncio.get_running_loop(), set(), asyncio.Event()
+    images = sum(len(np.unique(spans["key"])) for records in sets for spans in records.spans)
+    share, wanted = (len(range(rank, n, world)) for n in (images, min(s.limit or images, images)))
+    tally, loop, failing, stop = Counter(share=share), asyncio.get_running_loop(), set(), asyncio.Event()
     todo, reading, threads = jobs(sets, tally, s, rank, world), threading.Lock(), ThreadPoolExecutor(os.cpu_count())
-    bar = tqdm(total=share, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
+    bar = tqdm(total=wanted, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
 
     def prepare():
         with reading:  # files are read in order, pictures decoded side by side
@@ -924,11 +926,12 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
             Output(file).settle()
 
 
-def report(tally, engine, s, seconds, left) -> dict:
+def report(tally, engine, s, seconds) -> dict:
     def by(kind):
         return {key[1]: n for key, n in tally.items() if key[0] == kind and n}
 
-    done, bad = max(1, tally["images"] + tally["failed"]), {}
+    done, bad = tally["images"] + tally["failed"], {}
+    left, done = tally["share"] - tally["there"] - done, max(1, done)
     for (_, reason, name), n in ((key, n) for key, n in tally.items() if key[0] == "bad"):
         bad.setdefault(reason, {})[name] = n
     return {
@@ -976,22 +979,20 @@ def preview(path, s):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = []
+    shown = []  # pictures, captions, and these as lines
     for record in first_records([Records(data, s.image_root) for data in s.data], min(s.limit or 16, 16)):
+        captions = record.row.get("captions") or {}
+        texts = [textwrap.wrap(f"{name.upper()}: {told(value)}", 84) for name, value in captions.items()]
         try:
-            shown.append((load_image(record.image), record.row.get("captions") or {}))
+            shown.append((load_image(record.image), captions, sum(texts, [])))
         except BadSample as bad:
             print(bad)
-    texts = []
-    for _, captions in shown:
-        lines = [f"{name.upper()}: {told(value)}" for name, value in captions.items()]
-        texts.append([line for text in lines for line in textwrap.wrap(text, 84)])
-    heights = [max(10, *map(len, texts[i:i + 2]), 0) + 1 for i in range(0, len(texts), 2)]
+    heights = [1 + max(10, *(len(lines) for *_, lines in shown[i:i + 2])) for i in range(0, len(shown), 2)]
     figure, axes = plt.subplots(len(heights), 4, figsize=(18, 0.17 * sum(heights) + 0.2), width_ratios=(1, 2.6) * 2,
                                 height_ratios=heights, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    for (image, captions), lines, (left, right) in zip(shown, texts, axes.reshape(-1, 2)):
+    for (image, captions, lines), (left, right) in zip(shown, axes.reshape(-1, 2)):
         left.imshow(image)
         left.set_anchor("NE")
         w, h = image.size
@@ -1111,8 +1112,7 @@ def main(argv=None) -> int:
         return *await recaption(sets, engine, s, rank, world), time.monotonic() - began
 
     tally, whole, seconds = asyncio.run(run())
-    left = len(range(rank, sum(map(len, sets)), world)) - tally["there"] - tally["images"] - tally["failed"]
-    table = report(tally, engine, s, seconds, left) | {"left out": dict(left_out)}
+    table = report(tally, engine, s, seconds) | {"left out": dict(left_out)}
     place = captions_path(sets[0].files[0]).with_name(f"recaption.{rank}.json" if rank else "recaption.json")
     place = Path(s.report or place)
     place.write_text(json.dumps(table, indent=1) + "\n")

@@ -172,7 +172,8 @@ def test_lines_are_appended_once_mended_and_shared_by_writers(tmp_path):
     lines = path.read_bytes().split(b"\n")
     keys = [json.loads(line)["key"] for line in lines if line.startswith(b"{")]
     assert lines.pop() == b"" and keys == ["a", "b", "b", "d", "c"]
-    assert len(lines) == 7 and Lines(path).done == second.done == (first.append(None), first.done)[1]
+    with first.locked():
+        assert len(lines) == 7 and Lines(path).done == second.done == first.done
 
 
 @pytest.mark.parametrize("name", ["grün ☂", os.fsdecode(b"caf\xe9"), 'quote "and" \\ back'])
@@ -548,6 +549,22 @@ def test_processes_share_the_work_and_a_second_run_beside_adds_nothing_twice(tmp
         process.join(60)
         assert process.exitcode == 0
     assert sorted(r["key"] for r in captioned(data)) == [f"{i:04}" for i in range(60)]
+
+
+def test_what_is_left_is_counted_in_images_by_process(tmp_path, serve, monkeypatch):
+    data, address, reports = shards(tmp_path / "tars", 9, each=3), serve(), []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert run(data, "--endpoint", address, "--fields", "short") == 0
+        reports.append(json.loads((tmp_path / "tars" / ("recaption.1.json" if rank else "recaption.json")).read_text()))
+    assert [(report["captioned"], report["left"]) for report in reports] == [(5, 0), (4, 0)]
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    lines = [{"image": "0.jpg", "caption": text} for text in ("one image", "in two rows")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(tmp_path / "a.jsonl", "--endpoint", address, "--fields", "short") == 0
+    report = json.loads((tmp_path / "recaption.json").read_text())
+    assert (report["captioned"], report["left"]) == (1, 0)
 
 
 def test_looking_first_a_dry_run_sends_and_writes_nothing_and_a_preview_is_a_picture(tmp_path, serve, capsys):

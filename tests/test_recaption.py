@@ -173,7 +173,8 @@ def test_lines_are_appended_once_mended_and_shared_by_writers(tmp_path):
     keys = [json.loads(line)["key"] for line in lines if line.startswith(b"{")]
     assert lines.pop() == b"" and keys == ["a", "b", "b", "d", "c"]
     with first.locked():
-        assert len(lines) == 7 and Lines(path).done == second.done == first.done
+        pass  # reads what the other has written
+    assert len(lines) == 7 and Lines(path).done == second.done == first.done
 
 
 @pytest.mark.parametrize("name", ["grün ☂", os.fsdecode(b"caf\xe9"), 'quote "and" \\ back'])

@@ -178,17 +178,14 @@ def parse_flags(argv=None) -> dict:
 
 def resolve(flags: dict, world: int = 1) -> Settings:
     """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
-    s = Settings(pool="auto")
     device = flags.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
-    method = flags.get("method", s.method)
-    for row in (SIZES[size], METHODS[method], flags, dict(device=device, size=size)):
-        for name, value in row.items():
-            setattr(s, name, value)
+    method = METHODS[flags.get("method", Settings.method)]
+    s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
     s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
@@ -219,9 +216,9 @@ def check(s: Settings, world: int = 1):
                  "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    shares = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption))
-    if not (0 <= min(s.ema, s.beta2, s.patch_dropout) <= max(s.ema, s.beta2, s.patch_dropout) < 1 and shares
-            and 0 < s.crop <= 1):
+    below_1 = all(0 <= share < 1 for share in (s.ema, s.beta2, s.patch_dropout))
+    up_to_1 = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption)) and 0 < s.crop <= 1
+    if not (below_1 and up_to_1):
         raise UserError("--ema, --beta2 and --patch-dropout must be from 0 to below 1, --warmup, --crop, --max-bad and "
                         "--whole-caption from 0 to 1")
     check_device(s.device)
@@ -297,18 +294,24 @@ def agree(*values: float) -> list[float]:
     return total.tolist()
 
 
+def of_each(x) -> list:
+    """x of every process, by rank."""
+    everyones = [x]
+    if distributed():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, x)
+    return everyones
+
+
 @contextmanager
 def together():
     """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
-    mine, errors = None, []
+    mine = None
     try:
         yield
     except UserError as error:
-        mine, errors = error, [error]
-    if distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, mine)
-    first = next((rank for rank, error in enumerate(errors) if error), None)
+        mine = error
+    first = next((rank for rank, error in enumerate(of_each(mine)) if error), None)
     if first is not None:
         raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
 
@@ -383,8 +386,8 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
         loss.backward()
         mark("backward")
     else:
-        chunks = [(*chunk[:2], s, *chunk[2:]) for chunk in zip(
-            *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
+        split = (x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more))
+        chunks = [(images, tokens, s, *more) for images, tokens, *more in zip(*split)]
         with torch.no_grad():
             embedded = [embed(network, *chunk) for chunk in chunks]
         leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
@@ -409,8 +412,8 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
 
 @dataclasses.dataclass
 class State:
-    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a step draws
-    nothing, and a sample is drawn from (seed, epoch, index)."""
+    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
+    from (seed, epoch, index), the patches that a step leaves out from (seed, step)."""
 
     model: CLIP
     optimizer: torch.optim.AdamW
@@ -802,12 +805,8 @@ def open_data(s: Settings, flags: dict):
 
 
 def of_all_processes(bad: BadCount) -> BadCount:
-    parts = [bad]
-    if distributed():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, bad)
     total = BadCount()
-    for part in parts:
+    for part in of_each(bad):
         total.merge(part)
     return total
 
@@ -1020,18 +1019,18 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if clock.cuda:
         memory = torch.cuda.max_memory_allocated()
-    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
-    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    took, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)  # seconds a step
+    rate, flops = s.batch / took, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
     speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
     if rank == 0:
         print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
-              f"texts {model.layout}: {rate:.0f} images/s, {1000 * whole:.1f} ms a step")
+              f"texts {model.layout}: {rate:.0f} images/s, {1000 * took:.1f} ms a step")
         for part, seconds in spent.most_common():
-            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / whole:5.1f}%")
+            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / took:5.1f}%")
         if world > 1:
             print(f"    communication       {1000 * talk:10.2f} ms, within these parts or beside them")
         if clock.cuda:
-            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / whole:5.1f}%: the GPU is busy")
+            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / took:5.1f}%: the GPU is busy")
         print(f"texts: {lengths.sum() / len(lengths):.1f} tokens an image, "
               f"{100 * lengths.float().mean() / s.context:.0f}% of those padded to {s.context}; "
               f"{100 * padding:.1f}% of what is computed is padding\n"

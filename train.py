@@ -329,7 +329,55 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# ---- the loss of a step ----------------------------------------------------------------------------------------------
+# ---- a step: the batch on the device, its embeddings, its loss, the gradients ----------------------------------------
+
+@functools.cache
+def copy_stream(device: str):
+    return torch.cuda.Stream(device)
+
+
+def send(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
+    if not device.startswith("cuda"):
+        return x.to(device)
+    with torch.cuda.stream(copy_stream(device)):
+        sent = x.to(device, non_blocking=True)
+    now = torch.cuda.current_stream()
+    now.wait_stream(copy_stream(device))
+    sent.record_stream(now)  # its memory is not given away before `now` is done with it
+    return sent
+
+
+def patches_kept(s: Settings, step: int) -> torch.Tensor:
+    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
+    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
+    parts share it, in each of GradCache's two passes, and after a restart."""
+    P = (s.image_size // s.patch) ** 2
+    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
+    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
+    kept = order[:, :patches_left(P, s.patch_dropout)]
+    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
+
+
+def to_device(batch, s: Settings, step: int | None = None):
+    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
+    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
+    where all samples are good, allowed without --region-grouping."""
+    images, tokens, good, _, allowed = batch
+    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
+    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
+    images, tokens, good, allowed = (x if x is None else send(x, s.device)
+                                     for x in (images, tokens, None if good.all() else good, allowed))
+    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
+        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
+    return images, tokens, good, allowed, (lengths, kept)
+
+
+def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
+    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
+    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
+        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
+
 
 def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
                 allowed: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
@@ -364,12 +412,6 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
         loss = loss + s.grouping_weight * parts["grouping"]
     # An infinite loss becomes NaN, and with it every gradient on every process: so they all skip this step alike.
     return loss * (1 + 0 * loss.detach()), parts
-
-
-def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
-    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
-    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
 
 
 def backward(network, images, tokens, s: Settings, good=None, allowed=None, more=(), mark=lambda part: None):
@@ -533,48 +575,6 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     state.skipped[1] *= broken
     state.step += 1
     return norm
-
-
-@functools.cache
-def copying(device: str):
-    return torch.cuda.Stream(device)
-
-
-def send(x: torch.Tensor, device: str) -> torch.Tensor:
-    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
-    if not device.startswith("cuda"):
-        return x.to(device)
-    with torch.cuda.stream(copying(device)):
-        sent = x.to(device, non_blocking=True)
-    now = torch.cuda.current_stream()
-    now.wait_stream(copying(device))
-    sent.record_stream(now)  # its memory is not given away before `now` is done with it
-    return sent
-
-
-def patches_kept(s: Settings, step: int) -> torch.Tensor:
-    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
-    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
-    parts share it, in each of GradCache's two passes, and after a restart."""
-    P = (s.image_size // s.patch) ** 2
-    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
-    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
-    kept = order[:, :patches_left(P, s.patch_dropout)]
-    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
-
-
-def to_device(batch, s: Settings, step: int | None = None):
-    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
-    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
-    where all samples are good, allowed without --region-grouping."""
-    images, tokens, good, _, allowed = batch
-    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
-    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
-    images, tokens, good, allowed = (x if x is None else send(x, s.device)
-                                     for x in (images, tokens, None if good.all() else good, allowed))
-    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
-        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images, tokens, good, allowed, (lengths, kept)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:

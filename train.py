@@ -158,19 +158,16 @@ def parse_flags(argv=None) -> dict:
                     argument_default=argparse.SUPPRESS)
     source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
-    hints = typing.get_type_hints(Settings)
-    for field in dataclasses.fields(Settings):
-        if field.name == "vocab":  # the tokenizer's
+    for name, hint in typing.get_type_hints(Settings).items():
+        if name == "vocab":  # the tokenizer's
             continue
-        name, help = "--" + field.name.replace("_", "-"), comments.get(field.name, "").replace("%", "%%")
-        if hints[field.name] is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
+        flag, help = "--" + name.replace("_", "-"), comments.get(name, "").replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
-            types = (*typing.get_args(hints[field.name]), hints[field.name])
-            choices = CHOICES.get(field.name)
-            parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
-                                nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
-                                choices=list(choices) if choices else None, help=help)
+            kind = next(t for t in (hint, *typing.get_args(hint)) if t in (int, float, str))
+            parser.add_argument(flag, type=kind, nargs="+" if typing.get_origin(hint) is tuple else None,
+                                choices=CHOICES.get(name), help=help)
     parser.add_argument("--profile", action="store_true", default=argparse.SUPPRESS,
                         help="print where the time of the run's steps goes, and the hours it would take; no training")
     return vars(parser.parse_args(argv))

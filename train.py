@@ -836,10 +836,8 @@ def train(flags: dict) -> Path:
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s)
-        place = [(folder := run_folder(s, again), newest_whole(folder))] if chief else [None]
-    if world > 1:
-        dist.broadcast_object_list(place)
-    folder, newest = place[0]
+        place = (folder := run_folder(s, again), newest_whole(folder)) if chief else None
+    folder, newest = of_each(place)[0]
     steps = max(1, s.images // s.batch)
     state, network = prepare(model, s)
     if newest:

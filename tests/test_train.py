@@ -106,11 +106,7 @@ def test_every_method_and_ablation_trains_all_its_parameters(flags, tmp_path):
     grouping = flags.get("grouping", train.METHODS[flags["method"]].get("grouping", "none"))
     assert ("grouping" in lines[0]) == (grouping != "none")
     s = train.resolve({**RUN, **flags})
-    start, unmoved = fresh(s), []
-    for name, p in start.named_parameters():
-        if torch.equal(p, checkpoint["model"][name]):
-            unmoved.append(name)
-    assert not unmoved
+    assert not [name for name, p in fresh(s).named_parameters() if torch.equal(p, checkpoint["model"][name])]
     expected = s.contrastive_weight * lines[0]["contrastive"] + s.grouping_weight * lines[0].get("grouping", 0)
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-4)
     weights = checkpoint["settings"]

@@ -870,8 +870,10 @@ async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
 
 async def recaption(sets, engine, s, rank, world) -> tuple[Counter, bool]:
     """Captions all that lacks captions. -> counts for the report, and whether it came to the end, not to Ctrl-C."""
-    images = sum(len(np.unique(spans["key"])) for records in sets for spans in records.spans)
-    share, wanted = (len(range(rank, n, world)) for n in (images, min(s.limit or images, images)))
+    await engine.start()
+    began = time.monotonic()
+    total = sum(len(np.unique(spans["key"])) for records in sets for spans in records.spans)
+    share, wanted = (len(range(rank, n, world)) for n in (total, min(s.limit or total, total)))
     tally, loop, failing, stop = Counter(share=share), asyncio.get_running_loop(), set(), asyncio.Event()
     todo, reading, threads = jobs(sets, tally, s, rank, world), threading.Lock(), ThreadPoolExecutor(os.cpu_count())
     bar = tqdm(total=wanted, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
@@ -914,6 +916,7 @@ async def recaption(sets, engine, s, rank, world) -> tuple[Counter, bool]:
         await asyncio.wait([tasks[0], finished], return_when=asyncio.FIRST_COMPLETED)
         if finished.done():
             finished.result()  # raises what a worker raised
+        tally["seconds"] = time.monotonic() - began
         return tally, finished.done()
     finally:
         engine.close()
@@ -926,11 +929,11 @@ async def recaption(sets, engine, s, rank, world) -> tuple[Counter, bool]:
             Output(file).settle()
 
 
-def report(tally, engine, s, seconds) -> dict:
+def report(tally, engine, s) -> dict:
     def by(kind):
         return {key[1]: n for key, n in tally.items() if key[0] == kind and n}
 
-    done, bad = tally["images"] + tally["failed"], {}
+    done, seconds, bad = tally["images"] + tally["failed"], tally["seconds"], {}
     left, done = tally["share"] - tally["there"] - done, max(1, done)
     for (_, reason, name), n in ((key, n) for key, n in tally.items() if key[0] == "bad"):
         bad.setdefault(reason, {})[name] = n
@@ -1105,14 +1108,8 @@ def main(argv=None) -> int:
     if s.dry_run:
         dry_run(sets, engine, s)
         return 0
-
-    async def run():
-        await engine.start()
-        began = time.monotonic()
-        return *await recaption(sets, engine, s, rank, world), time.monotonic() - began
-
-    tally, whole, seconds = asyncio.run(run())
-    table = report(tally, engine, s, seconds) | {"left out": dict(left_out)}
+    tally, whole = asyncio.run(recaption(sets, engine, s, rank, world))
+    table = report(tally, engine, s) | {"left out": dict(left_out)}
     place = captions_path(sets[0].files[0]).with_name(f"recaption.{rank}.json" if rank else "recaption.json")
     place = Path(s.report or place)
     place.write_text(json.dumps(table, indent=1) + "\n")

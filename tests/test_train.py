@@ -503,6 +503,11 @@ def test_rows_of_methods_and_sizes_name_only_settings_of_the_right_type_and_flag
     assert train.resolve({"method": "dreamlip", "size": "nano", "sub_captions": 7, "embed": 32}).sub_captions == 7
 
 
+def test_a_setting_that_there_is_not_is_not_taken_in_silence():
+    with pytest.raises(TypeError, match="grouping_wieght"):
+        train.resolve({"grouping_wieght": 0.5})
+
+
 def test_the_model_s_settings_are_settings_of_the_run():
     assert {f.name for f in dataclasses.fields(CLIPConfig)} <= {*FIELDS, "vocab"}
 

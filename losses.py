@@ -1,4 +1,4 @@
-"""The losses of the papers, as pure functions over unit-norm embeddings. All rest on one: similarity_logsumexp.
+"""The papers' losses, pure functions of unit-norm embeddings. All but regrouping_loss rest on similarity_logsumexp.
 
 Symbols: B images, K texts (slots) an image, P patches, H branches, M texts for the branches, D embedding width.
 `logit_scale` is the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its

@@ -170,14 +170,13 @@ class VisionTransformer(nn.Module):
         tokens = c.branches if c.branch_type == "class" else 1
         forks = c.branches if c.branch_type == "mlp" else 1
         P = (c.image_size // c.patch) ** 2
-        self.pool, self.patch, self.heads = c.pool, c.patch, c.vision_heads
+        self.pool = c.pool
         self.patch_embedding = (nn.Conv2d(3, W, c.patch, c.patch, bias=False) if c.stem == "patch" else
                                 conv_stem(W, c.patch))
         self.class_embedding = nn.Parameter(scale * torch.randn(tokens, W))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + P, W))  # row 0: class tokens
         self.ln_pre = nn.LayerNorm(W, eps) if c.vision_style == "clip" else nn.Identity()
-        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks,
-                             min(c.branch_layers, c.vision_depth))
+        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks, c.branch_layers)
         self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
@@ -235,7 +234,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         W = c.text_width
         eps, bert = NORM_EPS[c.text_style], c.text_style == "bert"
-        self.causal, self.corner_mask = c.text_attention == "causal", c.corner_mask
+        self.causal, self.corners, self.corner_mask = c.text_attention == "causal", c.corner_tokens, c.corner_mask
         self.token_embedding = nn.Embedding(c.vocab, W)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, W))
         self.corner_embedding = nn.Parameter(0.02 * torch.randn(c.corner_tokens, W)) if c.corner_tokens else None
@@ -250,12 +249,10 @@ class TextTransformer(nn.Module):
         yet of unit norm.
 
         Corner tokens stand in the last C places; who sees whom is the mask's affair, not the order's."""
-        N, L = tokens.shape
+        (N, L), C = tokens.shape, self.corners
         end = tokens.argmax(-1)  # the end-of-text token has the greatest id
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        C = 0
-        if self.corner_embedding is not None:
-            C = len(self.corner_embedding)
+        if C:
             x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
         plain_causal = self.causal and C == 0  # padding stands behind every text, so the causal mask hides it too
         mask = None if plain_causal else text_mask(end, L, C, self.causal, self.corner_mask)[:, None]
@@ -274,7 +271,7 @@ class TextTransformer(nn.Module):
         D texts more are put behind the N, of such lengths that the total is a multiple of N: so there are few shapes,
         for torch.compile and the allocator, at the price of half a token a text.
         """
-        (N, L), longest, device = tokens.shape, len(self.positional_embedding), tokens.device
+        (N, L), C, longest, device = tokens.shape, self.corners, len(self.positional_embedding), tokens.device
         D = -(-N // max(1, longest - 1))
         rest = D + -(total + D) % N  # tokens of the D texts, at least one each and at most `longest`
         length = torch.cat([tokens.argmax(-1) + 1, (rest + torch.arange(D, device=device)) // D])  # [N+D]
@@ -282,9 +279,8 @@ class TextTransformer(nn.Module):
         text = torch.arange(N + D, device=device).repeat_interleave(length, output_size=total + rest)  # [T]
         place = torch.arange(total + rest, device=device) - starts[text]
         ids = tokens[text.clamp(max=N - 1), place.clamp(max=L - 1)]  # what the D texts say is of no consequence
-        x, C = self.token_embedding(ids) + F.embedding(place, self.positional_embedding), 0
-        if self.corner_embedding is not None:
-            C = len(self.corner_embedding)
+        x = self.token_embedding(ids) + F.embedding(place, self.positional_embedding)
+        if C:
             x = torch.cat([x, self.corner_embedding.repeat_interleave(N + D, 0)])  # [T + C·(N+D), W]
         summary = starts[1:] - 1 if self.causal else starts[:-1]
         packing = Packing(starts.int(), summary, longest, C, self.causal)
@@ -434,9 +430,9 @@ def normalized(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def packing_trouble(model: CLIP, device: str, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Embeds a few texts packed and padded on the device: what keeps the model from packing, or "" if the embeddings
-    and gradients agree."""
+def packing_trouble(model: CLIP, device: str) -> str:
+    """Embeds a few texts packed and padded on the device, in bfloat16: what keeps the model from packing, or "" if the
+    embeddings and gradients agree."""
     if model.config.corner_tokens and not model.config.corner_mask:
         return "corner tokens that see one another are not packed"
     text, end, place = copy.deepcopy(model.text).to(device), model.config.vocab - 1, torch.arange(model.config.context)
@@ -445,7 +441,7 @@ def packing_trouble(model: CLIP, device: str, dtype: torch.dtype = torch.bfloat1
     results = []
     for encode in (lambda: text(tokens)[0], lambda: text.packed(tokens, int(length.sum()))[0]):
         try:
-            with torch.autocast(device.split(":")[0], dtype):
+            with torch.autocast(device.split(":")[0], torch.bfloat16):
                 summaries = normalized(encode())
             loss = (summaries * torch.linspace(-1, 1, summaries.numel(), device=device).view_as(summaries)).sum()
             grads = torch.autograd.grad(loss, [*text.blocks.parameters()])
@@ -456,8 +452,6 @@ def packing_trouble(model: CLIP, device: str, dtype: torch.dtype = torch.bfloat1
     return "" if far < 0.1 else f"packed and padded texts differ by {far:.2g} of their norm"
 
 
-POSITIVE = ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
-            "text_heads", "context", "embed", "branches")
 CHOICES = dict(stem=("patch", "conv"), pool=("class", "average"), branch_type=("class", "mlp"),
                text_attention=("causal", "bidirectional"), activation=tuple(ACTIVATIONS), vision_style=("clip", "timm"),
                text_style=("clip", "bert"))
@@ -465,7 +459,8 @@ CHOICES = dict(stem=("patch", "conv"), pool=("class", "average"), branch_type=("
 
 def check(c: CLIPConfig):
     """Raises ValueError with one sentence where settings cannot go together."""
-    for name in POSITIVE:
+    for name in ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
+                 "text_heads", "context", "embed", "branches"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
     if c.image_size % c.patch:
@@ -583,13 +578,13 @@ def _read_open_clip(state):
                 branch_layers=len(forked)), ours
 
 
-def _read_lotlip(state, corners: int, context: int | None, sep: int = 102):
+def _read_lotlip(state, corners: int, context: int | None):
     """State dict of LoTLIP's release -> settings, state dict in our names.
 
     timm's ViT has a bias on its patches and no projection: the bias joins the positions, the projection is an identity.
     BERT reads [CLS], the corners, the text, all of token type 0: type and position join the corners and our positions.
-    Ours knows a text's end by the greatest id, so the vocabulary gets [SEP] once more, as its last row (evaluate.py's
-    tokenizer ends so).
+    Ours knows a text's end by the greatest id, so the vocabulary gets [SEP], row 102, once more, as its last row
+    (evaluate.py's tokenizer ends so).
     """
     ours = {"logit_scale": state["logit_scale"]}
     for name, value in state.items():
@@ -600,7 +595,7 @@ def _read_lotlip(state, corners: int, context: int | None, sep: int = 102):
     words, positions = take(pre + "word_embeddings.weight"), take(pre + "position_embeddings.weight")
     positions = positions + take(pre + "token_type_embeddings.weight")[:1]
     end = corners + (context or 128 - corners)  # the release reads 128 tokens, corners among them
-    ours["text.token_embedding.weight"] = torch.cat([words[:len(words) - corners], words[sep:sep + 1]])
+    ours["text.token_embedding.weight"] = torch.cat([words[:len(words) - corners], words[102:103]])
     ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:end]])
     if corners:
         ours["text.corner_embedding"] = words[len(words) - corners:] + positions[1:1 + corners]

@@ -34,7 +34,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -215,17 +215,16 @@ class Lines:
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): captions need a folder you may write to, so link "
                             "or copy the data into one") from None
-        self.append(None)
+        with self.locked():
+            pass
 
     def has(self, key: int, fields) -> bool:
         return key in self.done and fields <= self.done[key]
 
-    def append(self, row: dict | None) -> bool:
-        """Whether the row brought anything new, and so was written. None only reads and mends."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        try:
-            self._catch_up()
-            if row is None or self.has(hashed(row["key"]), row["captions"].keys()):
+    def append(self, row: dict) -> bool:
+        """Whether the row brought anything new, and so was written."""
+        with self.locked():
+            if self.has(hashed(row["key"]), row["captions"].keys()):
                 return False
             line = json_line(row)
             if self.file.write(line) < len(line):
@@ -236,6 +235,13 @@ class Lines:
                 os.fsync(self.file.fileno())
                 self.synced = time.monotonic()
             return True
+
+    @contextmanager
+    def locked(self):
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            self._catch_up()
+            yield
         except OSError as error:
             raise UserError(f"cannot write {self.path} ({error.strerror}); what is in it stays, and the same command "
                             "goes on there") from None
@@ -266,11 +272,10 @@ class Lines:
 
     def keep(self, wanted):
         """Takes away the lines whose row is not wanted."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        lines = [line for line in self.lines() if wanted(parsed(line))]
-        os.ftruncate(self.file.fileno(), 0)
-        self.file.write(b"".join(lines))
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        with self.locked():
+            lines = [line for line in self.lines() if wanted(parsed(line))]
+            os.ftruncate(self.file.fileno(), 0)
+            self.file.write(b"".join(lines))
 
 
 def json_line(row: dict) -> bytes:
@@ -387,9 +392,10 @@ def data_url(jpeg_bytes) -> str:
 
 # ---- engine: chat endpoints over HTTP --------------------------------------------------------------------------------
 
-# asyncio and plain HTTP/1.1, since requests are many, small and all alike: one process keeps hundreds of them in flight
-# at under 1 ms of processor time each. An engine has a name, a width (images worth having in work at once), `retries`,
-# and `ask`: the questions about one image -> their answers.
+# An engine has a name, a width (images worth having in work at once), `as_url` (how it takes pictures), `retries` (by
+# cause), and `start`, `ask` (the questions about one image -> their answers) and `close`. This one speaks asyncio and
+# plain HTTP/1.1, since requests are many, small and all alike: one process keeps hundreds of them in flight at under 1
+# ms of processor time each.
 
 LARGEST = 1 << 26  # bytes of a response that are read at most
 
@@ -782,23 +788,18 @@ class Job:
     bad: BadSample | None = None  # why there is no image
 
 
-def column(name, model) -> str:
-    """The name of a caption: "long", or of the model called SV "longSV_captions", as in DreamLIP's files."""
-    return f"{name}{model}_captions" if model else name
-
-
 def jobs(sets, tally, s, rank, world):
     """Every image that lacks a field, in the order of the files; of `world` processes, this one's share."""
-    left = s.limit or sys.maxsize
+    before, limit = 0, s.limit or sys.maxsize
     for records in sets:
         for file, first, spans in zip(records.files, records.first.tolist(), records.spans):
             keys = spans["key"]
-            places = np.sort(np.unique(keys, return_index=True)[1])[:left]  # an image may be in several rows
-            left -= len(places)
-            output = Output(file)
-            for place in places[rank::world].tolist():
+            places = np.sort(np.unique(keys, return_index=True)[1])[:limit - before]  # an image may be in several rows
+            output, mine = Output(file), places[(rank - before) % world::world]
+            before += len(places)
+            for place in mine.tolist():
                 key = int(keys[place])
-                missing = [name for name in s.fields if not output.captions.has(key, {column(name, s.name)})]
+                missing = [name for name in s.fields if not output.captions.has(key, {s.columns[name]})]
                 if not missing:
                     tally["there"] += 1
                     continue
@@ -808,10 +809,10 @@ def jobs(sets, tally, s, rank, world):
                     yield Job(output, f"sample {place}", missing, bad=bad)
                     continue
                 found = output.found.get(record.key, {})
-                found = {c: found[c] for c in (column(name, s.name) for name in missing) if c in found}
-                missing = [name for name in missing if column(name, s.name) not in found]
+                found = {s.columns[name]: found[s.columns[name]] for name in missing if s.columns[name] in found}
+                missing = [name for name in missing if s.columns[name] not in found]
                 yield Job(output, record.key, missing, record.image, raw_caption(record.row), found)
-            if not left:
+            if before == limit:
                 return
 
 
@@ -867,12 +868,15 @@ async def caption(asked, engine, tally, s) -> tuple[dict, dict]:
     return found, {name: reason for (name, _), reason in bad.items() if name not in found}
 
 
-async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
+async def recaption(sets, engine, s, rank, world) -> tuple[Counter, bool]:
     """Captions all that lacks captions. -> counts for the report, and whether it came to the end, not to Ctrl-C."""
-    share = len(range(rank, min(s.limit or sys.maxsize, sum(map(len, sets))), world))
-    tally, loop, failing, stop = Counter(), asyncio.get_running_loop(), set(), asyncio.Event()
+    await engine.start()
+    began = time.monotonic()
+    total = sum(len(np.unique(spans["key"])) for records in sets for spans in records.spans)
+    share, wanted = (len(range(rank, n, world)) for n in (total, min(s.limit or total, total)))
+    tally, loop, failing, stop = Counter(share=share), asyncio.get_running_loop(), set(), asyncio.Event()
     todo, reading, threads = jobs(sets, tally, s, rank, world), threading.Lock(), ThreadPoolExecutor(os.cpu_count())
-    bar = tqdm(total=share, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
+    bar = tqdm(total=wanted, disable=rank > 0, unit="image", smoothing=0.02, mininterval=0.5, dynamic_ncols=True)
 
     def prepare():
         with reading:  # files are read in order, pictures decoded side by side
@@ -889,9 +893,9 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
                 found, bad = {}, dict.fromkeys(job.fields, str(size))
             else:
                 found, bad = await caption(asked, engine, tally, s)
-            found = job.found | {column(name, s.name): text for name, text in found.items()}
+            found = job.found | {s.columns[name]: text for name, text in found.items()}
             if bad:
-                job.output.fail(job.key, found, {column(name, s.name): reason for name, reason in bad.items()})
+                job.output.fail(job.key, found, {s.columns[name]: reason for name, reason in bad.items()})
                 tally["lost", next(iter(bad.values())).split(":")[0]] += 1
                 tally["failed"] += 1
             else:
@@ -912,6 +916,7 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
         await asyncio.wait([tasks[0], finished], return_when=asyncio.FIRST_COMPLETED)
         if finished.done():
             finished.result()  # raises what a worker raised
+        tally["seconds"] = time.monotonic() - began
         return tally, finished.done()
     finally:
         engine.close()
@@ -924,11 +929,12 @@ async def recaption(sets, engine, s, rank=0, world=1) -> tuple[Counter, bool]:
             Output(file).settle()
 
 
-def report(tally, engine, s, seconds, left) -> dict:
+def report(tally, engine, s) -> dict:
     def by(kind):
         return {key[1]: n for key, n in tally.items() if key[0] == kind and n}
 
-    done, bad = max(1, tally["images"] + tally["failed"]), {}
+    done, seconds, bad = tally["images"] + tally["failed"], tally["seconds"], {}
+    left, done = tally["share"] - tally["there"] - done, max(1, done)
     for (_, reason, name), n in ((key, n) for key, n in tally.items() if key[0] == "bad"):
         bad.setdefault(reason, {})[name] = n
     return {
@@ -976,26 +982,24 @@ def preview(path, s):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = []
+    shown = []  # pictures, captions, and these as lines
     for record in first_records([Records(data, s.image_root) for data in s.data], min(s.limit or 16, 16)):
+        captions = record.row.get("captions") or {}
+        texts = [textwrap.wrap(f"{name.upper()}: {told(value)}", 84) for name, value in captions.items()]
         try:
-            shown.append((load_image(record.image), record.row.get("captions") or {}))
+            shown.append((load_image(record.image), captions, sum(texts, [])))
         except BadSample as bad:
             print(bad)
-    texts = []
-    for _, captions in shown:
-        lines = [f"{name.upper()}: {told(value)}" for name, value in captions.items()]
-        texts.append([line for text in lines for line in textwrap.wrap(text, 84)])
-    heights = [max(10, *map(len, texts[i:i + 2]), 0) + 1 for i in range(0, len(texts), 2)]
+    heights = [1 + max(10, *(len(lines) for *_, lines in shown[i:i + 2])) for i in range(0, len(shown), 2)]
     figure, axes = plt.subplots(len(heights), 4, figsize=(18, 0.17 * sum(heights) + 0.2), width_ratios=(1, 2.6) * 2,
                                 height_ratios=heights, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
-    for (image, captions), lines, (left, right) in zip(shown, texts, axes.reshape(-1, 2)):
+    for (image, captions, lines), (left, right) in zip(shown, axes.reshape(-1, 2)):
         left.imshow(image)
         left.set_anchor("NE")
         w, h = image.size
-        for x0, y0, x1, y1 in {tuple(part["box"]) for part in captions.get(column("dense", s.name), ())}:
+        for x0, y0, x1, y1 in {tuple(part["box"]) for part in captions.get(s.columns["dense"], ())}:
             left.add_patch(plt.Rectangle((x0 * w, y0 * h), (x1 - x0) * w, (y1 - y0) * h, fill=False, edgecolor="red"))
         right.text(0, 1, "\n".join(lines), va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
     figure.savefig(path, dpi=80)
@@ -1058,6 +1062,8 @@ def parse_flags(argv=None):
         raise UserError(f"--fields: no prompt for {unknown[0]!r}; there are {', '.join(names)}, and --dense GRID for "
                         "crops")
     s.fields += ["dense"] * bool(s.dense)
+    # by field, the name of its captions: as in DreamLIP's files, where "long" of the model SV is "longSV_captions"
+    s.columns = {name: f"{name}{s.name}_captions" if s.name else name for name in s.prompts}
     low = [flag for flag in ("in_flight", "tries", "batch", "side", "timeout") if getattr(s, flag) <= 0]
     low += [flag for flag in ("retries", "limit", "dense", "temperature", "patience") if getattr(s, flag) < 0]
     if low:
@@ -1102,15 +1108,8 @@ def main(argv=None) -> int:
     if s.dry_run:
         dry_run(sets, engine, s)
         return 0
-
-    async def run():
-        await engine.start()
-        began = time.monotonic()
-        return *await recaption(sets, engine, s, rank, world), time.monotonic() - began
-
-    tally, whole, seconds = asyncio.run(run())
-    left = len(range(rank, sum(map(len, sets)), world)) - tally["there"] - tally["images"] - tally["failed"]
-    table = report(tally, engine, s, seconds, left) | {"left out": dict(left_out)}
+    tally, whole = asyncio.run(recaption(sets, engine, s, rank, world))
+    table = report(tally, engine, s) | {"left out": dict(left_out)}
     place = captions_path(sets[0].files[0]).with_name(f"recaption.{rank}.json" if rank else "recaption.json")
     place = Path(s.report or place)
     place.write_text(json.dumps(table, indent=1) + "\n")

@@ -158,19 +158,16 @@ def parse_flags(argv=None) -> dict:
                     argument_default=argparse.SUPPRESS)
     source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
-    hints = typing.get_type_hints(Settings)
-    for field in dataclasses.fields(Settings):
-        if field.name == "vocab":  # the tokenizer's
+    for name, hint in typing.get_type_hints(Settings).items():
+        if name == "vocab":  # the tokenizer's
             continue
-        name, help = "--" + field.name.replace("_", "-"), comments.get(field.name, "").replace("%", "%%")
-        if hints[field.name] is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
+        flag, help = "--" + name.replace("_", "-"), comments.get(name, "").replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         else:
-            types = (*typing.get_args(hints[field.name]), hints[field.name])
-            choices = CHOICES.get(field.name)
-            parser.add_argument(name, type=next(t for t in types if t in (int, float, str)),
-                                nargs="+" if typing.get_origin(hints[field.name]) is tuple else None,
-                                choices=list(choices) if choices else None, help=help)
+            kind = next(t for t in (hint, *typing.get_args(hint)) if t in (int, float, str))
+            parser.add_argument(flag, type=kind, nargs="+" if typing.get_origin(hint) is tuple else None,
+                                choices=CHOICES.get(name), help=help)
     parser.add_argument("--profile", action="store_true", default=argparse.SUPPRESS,
                         help="print where the time of the run's steps goes, and the hours it would take; no training")
     return vars(parser.parse_args(argv))
@@ -178,17 +175,14 @@ def parse_flags(argv=None) -> dict:
 
 def resolve(flags: dict, world: int = 1) -> Settings:
     """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
-    s = Settings(pool="auto")
     device = flags.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
-    method = flags.get("method", s.method)
-    for row in (SIZES[size], METHODS[method], flags, dict(device=device, size=size)):
-        for name, value in row.items():
-            setattr(s, name, value)
+    method = METHODS[flags.get("method", Settings.method)]
+    s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
     s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
@@ -219,9 +213,9 @@ def check(s: Settings, world: int = 1):
                  "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    shares = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption))
-    if not (0 <= min(s.ema, s.beta2, s.patch_dropout) <= max(s.ema, s.beta2, s.patch_dropout) < 1 and shares
-            and 0 < s.crop <= 1):
+    below_1 = all(0 <= share < 1 for share in (s.ema, s.beta2, s.patch_dropout))
+    up_to_1 = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption)) and 0 < s.crop <= 1
+    if not (below_1 and up_to_1):
         raise UserError("--ema, --beta2 and --patch-dropout must be from 0 to below 1, --warmup, --crop, --max-bad and "
                         "--whole-caption from 0 to 1")
     check_device(s.device)
@@ -297,18 +291,24 @@ def agree(*values: float) -> list[float]:
     return total.tolist()
 
 
+def of_each(x) -> list:
+    """x of every process, by rank."""
+    everyones = [x]
+    if distributed():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, x)
+    return everyones
+
+
 @contextmanager
 def together():
     """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
-    mine, errors = None, []
+    mine = None
     try:
         yield
     except UserError as error:
-        mine, errors = error, [error]
-    if distributed():
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, mine)
-    first = next((rank for rank, error in enumerate(errors) if error), None)
+        mine = error
+    first = next((rank for rank, error in enumerate(of_each(mine)) if error), None)
     if first is not None:
         raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
 
@@ -326,7 +326,55 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# ---- the loss of a step ----------------------------------------------------------------------------------------------
+# ---- a step: the batch on the device, its embeddings, its loss, the gradients ----------------------------------------
+
+@functools.cache
+def copy_stream(device: str):
+    return torch.cuda.Stream(device)
+
+
+def send(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
+    if not device.startswith("cuda"):
+        return x.to(device)
+    with torch.cuda.stream(copy_stream(device)):
+        sent = x.to(device, non_blocking=True)
+    now = torch.cuda.current_stream()
+    now.wait_stream(copy_stream(device))
+    sent.record_stream(now)  # its memory is not given away before `now` is done with it
+    return sent
+
+
+def patches_kept(s: Settings, step: int) -> torch.Tensor:
+    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
+    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
+    parts share it, in each of GradCache's two passes, and after a restart."""
+    P = (s.image_size // s.patch) ** 2
+    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
+    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
+    kept = order[:, :patches_left(P, s.patch_dropout)]
+    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
+
+
+def to_device(batch, s: Settings, step: int | None = None):
+    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
+    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
+    where all samples are good, allowed without --region-grouping."""
+    images, tokens, good, _, allowed = batch
+    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
+    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
+    images, tokens, good, allowed = (x if x is None else send(x, s.device)
+                                     for x in (images, tokens, None if good.all() else good, allowed))
+    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
+        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
+    return images, tokens, good, allowed, (lengths, kept)
+
+
+def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
+    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
+    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
+        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
+
 
 def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
                 allowed: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
@@ -363,12 +411,6 @@ def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
     return loss * (1 + 0 * loss.detach()), parts
 
 
-def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
-    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
-    with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
-
-
 def backward(network, images, tokens, s: Settings, good=None, allowed=None, more=(), mark=lambda part: None):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
     `embed` takes; `mark` is told when a part of the step is done.
@@ -383,8 +425,8 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
         loss.backward()
         mark("backward")
     else:
-        chunks = [(*chunk[:2], s, *chunk[2:]) for chunk in zip(
-            *(x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more)))]
+        split = (x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more))
+        chunks = [(images, tokens, s, *more) for images, tokens, *more in zip(*split)]
         with torch.no_grad():
             embedded = [embed(network, *chunk) for chunk in chunks]
         leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
@@ -409,8 +451,8 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
 
 @dataclasses.dataclass
 class State:
-    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a step draws
-    nothing, and a sample is drawn from (seed, epoch, index)."""
+    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
+    from (seed, epoch, index), the patches that a step leaves out from (seed, step)."""
 
     model: CLIP
     optimizer: torch.optim.AdamW
@@ -530,48 +572,6 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     state.skipped[1] *= broken
     state.step += 1
     return norm
-
-
-@functools.cache
-def copying(device: str):
-    return torch.cuda.Stream(device)
-
-
-def send(x: torch.Tensor, device: str) -> torch.Tensor:
-    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
-    if not device.startswith("cuda"):
-        return x.to(device)
-    with torch.cuda.stream(copying(device)):
-        sent = x.to(device, non_blocking=True)
-    now = torch.cuda.current_stream()
-    now.wait_stream(copying(device))
-    sent.record_stream(now)  # its memory is not given away before `now` is done with it
-    return sent
-
-
-def patches_kept(s: Settings, step: int) -> torch.Tensor:
-    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
-    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
-    parts share it, in each of GradCache's two passes, and after a restart."""
-    P = (s.image_size // s.patch) ** 2
-    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
-    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
-    kept = order[:, :patches_left(P, s.patch_dropout)]
-    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
-
-
-def to_device(batch, s: Settings, step: int | None = None):
-    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
-    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
-    where all samples are good, allowed without --region-grouping."""
-    images, tokens, good, _, allowed = batch
-    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
-    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
-    images, tokens, good, allowed = (x if x is None else send(x, s.device)
-                                     for x in (images, tokens, None if good.all() else good, allowed))
-    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
-        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images, tokens, good, allowed, (lengths, kept)
 
 
 def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
@@ -802,12 +802,8 @@ def open_data(s: Settings, flags: dict):
 
 
 def of_all_processes(bad: BadCount) -> BadCount:
-    parts = [bad]
-    if distributed():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, bad)
     total = BadCount()
-    for part in parts:
+    for part in of_each(bad):
         total.merge(part)
     return total
 
@@ -840,10 +836,8 @@ def train(flags: dict) -> Path:
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s)
-        place = [(folder := run_folder(s, again), newest_whole(folder))] if chief else [None]
-    if world > 1:
-        dist.broadcast_object_list(place)
-    folder, newest = place[0]
+        place = (folder := run_folder(s, again), newest_whole(folder)) if chief else None
+    folder, newest = of_each(place)[0]
     steps = max(1, s.images // s.batch)
     state, network = prepare(model, s)
     if newest:
@@ -1020,18 +1014,18 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if clock.cuda:
         memory = torch.cuda.max_memory_allocated()
-    whole, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)
-    rate, flops = s.batch / whole, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    took, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)  # seconds a step
+    rate, flops = s.batch / took, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
     speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
     if rank == 0:
         print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
-              f"texts {model.layout}: {rate:.0f} images/s, {1000 * whole:.1f} ms a step")
+              f"texts {model.layout}: {rate:.0f} images/s, {1000 * took:.1f} ms a step")
         for part, seconds in spent.most_common():
-            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / whole:5.1f}%")
+            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / took:5.1f}%")
         if world > 1:
             print(f"    communication       {1000 * talk:10.2f} ms, within these parts or beside them")
         if clock.cuda:
-            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / whole:5.1f}%: the GPU is busy")
+            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / took:5.1f}%: the GPU is busy")
         print(f"texts: {lengths.sum() / len(lengths):.1f} tokens an image, "
               f"{100 * lengths.float().mean() / s.context:.0f}% of those padded to {s.context}; "
               f"{100 * padding:.1f}% of what is computed is padding\n"

@@ -71,14 +71,14 @@ def test_the_last_k_checkpoints_are_kept_and_the_newest_is_checkpoint_pt(tmp_pat
         assert found == expected
 
 
-def full_disk(monkeypatch):
+def full_disk():
     """No file may grow beyond 1,200 bytes: neither a checkpoint can be written, nor, before long, a line of metrics."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1200, limits[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def read_only(monkeypatch):
+def read_only():
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
     patch = pytest.MonkeyPatch()
@@ -92,7 +92,7 @@ def test_a_disk_that_fails_costs_the_run_nothing_but_the_checkpoints_of_that_tim
     folder, mend = tmp_path / "run", []
 
     def break_disk():
-        mend.append(fault(monkeypatch))
+        mend.append(fault())
 
     def mend_disk():
         mend.pop()()

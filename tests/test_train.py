@@ -106,11 +106,7 @@ def test_every_method_and_ablation_trains_all_its_parameters(flags, tmp_path):
     grouping = flags.get("grouping", train.METHODS[flags["method"]].get("grouping", "none"))
     assert ("grouping" in lines[0]) == (grouping != "none")
     s = train.resolve({**RUN, **flags})
-    start, unmoved = fresh(s), []
-    for name, p in start.named_parameters():
-        if torch.equal(p, checkpoint["model"][name]):
-            unmoved.append(name)
-    assert not unmoved
+    assert not [name for name, p in fresh(s).named_parameters() if torch.equal(p, checkpoint["model"][name])]
     expected = s.contrastive_weight * lines[0]["contrastive"] + s.grouping_weight * lines[0].get("grouping", 0)
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-4)
     weights = checkpoint["settings"]
@@ -505,6 +501,11 @@ def test_rows_of_methods_and_sizes_name_only_settings_of_the_right_type_and_flag
             s = train.resolve({"method" if table is train.METHODS else "size": key, "device": "cpu", **fixed})
             assert {name: getattr(s, name) for name in row} == row
     assert train.resolve({"method": "dreamlip", "size": "nano", "sub_captions": 7, "embed": 32}).sub_captions == 7
+
+
+def test_a_setting_that_there_is_not_is_not_taken_in_silence():
+    with pytest.raises(TypeError, match="grouping_wieght"):
+        train.resolve({"grouping_wieght": 0.5})
 
 
 def test_the_model_s_settings_are_settings_of_the_run():

@@ -1028,7 +1028,7 @@ def summarise(results: list[dict]) -> list[dict]:
         metrics = {}
         for name, (_, chance) in group[0]["metrics"].items():
             values = [run["metrics"][name][0] for run in group if name in run["metrics"]]
-            metrics[name] = dict(mean=float(np.mean(values)), sd=spread(values), values=values, chance=chance)
+            metrics[name] = dict(mean=float(np.mean(values)), sd=deviation(values), values=values, chance=chance)
         summary.append(dict(name=method if methods.count(method) == 1 else group[0]["name"], method=method,
                             runs=[run["name"] for run in group], metrics=metrics, reading=group[0]["reading"]))
     baseline = next((group for group in summary if group["method"] == "clip"), None)
@@ -1039,7 +1039,7 @@ def summarise(results: list[dict]) -> list[dict]:
     return summary
 
 
-def spread(values) -> float:
+def deviation(values) -> float:
     """The standard deviation over seeds, 0 of a single one."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0
 
@@ -1258,7 +1258,7 @@ def claims_text(rows: dict, minutes: float) -> str:
         lines += ["", f"### {paper}", "", f"| % | {columns} | time |", "|---|" + "---:|" * (len(measures) + 1)]
         for row in names:
             values = [measured(rows[row], m) for m in measures]
-            cells = [f"{v.mean():.1f} ± {spread(v):.1f}" for v in values]
+            cells = [f"{v.mean():.1f} ± {deviation(v):.1f}" for v in values]
             seconds = np.median([run["seconds"] for run in rows[row]]) * ROWS[row].get("times", 1)
             lines.append(f"| {row} | " + " | ".join(cells) + f" | {seconds / cost:.1f} |")
         first = rows[names[0]][0]["metrics"]
@@ -1315,7 +1315,7 @@ def draw_localisation(rows: dict, folder: Path, path: Path, objects: int = 4):
     for axis, (measure, title) in zip(axes, panels.items()):
         values = [measured(rows[row], measure) for row in names]
         axis.barh(range(len(names)), [v.mean() for v in values], 0.62, color=PALETTE[4],
-                  xerr=list(map(spread, values)), error_kw=dict(lw=1))
+                  xerr=list(map(deviation, values)), error_kw=dict(lw=1))
         if measure == "group finds its text":
             axis.plot([measured(rows[row], "in a wrong image").mean() for row in names], range(len(names)), "o",
                       color=PALETTE[1])

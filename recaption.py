@@ -990,6 +990,9 @@ def preview(path, s):
             shown.append((load_image(record.image), captions, sum(texts, [])))
         except BadSample as bad:
             print(bad)
+    if not shown:
+        print(f"there is no picture to draw, so {path} is not written")
+        return
     heights = [1 + max(10, *(len(lines) for *_, lines in shown[i:i + 2])) for i in range(0, len(shown), 2)]
     figure, axes = plt.subplots(len(heights), 4, figsize=(18, 0.17 * sum(heights) + 0.2), width_ratios=(1, 2.6) * 2,
                                 height_ratios=heights, squeeze=False, layout="constrained")

@@ -6,7 +6,7 @@
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets coco:coco urban1k:Urban1k voc:data
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
-    python evaluate.py --claims                           the papers' claims put to the test: an hour on two cores
+    python evaluate.py --claims                           the papers' claims put to the test: over an hour on two cores
 
 Every number is in percent (ranks apart) and stands beside its chance level. A tie counts against the model. --help
 lists the benchmarks.

@@ -486,6 +486,10 @@ def test_no_images_a_broken_image_and_a_folder_that_is_read_only(tmp_path, serve
     failed = [json.loads(line) for line in (tmp_path / "pictures.failed.jsonl").read_text().splitlines()]
     reasons = {r["key"]: r["bad"]["short"].split(":")[0] for r in failed}
     assert reasons == {"3": "image will not decode", "4": "image truncated"}
+    for i in range(3):
+        (folder / f"{i}.jpg").unlink()
+    run(folder, "--endpoint", serve(), "--fields", "short", "--preview", tmp_path / "p.png")
+    assert not (tmp_path / "p.png").exists()  # no picture is left to draw
     (tmp_path / "pictures.captions.jsonl").unlink()
     (tmp_path / "pictures.captions.jsonl").symlink_to("/nowhere/at/all")
     with pytest.raises(UserError, match="cannot write .*pictures.captions.jsonl"):

@@ -1011,7 +1011,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
             seconds = (e.self_device_time_total if clock.cuda else e.cpu_time_total) / 1e6 / traced
             busy += seconds * (not e.is_user_annotation)
             talk += seconds * e.key.startswith(("ncclDevKernel", "gloo:"))  # NCCL's kernels, spans of gloo's threads
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if clock.cuda:
         memory = torch.cuda.max_memory_allocated()
     took, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)  # seconds a step

@@ -24,6 +24,7 @@ import textwrap
 import time
 from bisect import bisect_left
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -1209,6 +1210,9 @@ def train_rows(rows: dict, folder: Path, seeds: int, jobs: int | None, flags: di
             except (UserError, SystemExit) as error:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(f"the row {row!r}, seed {seed}: {error}") from None
+            except BrokenProcessPool:
+                raise UserError("a process died, perhaps for want of memory: the same command goes on where it was, with "
+                                "less memory by --jobs 1") from None
             minutes, done = (time.monotonic() - started) / 60, len(found)
             print(f"[{done}/{len(futures)}] {row}, seed {seed}; {minutes:.0f} min, about "
                   f"{minutes / done * (len(futures) - done):.0f} more", flush=True)

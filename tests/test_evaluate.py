@@ -2,6 +2,7 @@
 100, every layout pairs the right pictures and texts, and every mistake ends in one sentence."""
 import json
 import math
+import os
 import random
 import re
 from types import SimpleNamespace
@@ -844,6 +845,16 @@ def test_claims_of_a_single_seed_are_drawn_at_the_scale_of_their_differences(mon
     rows = {row: [dict(metrics=dict.fromkeys(names, dict(value=i)))] for i, row in enumerate(evaluate.ROWS)}
     evaluate.draw_claims(rows, None)
     assert all(8 <= axis.get_xlim()[1] < 40 for axis in drawn[0].axes)  # 28 rows; the intervals have no end
+
+
+def die(*_, **__):
+    os._exit(9)
+
+
+def test_claims_end_in_a_sentence_when_a_process_dies(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "train_row", die)
+    with pytest.raises(UserError, match="a process died"):
+        evaluate.train_rows({"raw (CLIP)": {}}, tmp_path, 1, 1, {})
 
 
 def test_claims_refuse_what_makes_no_sense():

@@ -41,7 +41,8 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import MEAN, BadCount, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset
+from data import (MEAN, BadCount, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset,
+                  spread)
 from losses import group_patches
 from model import CLIP, CLIPConfig, from_state_dict, resized, to_open_clip
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, Scenes, article, held_out
@@ -821,8 +822,7 @@ def draw_curves(model: Model, path: Path):
 
 def draw_groups(model: Model, found: dict, path: Path, pictures: int = 4, sentences: int = 5):
     """Held-out pictures, and over each the weights of the patches that each of its sentences groups."""
-    n = len(found["captions"])
-    chosen = np.linspace(0, n - 1, min(pictures, n)).astype(int)
+    chosen = spread(len(found["captions"]), pictures)
     shown = [list(dict.fromkeys([*c["long"], c["raw"]]))[:sentences] for c in (found["captions"][i] for i in chosen)]
     images = torch.stack([found["picture"](i) for i in chosen])
     (_, patches), = model.batches([(image,) for image in images])

@@ -823,8 +823,8 @@ def begin(flags: dict) -> tuple[int, int, Settings]:
     if world > 1:
         join_group(s, rank, world)
     fused.set_mode(s.fused)
-    if s.precision == "bf16":  # what stays float32, above all the similarities, goes through a GPU's tensor cores, too
-        torch.backends.cuda.matmul.allow_tf32 = True
+    # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
+    torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
     return rank, world, s
 
 

@@ -508,6 +508,12 @@ def test_a_setting_that_there_is_not_is_not_taken_in_silence():
         train.resolve({"grouping_wieght": 0.5})
 
 
+def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():
+    for precision in ("bf16", "fp32"):
+        train.begin(dict(size="nano", device="cpu", precision=precision))
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "bf16")
+
+
 def test_the_model_s_settings_are_settings_of_the_run():
     assert {f.name for f in dataclasses.fields(CLIPConfig)} <= {*FIELDS, "vocab"}
 

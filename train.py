@@ -193,8 +193,6 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     fast = native.get(device.split(":")[0], bool)()  # whether the device multiplies bfloat16 by itself
     if s.precision == "auto":
         s.precision = "bf16" if fast else "fp32"
-    if device == "cpu" and not fast and "images" not in flags:  # an older processor takes longer over an image
-        s.images = s.images * 5 // 6
     if s.workers < 0:
         s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
     if s.tokenizer == "auto" and s.data == ("scenes",):

@@ -79,6 +79,17 @@ def say_once(message):
     print(message, flush=True)
 
 
+def read_json(path: Path):
+    """A JSON file's content, or of JSON lines a list. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "jsonl" not in path.suffix:
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
+
+
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 SCENES_VOCABULARY = Path(__file__).parent / "assets" / "scenes.tiktoken"
@@ -159,12 +170,39 @@ def load_tokenizer(name_or_path="auto"):
             return load_tokenizer("scenes")
     if name == "clip":
         return Tokenizer(name, read_clip_ranks(find_clip_vocabulary()), find_ftfy())
+    if name.endswith("vocab.txt"):
+        return WordPieces(name)
     if name.endswith(".txt.gz"):
         return Tokenizer(Path(name).name.removesuffix(".txt.gz"), read_clip_ranks(name), find_ftfy())
     if name == "scenes" or name.endswith(".tiktoken"):
         path = SCENES_VOCABULARY if name == "scenes" else Path(name)
         return Tokenizer(path.stem, read_tiktoken(path))
     raise UserError(f"no tokenizer {name!r}: take auto, clip, scenes, or the path of a .tiktoken or .txt.gz file")
+
+
+class WordPieces:
+    """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
+    the end a [SEP] with an id of its own, the greatest (model._read_lotlip)."""
+
+    def __init__(self, path):
+        try:
+            from tokenizers import BertWordPieceTokenizer
+        except ImportError:
+            raise UserError("LoTLIP reads texts in BERT's word pieces: pip install tokenizers") from None
+        if not Path(path).is_file():
+            raise UserError(f"no {path}: put bert-base-uncased's vocab.txt there or name it with --tokenizer")
+        self.pieces, self.name = BertWordPieceTokenizer(str(path), lowercase=True), "vocab.txt"
+        self.vocab_size = self.pieces.get_vocab_size() + 1
+
+    def __call__(self, texts, context):
+        tokens = torch.zeros(len(texts), context, dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            ids = self.pieces.encode("[SEP]".join(text.split(". "))).ids[:-1][:context - 1]
+            row[:len(ids) + 1] = torch.tensor([*ids, self.vocab_size - 1])
+        return tokens
+
+    def decode(self, ids):
+        return self.pieces.decode([int(i) for i in ids])
 
 
 def find_ftfy():
@@ -1329,43 +1367,21 @@ def shard_order(counts, rng, window: int) -> np.ndarray:
 
 
 class Order:
-    """The endless stream of samples: order(position) -> (epoch, index), a function of the seed alone.
+    """The endless stream of samples: order(position) -> (epoch, index), a function of the seed alone. An epoch has every
+    sample of every set once, the sets mixed evenly."""
 
-    Without weights an epoch has every sample of every set once, the sets mixed evenly. With weights a block of 1,000
-    samples has so many of each set, in a random pattern, and each set goes through epochs of its own.
-    """
-
-    def __init__(self, dataset, seed: int, window: int, weights=()):
-        parts, self.seed, self.window = getattr(dataset, "parts", [dataset]), seed, window
-        first = np.cumsum([0, *map(len, parts)]).tolist()
-        if weights and (len(weights) != len(parts) or min(weights) <= 0):
-            raise UserError(f"--data-weights: there must be one above 0 for each of the {len(parts)} paths of --data")
-        together = list(zip(parts, first))
-        self.streams = [[one] for one in together] if weights else [together]
-        self.lengths = [sum(len(part) for part, _ in stream) for stream in self.streams]
-        shares = np.cumsum([0, *weights]) / sum(weights) if weights else np.array([0, 1])
-        self.quotas = np.maximum(1, np.diff(np.round(1000 * shares).astype(int)))  # of a block, for each stream
-        keep_last = functools.lru_cache(1)  # positions come in order, or nearly
-        self.pattern = keep_last(self._pattern)
-        self.epochs = [keep_last(functools.partial(self._epoch, stream)) for stream in range(len(self.streams))]
+    def __init__(self, dataset, seed: int, window: int):
+        self.parts, self.seed, self.window = getattr(dataset, "parts", [dataset]), seed, window
+        self.first = np.cumsum([0, *map(len, self.parts)]).tolist()
+        self.epoch = functools.lru_cache(1)(self._epoch)  # positions come in order, or nearly
 
     def __call__(self, position: int) -> tuple[int, int]:
-        block, place = divmod(position, int(self.quotas.sum()))
-        stream, turn = (column[place] for column in self.pattern(block))
-        epoch, place = divmod(block * int(self.quotas[stream]) + turn, self.lengths[stream])
-        return epoch, int(self.epochs[stream](epoch)[place])
+        epoch, place = divmod(position, self.first[-1])
+        return epoch, int(self.epoch(epoch)[place])
 
-    def _pattern(self, block):
-        """For every place in a block its stream, and how many of that stream came before, in this block."""
-        stream = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        np.random.default_rng((self.seed, block)).shuffle(stream)
-        turn = np.empty(len(stream), int)
-        turn[np.argsort(stream, kind="stable")] = np.concatenate([np.arange(quota) for quota in self.quotas])
-        return stream.tolist(), turn.tolist()
-
-    def _epoch(self, stream, epoch):
-        rng = np.random.default_rng((self.seed, epoch, stream) if stream else (self.seed, epoch))
-        orders = [part.order(rng, self.window) + first for part, first in self.streams[stream]]
+    def _epoch(self, epoch):
+        rng = np.random.default_rng((self.seed, epoch))
+        orders = [part.order(rng, self.window) + first for part, first in zip(self.parts, self.first)]
         if len(orders) == 1:
             return orders[0]
         when = np.concatenate([(np.arange(len(order)) + rng.random(len(order))) / len(order) for order in orders])
@@ -1381,10 +1397,25 @@ def local_batches(order, batch: int, first: int, last: int, rank: int = 0, world
         yield [order(position) for position in range(start, start + local)]
 
 
+@dataclass
+class Batch:
+    images: torch.Tensor  # uint8 [B,3,S,S]
+    tokens: torch.Tensor  # int64 [B,T,L], cut to the batch's longest text
+    lengths: np.ndarray  # int64 [B,T]: tokens of each text, both end tokens counted; on the host, so no device is asked
+    allowed: torch.Tensor | None = None  # bool [B,T,P], with --region-grouping: the patches in each text's box
+    bad: list[BadSample] = field(default_factory=list)  # met on the way to these samples
+
+    def pin_memory(self):
+        allowed = None if self.allowed is None else self.allowed.pin_memory()
+        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory(), allowed=allowed)
+
+
+ATTEMPTS = 100  # samples tried in the place of a bad one
+
+
 class TrainingTexts(torch.utils.data.Dataset):
-    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], None, with --region-grouping the patches in each
-    text's box [T,P] (bool), else None; of a bad sample a black image, empty texts and the BadSample, so that the batch
-    keeps its size and the order does not depend on what is found to be bad.
+    """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], with --region-grouping the patches in each text's
+    box [T,P] (bool), else None, and the BadSamples met: in the place of a bad sample stands another, at random.
 
     All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
     a restart. `at` [workers, 2], shared by the processes, holds what each worker is reading.
@@ -1398,24 +1429,28 @@ class TrainingTexts(torch.utils.data.Dataset):
         epoch, index = where
         worker = torch.utils.data.get_worker_info()
         self.at[worker.id if worker else 0] = torch.tensor(where)
-        s, rng, problem = self.settings, random.Random(f"{self.settings.seed} {epoch} {index}"), None
-        try:
-            image, captions = self.dataset.__getitem__(index, rng)
-            texts, boxes = zip(*draw_texts(captions, s, rng))
-        except BadSample as bad:
-            image, problem = torch.zeros(3, self.dataset.size, self.dataset.size, dtype=torch.uint8), bad
-            texts, boxes = zip(*[("", None)] * len(text_slots(s)))
+        s, bad = self.settings, []
+        for attempt in range(ATTEMPTS):
+            rng = random.Random(f"{s.seed} {epoch} {index} {attempt}" if attempt else f"{s.seed} {epoch} {index}")
+            try:
+                image, captions = self.dataset.__getitem__(rng.randrange(len(self.dataset)) if attempt else index, rng)
+                break
+            except BadSample as problem:
+                bad.append(problem)
+        else:
+            raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {bad[-1]}")
+        texts, boxes = zip(*draw_texts(captions, s, rng))
         allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
-        return image, self.tokenizer(texts, s.context), problem, allowed
+        return image, self.tokenizer(texts, s.context), allowed, bad
 
 
-def collate(samples):
-    """-> images uint8 [B,3,S,S], tokens [B,T,L] cut to the batch's longest text, good [B] (bool), the BadSamples, and
-    with --region-grouping allowed [B,T,P] (bool), else None."""
-    images, tokens, bad, allowed = zip(*samples)
-    images, tokens, good = torch.stack(images), torch.stack(tokens), torch.tensor([b is None for b in bad])
-    tokens = tokens[..., :int(tokens.argmax(-1).max()) + 1].contiguous()
-    return images, tokens, good, [*filter(None, bad)], None if allowed[0] is None else torch.stack(allowed)
+def collate(samples) -> Batch:
+    images, tokens, allowed, bad = zip(*samples)
+    tokens = torch.stack(tokens)
+    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
+    tokens = tokens[..., :int(lengths.max())].contiguous()
+    allowed = None if allowed[0] is None else torch.stack(allowed)
+    return Batch(torch.stack(images), tokens, lengths.numpy(), allowed, [problem for some in bad for problem in some])
 
 
 def begin_worker(_number):
@@ -1428,7 +1463,7 @@ def begin_worker(_number):
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
-    order = Order(dataset, settings.seed, settings.shuffle_buffer, settings.data_weights)
+    order = Order(dataset, settings.seed, settings.shuffle_buffer)
     samples = TrainingTexts(dataset, tokenizer, settings)
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=local_batches(order, settings.batch, first, last, rank, world), collate_fn=collate,

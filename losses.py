@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from csrc import fused
+from data import text_slots
 
 EPS = 1e-6
 STORED = 1 << 22  # entries of a similarity matrix that is stored rather than streamed
@@ -198,3 +199,29 @@ def masked_contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, ma
         dist.all_reduce(count)
         count /= dist.get_world_size()
     return (losses.sum(-1) / count.clamp_min(1 / 1024)).mean()
+
+
+def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, dict]:
+    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
+
+    `allowed` [B,T,P] (bool; None: all are): the patches that each text may group.
+    """
+    slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
+    texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
+    # ... and all but the raw caption, which comes first, by their corners too (LoTLIP)
+    corners = summaries[:, slots.count("raw"):, 1:].flatten(1, 2)
+    parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
+    loss = s.contrastive_weight * parts["contrastive"]
+    if s.grouping != "none":
+        if s.grouping == "sub-caption":
+            parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, None, s.negatives, allowed)
+        else:
+            tokens = out["token_embeddings"]  # [B·T, L, D]; the two end tokens and the padding are no words
+            place, end = torch.arange(tokens.shape[1], device=tokens.device), out["ends"][:, None]
+            words = (place > 0) & (place < end)  # [B·T, L]
+            patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
+            if allowed is not None:
+                allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
+            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives, allowed)
+        loss = loss + s.grouping_weight * parts["grouping"]
+    return loss, parts

@@ -13,14 +13,22 @@ Attention masks are boolean, True where a query may look at a key.
 """
 
 import copy
+import os
+import pickle
 import re
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from data import MEAN, UserError, read_json
 
 
 @dataclass
@@ -182,28 +190,20 @@ class VisionTransformer(nn.Module):
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm. `kept` [B,P] places: the model
-        sees no other patches, and P is their number."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] -> branches [B,H,D], patches [B,P,D], not yet of unit norm."""
         T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
         x = x + self.positional_embedding[1:].to(x)
-        if kept is not None:
-            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         x = torch.cat([(self.class_embedding + self.positional_embedding[:1]).to(x).expand(len(x), -1, -1), x], 1)
-        mask = self.mask[:x.shape[1], :x.shape[1]] if self.mask is not None else None  # it treats all patches alike
         x = self.ln_pre(x)[None]  # [1, B, T+P, W]
         for block in self.blocks:
-            x = block(x, mask)  # [1 or H, B, T+P, W]
+            x = block(x, self.mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
         summary, patches = x[:, :, :T], x[:, :, T:]
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         return summary.permute(1, 0, 2, 3).flatten(1, 2), patches.mean(0)
-
-
-def patches_left(patches: int, dropout: float) -> int:
-    return max(1, round(patches * (1 - dropout)))
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -347,10 +347,9 @@ class CLIP(nn.Module):
                 for layer in (block.attn.qkv, block.fc, block.attn.out, *block.proj):
                     nn.init.zeros_(layer.bias)
 
-    def encode_image(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """images [B,3,S,S] (normalised), and perhaps the patches `kept` [B,P] -> branches [B,H,D], patches [B,P,D],
-        unit-norm float32."""
-        branches, patches = self.visual(images, kept)
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
+        branches, patches = self.visual(images)
         return normalized(branches), normalized(patches)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,7 +383,7 @@ class CLIP(nn.Module):
         back = order.argsort()
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def flops(self, lengths: Tensor, patch_dropout: float = 0.0) -> float:
+    def flops(self, lengths: Tensor) -> float:
         """Multiplications and additions for the embeddings of an image and its texts, a mean over `lengths` [n,T]:
         forward, what the model needs and no padding. Biases, norms and the like do not count."""
         def tower(blocks, width, tokens, pairs):  # pairs of a query and a key
@@ -400,7 +399,7 @@ class CLIP(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 side //= layer.stride[0]
                 total += 2 * layer.weight.numel() * side ** 2
-        places = len(self.visual.class_embedding) + patches_left(side ** 2, patch_dropout)
+        places = len(self.visual.class_embedding) + side ** 2
         total += tower(self.visual.blocks, c.vision_width, places, places ** 2)
         total += 2 * c.vision_width * c.embed * places * len(self.visual.blocks[-1].proj)
         pairs = n * (n + 1) / 2 if self.text.causal else n ** 2
@@ -408,12 +407,10 @@ class CLIP(nn.Module):
                        (pairs + c.corner_tokens * n).sum() / len(n))
         return float(total + 2 * c.text_width * c.embed * n.shape[1] * (1 + c.corner_tokens))
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None,
-                kept: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
-        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them; `kept` [B,P]: the patches
-        that are seen."""
-        branches, patches = self.encode_image(images, kept)
+        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
+        branches, patches = self.encode_image(images)
         lengths = lengths.reshape(-1) if lengths is not None else None
         summaries, embeddings = self.encode_texts(tokens.flatten(0, 1), with_tokens, lengths)
         return {
@@ -645,3 +642,143 @@ def resized(model: CLIP, image_size: int) -> CLIP:
                          mode="bicubic", antialias=True)
     other.load_state_dict(state | {"visual.positional_embedding": torch.cat([first, grid[0].flatten(1).mT])})
     return other.train(model.training)
+
+
+# ---- files of weights ------------------------------------------------------------------------------------------------
+
+def checkpoints(folder: Path) -> list[Path]:
+    """checkpoint.pt, the newest, checkpoint-1.pt, the one before, and so on, as far as they exist."""
+    return sorted(folder.glob("checkpoint*.pt"), key=lambda path: int("0" + "".join(filter(str.isdigit, path.stem))))
+
+
+def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
+    """torch.save that leaves either the old file or the whole new one, whatever happens in between, even to the power;
+    the `keep` - 1 files before it are kept under numbers. Where the disk fails: says so in a line and returns False."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep))]
+        for newer, older in reversed(list(zip(names, names[1:]))):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # a rename lasts once its folder is on the disk
+        os.fsync(folder)
+        os.close(folder)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        with suppress(OSError):
+            temporary.unlink()
+        print(f"{path} could not be written ({cause}); older ones are as they were, and it is tried again", flush=True)
+        return False
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint written by this script. Raises UserError if it is missing, cut off or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["settings"], content["model"]
+        return content
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: name a run's folder or its checkpoint.pt") from None
+    except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
+        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): take another "
+                        "one") from None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in the folder that is whole; None if there is none. Raises UserError if all are damaged."""
+    found = checkpoints(folder)
+    for i, path in enumerate(found):
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            if path == found[-1]:
+                raise
+            print(f"{error}; the checkpoint before it is used", flush=True)
+        else:
+            for damaged in found[:i]:  # out of the way, or it would outlive a whole one
+                damaged.replace(folder / "damaged.pt")
+            return path
+    return None
+
+
+def trained(path: Path, content: dict) -> CLIP:
+    """The model of a checkpoint of this project: the averaged weights where there are any."""
+    known = CLIPConfig.__dataclass_fields__
+    try:
+        clip = CLIP(CLIPConfig(**{name: value for name, value in content["settings"].items() if name in known}))
+        clip.load_state_dict(content["model"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: weights and settings do not fit ({str(error).splitlines()[0]})") from None
+    with torch.no_grad():
+        for p, average in zip(clip.parameters(), content.get("average") or []):  # of runs that kept an average
+            p.copy_(average)
+    return clip
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What a file of weights holds. A pickle that could run code is refused. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"to read {path}: pip install safetensors") from None
+    except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
+                            "torch.jit.load(FILE).state_dict() with torch.save and name that file") from None
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+            raise UserError(f"{path} is refused: it is not only tensors, and reading such a pickle can run any code; "
+                            "take a file that torch.load(..., weights_only=True) reads") from None
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    ours = {"settings", "model"} <= content.keys()
+    if not ours and not (content and all(isinstance(x, Tensor) for x in content.values())):
+        raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
+    return content
+
+
+def released(path: Path, state: dict, activation: str | None) -> CLIP:
+    """The model of somebody else's checkpoint. What its shapes do not tell stands in open_clip's JSON beside it, if at
+    all: the file's own name with .json, or open_clip_config.json."""
+    beside = [p for p in (path.with_suffix(".json"), path.with_name("open_clip_config.json")) if p.is_file()]
+    told, why = {}, "by its weights and what is usual; OpenAI's, MetaCLIP's and DFN's want --activation quickgelu"
+    if beside:
+        config, why = read_json(beside[0]), f"by {beside[0].name}"
+        if not np.allclose(config.get("preprocess_cfg", {}).get("mean", MEAN), MEAN, atol=1e-3):
+            raise UserError(f"{beside[0]}: this model normalises pictures by other numbers than CLIP's")
+        config = config.get("model_cfg", config)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
+                    pool="average" if vision.get("pool_type") == "avg" else "class")
+        if "width" in vision and "width" in text:
+            told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
+    if activation:
+        told, why = told | dict(activation=activation), "by --activation"
+    try:
+        clip = from_state_dict(state, **told)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    print(f"{path.name}: activation {clip.config.activation} ({why})")
+    return clip
+
+
+def check_device(device: str):
+    """Raises UserError if the device is none that PyTorch has here."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"no --device {device!r}: take cpu, cuda or mps")
+    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {device}: PyTorch sees none here; leave --device away or use cpu")

@@ -23,27 +23,25 @@ import signal
 import sys
 import time
 import typing
-import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from csrc import fused
-from data import (BadCount, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
+from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
-from losses import distributed, grouping_loss, multi_to_multi_loss
+from losses import distributed, method_loss
 from model import CHOICES as model_choices
-from model import CLIP, CLIPConfig, config_from, packing_trouble, patches_left
+from model import (CLIP, CLIPConfig, check_device, checkpoints, config_from, load_checkpoint, newest_whole, packing_trouble,
+                   write_whole)
 
 
 @dataclasses.dataclass
@@ -52,7 +50,6 @@ class Settings(CLIPConfig):
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
     size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, else small
     data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
-    data_weights: tuple[float, ...] = ()  # share of each path of --data among the samples; left away: by their sizes
     image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
     caption_fields: str = ""  # "raw=title,long=a+b": names of the fields that hold each kind of text
     max_bad: float = 0.05  # share of bad samples over which the run stops
@@ -76,7 +73,6 @@ class Settings(CLIPConfig):
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
-    patch_dropout: float = 0.0  # share of each image's patches that a training step leaves out (FLIP, 2212.00794)
     # optimisation
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
@@ -88,7 +84,6 @@ class Settings(CLIPConfig):
     eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
     max_skipped: int = 10  # steps in a row without a finite gradient, each skipped, that stop the run
-    ema: float = 0.0  # decay of an average of the weights that is evaluated instead of them; 0: none
     seed: int = 0  # of the weights, the order and the texts drawn
     # the machine
     device: str = "auto"  # cuda, mps or cpu
@@ -96,7 +91,6 @@ class Settings(CLIPConfig):
     compile: bool = False  # torch.compile, block by block
     fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (plain PyTorch)
     grad_checkpointing: bool = False  # keep only the inputs of the blocks, compute the rest again backwards
-    fsdp: bool = False  # shard weights, gradients and AdamW over the processes, for sizes that one device does not hold
     workers: int = -1  # data-loading processes; -1: by the machine
     timeout_minutes: float = 10.0  # a process that waits longer for the others ends the run
     # the run
@@ -104,7 +98,6 @@ class Settings(CLIPConfig):
     resume: str = "no"  # "auto": the newest unfinished run of this name; or a run's folder
     save_minutes: float = 5.0  # between checkpoints
     save_steps: int = 0  # between checkpoints, beside those by the clock; 0: by the clock alone
-    keep: int = 2  # checkpoints kept: checkpoint.pt, checkpoint-1.pt the one before, and so on
     eval_steps: int = 1000  # between held-out losses; the weights of the least are kept as best.pt; 0: none
     eval_images: int = 1000  # held-out images for these and for the evaluation at the end; 0: neither
     log_every: int = 20  # steps between lines of metrics.jsonl
@@ -183,7 +176,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
         size = "tiny" if device == "cpu" else "small"
     method = METHODS[flags.get("method", Settings.method)]
     s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
-    s.data, s.data_weights = tuple([s.data] if isinstance(s.data, str) else s.data), tuple(s.data_weights)
+    s.data = tuple([s.data] if isinstance(s.data, str) else s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
         s.pool = "average" if small else "class"
@@ -203,19 +196,18 @@ def resolve(flags: dict, world: int = 1) -> Settings:
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
-    for name in ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "keep",
+    for name in ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes",
                  "max_skipped", "shuffle_buffer"):
         if getattr(s, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay", "ema",
+    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay",
                  "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    below_1 = all(0 <= share < 1 for share in (s.ema, s.beta2, s.patch_dropout))
+    below_1 = 0 <= s.beta2 < 1
     up_to_1 = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption)) and 0 < s.crop <= 1
     if not (below_1 and up_to_1):
-        raise UserError("--ema, --beta2 and --patch-dropout must be from 0 to below 1, --warmup, --crop, --max-bad and "
-                        "--whole-caption from 0 to 1")
+        raise UserError("--beta2 must be from 0 to below 1, --warmup, --crop, --max-bad and --whole-caption from 0 to 1")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -235,23 +227,9 @@ def check(s: Settings, world: int = 1):
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
-    if s.region_grouping and s.patch_dropout:
-        raise UserError("--patch-dropout may leave no patch where a sentence of --region-grouping has its place: leave "
-                        "one of them")
     if s.batch % (world * s.accumulate):
         raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose "
                         f"a multiple of {world * s.accumulate}")
-    if s.fsdp and world == 1:
-        raise UserError("--fsdp shards over several processes, and there is one: start it with torchrun, or leave it")
-
-
-def check_device(device: str):
-    """Raises UserError if the device is none that PyTorch has here."""
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"no --device {device!r}: take cpu, cuda or mps")
-    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {device}: PyTorch sees none here; leave --device away or use cpu")
 
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
@@ -343,103 +321,50 @@ def send(x: torch.Tensor, device: str) -> torch.Tensor:
     return sent
 
 
-def patches_kept(s: Settings, step: int) -> torch.Tensor:
-    """The places [B, P kept] of the patches that each of this process's images keeps in a step, at random, as many in
-    all (FLIP, 2212.00794, section 3). Drawn from (seed, step) for the whole batch: the same however many processes and
-    parts share it, in each of GradCache's two passes, and after a restart."""
-    P = (s.image_size // s.patch) ** 2
-    generator = torch.Generator(s.device).manual_seed((s.seed * 1_000_003 + step) % 2 ** 63)
-    order = torch.rand(s.batch, P, generator=generator, device=s.device).argsort(-1)
-    kept = order[:, :patches_left(P, s.patch_dropout)]
-    return kept.chunk(dist.get_world_size())[dist.get_rank()] if distributed() else kept
-
-
-def to_device(batch, s: Settings, step: int | None = None):
-    """A loader's batch -> images, tokens, good and allowed on the device, and what else `embed` takes: the texts'
-    lengths [B,T], which stay on the host, and the patches kept in this `step` of training (None: all). good is None
-    where all samples are good, allowed without --region-grouping."""
-    images, tokens, good, _, allowed = batch
-    lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
-    kept = patches_kept(s, step) if s.patch_dropout and step is not None else None
-    images, tokens, good, allowed = (x if x is None else send(x, s.device)
-                                     for x in (images, tokens, None if good.all() else good, allowed))
+def to_device(batch: Batch, s: Settings) -> Batch:
+    """A loader's batch with its tensors on the device; the texts' lengths stay on the host."""
+    tokens, allowed = send(batch.tokens, s.device), batch.allowed
     if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
         tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return images, tokens, good, allowed, (lengths, kept)
+    return Batch(send(batch.images, s.device), tokens, batch.lengths, None if allowed is None else send(allowed, s.device))
 
 
-def embed(network, images, tokens, s: Settings, lengths=None, kept=None) -> dict:
-    lengths = lengths.numpy() if lengths is not None else None  # DDP and FSDP would send a tensor to the device
+def embed(network, images, tokens, lengths, s: Settings) -> dict:
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths, kept)
+        return network(normalize(images), tokens, s.grouping == "token", lengths)
 
 
-def method_loss(out: dict, s: Settings, good: torch.Tensor | None = None,
-                allowed: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
-    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
-
-    `good` [B] (bool; None: all are): the embeddings of bad samples become 0. So they have no gradient, and are a
-    negative at right angles. `allowed` [B,T,P] (bool; None: all are): the patches that each text may group.
-    """
-    if good is not None:
-        out = dict(out)
-        for name in ("branches", "patches", "summaries", "token_embeddings"):
-            if out.get(name) is not None:
-                which = good.repeat_interleave(len(out[name]) // len(good))  # token_embeddings has the texts in a row
-                out[name] = out[name] * which.view(-1, *[1] * (out[name].dim() - 1))
-    slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
-    texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    # ... and all but the raw caption, which comes first, by their corners too (LoTLIP)
-    corners = summaries[:, slots.count("raw"):, 1:].flatten(1, 2)
-    parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
-    loss = s.contrastive_weight * parts["contrastive"]
-    if s.grouping != "none":
-        if s.grouping == "sub-caption":
-            parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, None, s.negatives, allowed)
-        else:
-            tokens = out["token_embeddings"]  # [B·T, L, D]; the two end tokens and the padding are no words
-            place, end = torch.arange(tokens.shape[1], device=tokens.device), out["ends"][:, None]
-            words = (place > 0) & (place < end)  # [B·T, L]
-            patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
-            if allowed is not None:
-                allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
-            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives, allowed)
-        loss = loss + s.grouping_weight * parts["grouping"]
-    # An infinite loss becomes NaN, and with it every gradient on every process: so they all skip this step alike.
-    return loss * (1 + 0 * loss.detach()), parts
-
-
-def backward(network, images, tokens, s: Settings, good=None, allowed=None, more=(), mark=lambda part: None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `more` is what else
-    `embed` takes; `mark` is told when a part of the step is done.
+def backward(network, batch: Batch, s: Settings, mark=lambda part: None):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `mark` is told when a
+    part of the step is done.
 
     In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
     gradients, embed part by part again and send those gradients through. The result is the big batch's gradient;
     memory is one part's.
     """
     if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, images, tokens, s, *more), s, good, allowed)
+        loss, parts = method_loss(embed(network, batch.images, batch.tokens, batch.lengths, s), s, batch.allowed)
         mark("losses")
         loss.backward()
         mark("backward")
     else:
-        split = (x.chunk(s.accumulate) if x is not None else [None] * s.accumulate for x in (images, tokens, *more))
-        chunks = [(images, tokens, s, *more) for images, tokens, *more in zip(*split)]
+        chunks = list(zip(batch.images.chunk(s.accumulate), batch.tokens.chunk(s.accumulate),
+                          np.split(batch.lengths, s.accumulate)))
         with torch.no_grad():
-            embedded = [embed(network, *chunk) for chunk in chunks]
+            embedded = [embed(network, *chunk, s) for chunk in chunks]
         leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
                   for name, value in embedded[0].items() if value is not None}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
-        loss, parts = method_loss(leaves, s, good, allowed)
+        loss, parts = method_loss(leaves, s, batch.allowed)
         loss.backward()
         mark("losses")
         grads = {name: leaf.grad.chunk(s.accumulate) if leaf.dim() else [leaf.grad / s.accumulate] * s.accumulate
                  for name, leaf in leaves.items() if leaf.grad is not None}
         for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1  # DDP sums over the processes once; FSDP keeps its shard's sum of every part
-            with nullcontext() if last or not hasattr(network, "no_sync") else network.no_sync():
-                out = embed(network, *chunk)
+            last = i == len(chunks) - 1  # DDP sums over the processes once
+            with nullcontext() if last or not distributed() else network.no_sync():
+                out = embed(network, *chunk, s)
                 sum((out[name] * grad[i]).sum() for name, grad in grads.items()).backward()
                 mark("backward")
     return loss.detach(), {name: part.detach() for name, part in parts.items()}
@@ -450,11 +375,10 @@ def backward(network, images, tokens, s: Settings, good=None, allowed=None, more
 @dataclasses.dataclass
 class State:
     """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
-    from (seed, epoch, index), the patches that a step leaves out from (seed, step)."""
+    from (seed, epoch, index)."""
 
     model: CLIP
     optimizer: torch.optim.AdamW
-    average: list[torch.Tensor] | None  # of the parameters, in their order
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
@@ -481,30 +405,21 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
             block.forward = torch.compile(block.forward, dynamic=i >= len(model.visual.blocks))
         if s.grad_checkpointing:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if s.fsdp:
-        model.logit_scale.data = model.logit_scale.data.to(s.device)  # FSDP shards no scalars: each process holds it
-        mesh = init_device_mesh(s.device.split(":")[0], (dist.get_world_size(),))
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params={model.logit_scale})
-        network = model
-    else:
-        network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
-        if distributed():
-            network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    average = [p.detach().clone() for p in model.parameters()] if s.ema else None
-    return State(model, make_optimizer(model, s), average, torch.zeros(2, device=s.device)), network
+    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
+    if distributed():
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
 
 
 def text_layout(model: CLIP, s: Settings) -> str:
-    """How the texts are embedded: packed where the device can, which is tried out, else in buckets; but with FSDP all
-    processes must call the text tower equally often."""
+    """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
     if s.device.startswith("cuda") and s.precision == "bf16":
         trouble = packing_trouble(model, s.device)
         if not trouble:
             return "packed"
         if is_chief():
             print(f"WARNING: texts are not packed, which is slower: {trouble}", flush=True)
-    return "padded" if s.fsdp else "buckets"
+    return "buckets"
 
 
 def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
@@ -526,37 +441,18 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def local(x: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a tensor that FSDP shards; any other tensor itself."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def gradient_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Of all gradients together; of those that FSDP shards, over all processes."""
-    norm = torch.nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)])
-    shards = [local(g) for g in grads if isinstance(g, DTensor)]
-    if shards:
-        squares = torch.nn.utils.get_total_norm(shards) ** 2
-        dist.all_reduce(squares)
-        norm = (norm ** 2 + squares).sqrt()
-    return norm
-
-
 @torch.no_grad()
 def update(state: State, lr: float, s: Settings) -> torch.Tensor:
-    """Clips the gradients, steps AdamW and moves the average -> the gradients' norm.
+    """Clips the gradients and steps AdamW -> the gradients' norm.
 
     Where that norm, the same on all processes, is NaN or infinite, weights and moments stay as they are: the fused
     AdamW sees to it on the device by `found_inf` (as for a GradScaler), so the host need not wait for the norm.
     """
     parameters, scale = list(state.model.parameters()), state.model.logit_scale
-    if s.fsdp:
-        dist.all_reduce(scale.grad)
-        scale.grad /= dist.get_world_size()
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = gradient_norm(grads)
+    norm = torch.nn.utils.get_total_norm(grads)
     if s.clip_grad:
-        torch._foreach_mul_([local(g) for g in grads], (s.clip_grad / (norm + 1e-6)).clamp(max=1))
+        torch._foreach_mul_(grads, (s.clip_grad / (norm + 1e-6)).clamp(max=1))
     broken = (~norm.isfinite()).float()
     state.optimizer.grad_scale, state.optimizer.found_inf = None, broken
     for group in state.optimizer.param_groups:
@@ -564,8 +460,6 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     scale.clamp_(max=math.log(100))
-    if state.average:
-        torch._foreach_lerp_([local(a) for a in state.average], [local(p) for p in parameters], 1 - s.ema)
     state.skipped += broken
     state.skipped[1] *= broken
     state.step += 1
@@ -584,26 +478,16 @@ def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
 
 
 @torch.no_grad()
-def held_out_loss(network, state: State, dataset, tokenizer, s: Settings) -> float:
-    """The mean of the method's loss over always the same held-out images, by the averaged weights if there are any."""
+def held_out_loss(network, dataset, tokenizer, s: Settings) -> float:
+    """The mean of the method's loss over always the same held-out images."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
     n = max(world, min(len(dataset), s.eval_images))  # fewer images than processes: some are seen twice
     s = dataclasses.replace(s, batch=min(s.batch, n // world * world))
-    swap_average(state)
     total = torch.zeros((), device=s.device)
     for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
-        images, tokens, *which, more = to_device(batch, s)
-        total += method_loss(embed(network, images, tokens, s, *more), s, *which)[0]
-    swap_average(state)
+        batch = to_device(batch, s)
+        total += method_loss(embed(network, batch.images, batch.tokens, batch.lengths, s), s, batch.allowed)[0]
     return agree(total.item())[0] / world / (n // s.batch)
-
-
-def swap_average(state: State):
-    for p, a in zip(state.model.parameters(), state.average or []):
-        p, a = local(p), local(a)
-        kept = p.clone()
-        p.copy_(a)
-        a.copy_(kept)
 
 
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
@@ -629,108 +513,25 @@ def run_folder(s: Settings, again: bool = False) -> Path:
     return base.with_name(f"{base.name}-{max(numbers) + 1}") if taken else base
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """checkpoint.pt, the newest, checkpoint-1.pt, the one before, and so on, as far as they exist."""
-    return sorted(folder.glob("checkpoint*.pt"), key=lambda path: int("0" + "".join(filter(str.isdigit, path.stem))))
-
-
-def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
-    """torch.save that leaves either the old file or the whole new one, whatever happens in between, even to the power;
-    the `keep` - 1 files before it are kept under numbers. Where the disk fails: says so in a line and returns False."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep))]
-        for newer, older in reversed(list(zip(names, names[1:]))):
-            if newer.exists():
-                os.replace(newer, older)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # a rename lasts once its folder is on the disk
-        os.fsync(folder)
-        os.close(folder)
-        return True
-    except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        with suppress(OSError):
-            temporary.unlink()
-        print(f"{path} could not be written ({cause}); older ones are as they were, and it is tried again", flush=True)
-        return False
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint written by this script. Raises UserError if it is missing, cut off or something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["settings"], content["model"]
-        return content
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: name a run's folder or its checkpoint.pt") from None
-    except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): take another "
-                        "one") from None
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in the folder that is whole; None if there is none. Raises UserError if all are damaged."""
-    found = checkpoints(folder)
-    for i, path in enumerate(found):
-        try:
-            load_checkpoint(path)
-        except UserError as error:
-            if path == found[-1]:
-                raise
-            print(f"{error}; the checkpoint before it is used", flush=True)
-        else:
-            for damaged in found[:i]:  # out of the way, or it would outlive a whole one
-                damaged.replace(folder / "damaged.pt")
-            return path
-    return None
-
-
 def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=whole(state.model.state_dict()), average=whole(state.average), step=state.step,
-                   settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
+    content = dict(model=state.model.state_dict(), step=state.step, settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
     if not best:
-        content |= dict(optimizer=whole(state.optimizer.state_dict()), skipped=state.skipped, best=state.best,
+        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best,
                         bad=of_all_processes(state.bad).plain())
-    path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", s.keep)
+    path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", 2)
     return agree(is_chief() and write_whole(path, content, keep))[0] > 0
-
-
-def whole(x):
-    """A nested state with what FSDP shards put together, on the CPU of the first process, which is the one to save."""
-    if isinstance(x, DTensor):
-        full = x.full_tensor()
-        return full.cpu() if is_chief() else None
-    if isinstance(x, dict):
-        return {key: whole(value) for key, value in x.items()}
-    return type(x)(map(whole, x)) if isinstance(x, (list, tuple)) else x
 
 
 @torch.no_grad()
 def restore(state: State, content: dict):
     """Makes the state that of a checkpoint's contents."""
-    def like(p, x):  # sharded as p is, or of p's strides: the fused AdamW goes by places in memory
-        if isinstance(p, DTensor):
-            return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-        return torch.empty_like(p).copy_(x)
-
-    state.model.load_state_dict({k: like(p, content["model"][k]) for k, p in state.model.state_dict().items()})
+    state.model.load_state_dict(content["model"])
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moments = {i: {k: x if k == "step" else like(ordered[i], x) for k, x in of_one.items()}
+    # of the parameters' strides: the fused AdamW goes by places in memory
+    moments = {i: {k: x if k == "step" else torch.empty_like(ordered[i]).copy_(x) for k, x in of_one.items()}
                for i, of_one in content["optimizer"]["state"].items()}
     state.optimizer.load_state_dict({**content["optimizer"], "state": moments})
-    if state.average:
-        state.average = [like(p, a) for p, a in zip(state.model.parameters(), content["average"], strict=True)]
     state.skipped.copy_(content["skipped"])
     state.step, state.best = content["step"], content["best"]
     if is_chief() and "bad" in content:  # older checkpoints count none
@@ -738,8 +539,8 @@ def restore(state: State, content: dict):
 
 
 MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
-    "size", "device", "precision", "compile", "fused", "grad_checkpointing", "fsdp", "workers", "accumulate",
-    "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "keep", "eval_steps",
+    "size", "device", "precision", "compile", "fused", "grad_checkpointing", "workers", "accumulate",
+    "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "eval_steps",
     "eval_images", "log_every", "image_root")
 
 
@@ -874,12 +675,11 @@ def train(flags: dict) -> Path:
                     if isinstance(batch, UserError):
                         raise batch
                     bad.check(s.max_bad)
-            bad.seen += len(batch[0])
-            for sample in batch[3]:
+            bad.seen += len(batch.images) + len(batch.bad)
+            for sample in batch.bad:
                 bad.add(sample)
 
-            images, tokens, *rest = to_device(batch, s, state.step)
-            loss, parts = backward(network, images, tokens, s, *rest)
+            loss, parts = backward(network, to_device(batch, s), s)
             lr = learning_rate(state.step, steps, s)
             norm = update(state, lr, s)
 
@@ -890,7 +690,7 @@ def train(flags: dict) -> Path:
                 row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
                            bad=int(agree(bad.total)[0]), images_per_s=rate)
                 if evaluating:
-                    row["held_out_loss"] = held_out_loss(network, state, held_out, tokenizer, s)
+                    row["held_out_loss"] = held_out_loss(network, held_out, tokenizer, s)
                     if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
                         state.best = row["held_out_loss"]
                 mark = (state.step, time.monotonic())
@@ -920,7 +720,7 @@ def train(flags: dict) -> Path:
     if chief:
         (folder / "finished").touch()
         if s.eval_images:
-            from evaluate import evaluate_run
+            from evaluate import evaluate_run  # here, for it draws: matplotlib takes a second
             evaluate_run(folder)
     return folder
 
@@ -981,12 +781,12 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     def step():
         batch = next(batches)
         clock("waiting for data")
-        images, tokens, *which, more = to_device(batch, s, state.step)
+        used.append(torch.from_numpy(batch.lengths))
+        batch = to_device(batch, s)
         clock("to the device")
-        backward(network, images, tokens, s, *which, more, clock)
+        backward(network, batch, s, clock)
         update(state, 0.0, s)
         clock("optimiser")
-        used.append(more[0])
 
     for _ in range(warm):
         step()
@@ -1013,7 +813,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
     if clock.cuda:
         memory = torch.cuda.max_memory_allocated()
     took, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)  # seconds a step
-    rate, flops = s.batch / took, 3 * model.flops(lengths, s.patch_dropout)  # backward takes twice what forward does
+    rate, flops = s.batch / took, 3 * model.flops(lengths)  # backward takes twice what forward does
     speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
     if rank == 0:
         print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "

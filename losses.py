@@ -1,9 +1,10 @@
-"""The papers' losses, pure functions of unit-norm embeddings. All but regrouping_loss rest on similarity_logsumexp.
+"""The papers' losses: pure functions of unit-norm embeddings, all made of one sum, InfoNCE.
 
-Symbols: B images, K texts (slots) an image, P patches, H branches, M texts for the branches, D embedding width.
-`logit_scale` is the multiplier s itself, exp of the learned parameter. Under torchrun every rank calls them with its
-own images and texts: the functions gather what the other ranks hold, so that the mean over ranks is the loss of the
-global batch, with its gradients.
+Symbols: B images, T texts an image, K of them sub-captions, P patches, H branches, M texts for the branches, D embedding
+width. `logit_scale` is the multiplier s itself, exp of the learned parameter.
+
+Under torchrun every rank calls them with its own images and texts. They gather what the other ranks hold, so that the
+mean over ranks is the loss of the global batch, with its gradients.
 """
 
 import math
@@ -12,70 +13,31 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 from csrc import fused
 from data import text_slots
 
 EPS = 1e-6
-STORED = 1 << 22  # entries of a similarity matrix that is stored rather than streamed
+STORED = 1 << 22  # a similarity matrix of more entries is streamed by the fused op instead of stored
 
 
-def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
-    """Row and column log-sum-exp of L = s · image · textᵀ.
-
-    image [(G,)N,D], text [(G,)M,D] -> (per_image [(G,)N], per_text [(G,)M]); an operand without the group dimension G
-    is shared by all groups. An output that is not asked for is None. A matrix of up to 4 M entries is simply stored; a
-    larger one never is: that is the fused op's work (csrc/fused.py), which `--fused on` uses for all.
-    """
-    groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
-    small = groups * image.shape[-2] * text.shape[-2] <= STORED and fused.mode() != "on"
-    return (fused.reference if small else fused.similarity_logsumexp)(image, text, logit_scale, rows=rows, cols=cols)
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenates each of the tensors [(G,)N,D] over the ranks, all in one collective, to [(G,)world·N,D]; the
-    gradient of a rank's part is the sum over all ranks."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        mine = torch.cat([x.flatten() for x in tensors])
-        everyone = mine.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_into_tensor(everyone, mine)
-        parts = everyone.view(-1, len(mine)).split([x.numel() for x in tensors], 1)  # each [world, numel]
-        return tuple(part.unflatten(1, x.shape).movedim(0, -3).flatten(-3, -2) for part, x in zip(parts, tensors))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        total = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(total)
-        sums = total.split([grad.numel() for grad in grads])
-        return tuple(part.view_as(grad).chunk(dist.get_world_size(), -2)[dist.get_rank()]
-                     for part, grad in zip(sums, grads))
-
-
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def global_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, everywhere: bool = True):
-    """similarity_logsumexp of this rank's rows and columns; `everywhere`: against the columns and rows of all ranks."""
-    if not (everywhere and distributed()):
-        return similarity_logsumexp(image, text, logit_scale)
-    all_image, all_text = _Gather.apply(image, text)
-    per_image, _ = similarity_logsumexp(image, all_text, logit_scale, cols=False)
-    _, per_text = similarity_logsumexp(all_image, text, logit_scale, rows=False)
-    return per_image, per_text
-
-
-def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, everywhere: bool = True) -> Tensor:
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, across_ranks: bool = True) -> Tensor:
     """InfoNCE, CLIP's loss (2103.00020, figure 3): mean over i of ½·[CE(s·v_i·tᵀ, i) + CE(s·t_i·vᵀ, i)].
 
     image [(G,)N,D], text [(G,)N,D] -> scalar. With groups, the mean of G separate losses: negatives stay within their
-    group. `everywhere=False` keeps the negatives within this rank.
+    group. An operand without the dimension G is shared by all groups. `across_ranks`: the negatives are those of all
+    ranks.
     """
-    positive = logit_scale * (image * text).sum(-1)
-    per_image, per_text = global_logsumexp(image, text, logit_scale, everywhere)
+    positive = logit_scale * (image * text).sum(-1)  # [(G,) N]
+    if across_ranks and distributed():
+        per_image, per_text = global_logsumexp(image, text, logit_scale)
+    elif is_large(image, text):
+        per_image, per_text = fused.similarity_logsumexp(image, text, logit_scale)
+    else:
+        logits = logit_scale * (image @ text.mT)  # [(G,) N, N]
+        per_image = logits.logsumexp(-1)
+        per_text = logits.logsumexp(-2)
     return ((per_image + per_text) / 2 - positive).mean()
 
 
@@ -92,15 +54,17 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
 def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m; texts beyond the branches, or all of them
-    when there are more branches than texts, go to the branch most similar to them, image by image ("free matching").
+    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them when
+    there are more branches than texts, go to the branch most similar to them, image by image ("free matching").
     """
-    H, M = branches.shape[1], texts.shape[1]
+    H = branches.shape[1]
+    M = texts.shape[1]
     if H == 1:
         return multi_positive_loss(branches[:, 0], texts, logit_scale)
     fixed = H if M >= H else 0
     free = texts[:, fixed:]
-    match = torch.einsum("bmd,bhd->bmh", free, branches).argmax(-1)  # [B, M - fixed]
+    similarity = torch.einsum("bmd,bhd->bmh", free, branches)
+    match = similarity.argmax(-1)  # [B, M - fixed]
     chosen = branches.gather(1, match[..., None].expand_as(free))
     image = torch.cat([branches[:, :fixed], chosen], 1)  # [B, M, D]
     return contrastive_loss(image.transpose(0, 1), texts.transpose(0, 1), logit_scale)
@@ -117,9 +81,11 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
     w = texts @ patches.mT  # [B, K, P]
     low, high, P = w, w, patches.shape[1]
     if allowed is not None:
-        low, high = w.masked_fill(~allowed, math.inf), w.masked_fill(~allowed, -math.inf)
+        low = w.masked_fill(~allowed, math.inf)
+        high = w.masked_fill(~allowed, -math.inf)
         P = allowed.sum(-1, keepdim=True)
-    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    low = low.amin(-1, keepdim=True)
+    high = high.amax(-1, keepdim=True)
     w = (w - low + EPS) / (high - low + EPS)  # EPS makes equal patches weigh the same, instead of 0/0
     w = w * (w >= (1 / P if threshold is None else threshold))
     if allowed is not None:
@@ -129,31 +95,43 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
 
 
 def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
-                  mask: Tensor | None = None, negatives: str = "image", allowed: Tensor | None = None) -> Tensor:
-    """Contrasts every text with the patches it grouped: DreamLIP's subcaption-specific grouping loss (2403.17007,
-    section 3.3) when the texts are sub-captions, SPARC's fine-grained loss (2401.09865, equation 5) when they are the
-    tokens of one caption.
+                  negatives: str = "image", allowed: Tensor | None = None) -> Tensor:
+    """DreamLIP's subcaption-specific grouping loss (2403.17007, section 3.3): contrasts every sub-caption with the
+    patches it grouped.
 
-    patches [B,P,D], texts [B,K,D], mask [B,K] (bool, True: a text; False: padding) -> scalar. `allowed`: see
-    group_patches.
-    negatives: "image" the other texts of the same image (both papers); "batch" all B·K pairs (DreamLIP's released
-    code); "slot" the same slot of the other images (as in multi_positive_loss); "regrouped": see regrouping_loss.
+    patches [B,P,D], texts [B,K,D] -> scalar. `allowed`: see group_patches.
+    negatives: "image" the other texts of the same image (the paper); "batch" all B·K pairs (DreamLIP's released code);
+    "slot" the same slot of the other images (as in multi_positive_loss); "regrouped": see regrouping_loss.
     """
-    if negatives == "regrouped" and mask is None:
+    if negatives == "regrouped":
         return regrouping_loss(patches, texts, logit_scale, threshold, allowed)
     grouped, _ = group_patches(patches, texts, threshold, allowed)  # [B, K, D]
     if negatives == "slot":
-        grouped, texts = grouped.transpose(0, 1), texts.transpose(0, 1)
-        mask = mask.T if mask is not None else None
-    elif negatives == "batch":
-        grouped, texts = grouped.flatten(0, 1)[None], texts.flatten(0, 1)[None]
-        mask = mask.flatten()[None] if mask is not None else None
-    elif negatives != "image":
-        raise ValueError(f"negatives must be image, batch, slot or, without a mask, regrouped, not {negatives!r}")
-    everywhere = negatives != "image"
-    if mask is None:
-        return contrastive_loss(grouped, texts, logit_scale, everywhere)
-    return masked_contrastive_loss(grouped, texts, logit_scale, mask, everywhere)
+        return contrastive_loss(grouped.transpose(0, 1), texts.transpose(0, 1), logit_scale)
+    if negatives == "batch":
+        return contrastive_loss(grouped.flatten(0, 1), texts.flatten(0, 1), logit_scale)
+    return contrastive_loss(grouped, texts, logit_scale, across_ranks=False)
+
+
+def token_grouping_loss(patches: Tensor, tokens: Tensor, words: Tensor, logit_scale: Tensor,
+                        threshold: float | None = None, allowed: Tensor | None = None) -> Tensor:
+    """SPARC's fine-grained loss (2401.09865, equation 5): every token of a caption groups the patches, and is contrasted
+    with its group among the tokens of the same caption.
+
+    patches [N,P,D], tokens [N,L,D], words [N,L] (bool, False: end tokens and padding) -> scalar, the mean over captions
+    of the mean over their words.
+    """
+    grouped, _ = group_patches(patches, tokens, threshold, allowed)  # [N, L, D]
+    positive = logit_scale * (grouped * tokens).sum(-1)  # [N, L]
+    logits = logit_scale * (grouped @ tokens.mT)  # [N, L, L]
+    hidden = ~(words[:, :, None] & words[:, None, :])
+    logits = logits.masked_fill(hidden, -1e4)  # no infinity: a row of nothing but padding would give NaN
+    per_group = logits.logsumexp(-1)
+    per_token = logits.logsumexp(-2)
+    losses = (per_group + per_token) / 2 - positive
+    losses = torch.where(words, losses, 0.0)
+    count = words.sum(-1).clamp_min(1)
+    return (losses.sum(-1) / count).mean()
 
 
 def regrouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
@@ -162,66 +140,92 @@ def regrouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, thresho
     text groups in the others. patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts
     t_ik of CE(s·<g_j(t_ik), t_ik> over images j, i).
 
-    With the other negatives a group is made by one text and compared with others, so that a group that only repeats the
-    text that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
-    A slot's B · B groups are computed again in the backward pass: the memory is one slot's.
+    With the other negatives a group is made by one text and compared with others, so a group that only repeats the text
+    that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
     """
-    images = patches  # of all ranks, [N, P, D]
+    B, K, _ = texts.shape
+    images, first = patches, 0  # of all ranks, [N, P, D], and the number of this rank's first
     if distributed():
-        images = _Gather.apply(patches.flatten(1))[0].unflatten(1, patches.shape[1:])
-    first = dist.get_rank() * len(texts) if distributed() else 0
-    own = torch.arange(first, first + len(texts), device=texts.device)
+        images = Gather.apply(patches.flatten(1)).unflatten(1, patches.shape[1:])
+        first = dist.get_rank() * B
+    own = torch.arange(first, first + B, device=texts.device)
 
-    def slot(text, allowed):
+    def slot_loss(text, allowed):  # [B, D], [B, P]
         grouped, _ = group_patches(images, text.expand(len(images), -1, -1), threshold, allowed)  # [N, B, D]
         return F.cross_entropy(logit_scale * (grouped * text).sum(-1).mT, own)
 
-    K = texts.shape[1]
-    which = [None] * K if allowed is None else allowed.unbind(1)
-    return sum(recompute(slot, *pair, use_reentrant=False) for pair in zip(texts.unbind(1), which)) / K
-
-
-def masked_contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, mask: Tensor,
-                            everywhere: bool = False) -> Tensor:
-    """contrastive_loss over the pairs where mask [G,N] is True; image, text [G,N,D].
-
-    Padding takes no part as a negative either: two more features, [x, 1, b] · [y, b, 1], add b to every logit of a
-    padding row or column, with b·s = -10,000. The loss is the mean over the groups of each group's mean over its pairs.
-    """
-    positive = logit_scale * (image * text).sum(-1)
-    b = torch.where(mask, 0.0, -1e4 / torch.as_tensor(logit_scale).detach())[..., None].to(image.dtype)
-    one = torch.ones_like(b)
-    image, text = torch.cat([image, one, b], -1), torch.cat([text, b, one], -1)
-    per_image, per_text = global_logsumexp(image, text, logit_scale, everywhere)
-    losses = torch.where(mask, (per_image + per_text) / 2 - positive, 0.0)
-    count = mask.sum(-1).float()
-    if everywhere and distributed():  # the mean over the pairs of all ranks, though some hold more than others
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return (losses.sum(-1) / count.clamp_min(1 / 1024)).mean()
+    total = 0
+    for k in range(K):  # a slot's N · B groups are computed again in the backward pass: the memory is one slot's
+        places = None if allowed is None else allowed[:, k]
+        total = total + checkpoint(slot_loss, texts[:, k], places, use_reentrant=False)
+    return total / K
 
 
 def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, dict]:
-    """The weighted sum of the method's losses, and its parts. `out` is what CLIP.forward returns.
+    """The weighted sum of a method's losses, and its parts by name.
 
-    `allowed` [B,T,P] (bool; None: all are): the patches that each text may group.
+    out: what CLIP.forward returns; s: train.Settings; allowed [B,T,P] (bool; None: all): the patches that each text may
+    group.
     """
-    slots, summaries, scale = text_slots(s), out["summaries"], out["logit_scale"]  # summaries [B, T, 1+C, D]
-    texts = summaries[:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    # ... and all but the raw caption, which comes first, by their corners too (LoTLIP)
-    corners = summaries[:, slots.count("raw"):, 1:].flatten(1, 2)
+    slots = text_slots(s)
+    scale = out["logit_scale"]
+    texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
+    corners = out["summaries"][:, slots.count("raw"):, 1:].flatten(1, 2)  # ... and all but the raw one by corners, too
     parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
     loss = s.contrastive_weight * parts["contrastive"]
+    if s.grouping == "sub-caption":
+        parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
+    if s.grouping == "token":
+        tokens = out["token_embeddings"]  # [B·T, L, D]
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        words = (place > 0) & (place < out["ends"][:, None])  # neither the two end tokens nor the padding
+        patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
+        if allowed is not None:
+            allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
+        parts["grouping"] = token_grouping_loss(patches, tokens, words, scale, s.threshold, allowed)
     if s.grouping != "none":
-        if s.grouping == "sub-caption":
-            parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, None, s.negatives, allowed)
-        else:
-            tokens = out["token_embeddings"]  # [B·T, L, D]; the two end tokens and the padding are no words
-            place, end = torch.arange(tokens.shape[1], device=tokens.device), out["ends"][:, None]
-            words = (place > 0) & (place < end)  # [B·T, L]
-            patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
-            if allowed is not None:
-                allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
-            parts["grouping"] = grouping_loss(patches, tokens, scale, s.threshold, words, s.negatives, allowed)
         loss = loss + s.grouping_weight * parts["grouping"]
     return loss, parts
+
+
+# ---- many ranks, large matrices --------------------------------------------------------------------------------------
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_large(image: Tensor, text: Tensor) -> bool:
+    """Whether their similarity matrices, [(G,)N,D] by [(G,)M,D], are left to the fused op; `--fused on`: all are."""
+    groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
+    return fused.mode() == "on" or groups * image.shape[-2] * text.shape[-2] > STORED
+
+
+def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
+    """Row and column log-sum-exp of L = s·image·textᵀ: image [(G,)N,D], text [(G,)M,D] -> per_image [(G,)N], per_text
+    [(G,)M]; None where not asked for. A large L is never stored."""
+    if is_large(image, text):
+        return fused.similarity_logsumexp(image, text, logit_scale, rows=rows, cols=cols)
+    return fused.reference(image, text, logit_scale, rows=rows, cols=cols)
+
+
+def global_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor):
+    """Log-sum-exp of this rank's rows over the columns of all ranks, and of its columns over all rows."""
+    per_image, _ = similarity_logsumexp(image, Gather.apply(text), logit_scale, cols=False)
+    _, per_text = similarity_logsumexp(Gather.apply(image), text, logit_scale, rows=False)
+    return per_image, per_text
+
+
+class Gather(torch.autograd.Function):
+    """x [(G,)N,D] of every rank, joined to [(G,)world·N,D]. The gradient of a rank's part is the sum over all ranks."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, -2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size(), -2)[dist.get_rank()]

@@ -782,3 +782,9 @@ def check_device(device: str):
         raise UserError(f"no --device {device!r}: take cpu, cuda or mps")
     if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {device}: PyTorch sees none here; leave --device away or use cpu")
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

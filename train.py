@@ -11,6 +11,7 @@ torchrun's `--max-restarts` it does so itself.
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import gc
 import inspect
@@ -32,16 +33,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import model as models
 from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
 from losses import distributed, method_loss
-from model import CHOICES as model_choices
-from model import (CLIP, CLIPConfig, check_device, checkpoints, config_from, load_checkpoint, newest_whole, packing_trouble,
-                   write_whole)
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, load_checkpoint, newest_whole,
+                   packing_trouble, write_whole)
+
+MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
 
 @dataclasses.dataclass
@@ -83,7 +87,6 @@ class Settings(CLIPConfig):
     beta2: float = 0.98  # AdamW's
     eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
-    max_skipped: int = 10  # steps in a row without a finite gradient, each skipped, that stop the run
     seed: int = 0  # of the weights, the order and the texts drawn
     # the machine
     device: str = "auto"  # cuda, mps or cpu
@@ -116,6 +119,11 @@ METHODS = {
 # change"): the defaults are the paper's.
 SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=0.5)
 
+# The papers' recipe for pictures, of CLIP's ViT-B.
+BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
+            text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
+            images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83)
+
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
     "nano": dict(**SCENES, image_size=32, patch=8, vision_width=64, vision_depth=1, vision_heads=2,
@@ -127,17 +135,12 @@ SIZES = {
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),
-    "base-32": dict(image_size=224, patch=32, vision_width=768, vision_depth=12, vision_heads=12,
-                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
-                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "base-16": dict(image_size=224, patch=16, vision_width=768, vision_depth=12, vision_heads=12,
-                    text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
-                    images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83),
-    "large-14": dict(image_size=224, patch=14, vision_width=1024, vision_depth=24, vision_heads=16,
-                     text_width=768, text_depth=12, text_heads=12, context=77, embed=768,
-                     images=96_000_000, batch=1024, lr=4e-4, warmup=0.02, weight_decay=0.2, kinds=83),
+    "base-32": dict(**BASE, patch=32),
+    "base-16": dict(**BASE, patch=16),
+    "large-14": dict(**{**BASE, "vision_width": 1024, "vision_depth": 24, "vision_heads": 16, "text_width": 768,
+                        "text_heads": 12, "embed": 768, "lr": 4e-4, "weight_decay": 0.2}, patch=14),
 }
-CHOICES = model_choices | dict(
+CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
     fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
@@ -146,68 +149,85 @@ CHOICES = model_choices | dict(
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 def parse_flags(argv=None) -> dict:
-    """The flags the user gave, one for every field of Settings; the comment behind a field is its help text."""
+    """The flags the user gave, one for every field of Settings; the comment behind a field is its help text, and the
+    comment above a group of fields is the group's title."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
-    source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M))
-    for name, hint in typing.get_type_hints(Settings).items():
-        if name == "vocab":  # the tokenizer's
-            continue
-        flag, help = "--" + name.replace("_", "-"), comments.get(name, "").replace("%", "%%")
-        if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
-        else:
-            kind = next(t for t in (hint, *typing.get_args(hint)) if t in (int, float, str))
-            parser.add_argument(flag, type=kind, nargs="+" if typing.get_origin(hint) is tuple else None,
-                                choices=CHOICES.get(name), help=help)
-    parser.add_argument("--profile", action="store_true", default=argparse.SUPPRESS,
-                        help="print where the time of the run's steps goes, and the hours it would take; no training")
+    parser.add_argument("--profile", action="store_true",
+                        help="print where the time of a step goes and the hours the run would take; no training")
+    hints = typing.get_type_hints(Settings)
+    group = parser.add_argument_group("the model")
+    for line in (inspect.getsource(CLIPConfig) + inspect.getsource(Settings)).splitlines():
+        title = re.fullmatch(r"    # (.+)", line)
+        field = re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line)
+        if title:
+            group = parser.add_argument_group(title[1])
+        if field and field[1] != "vocab":  # the tokenizer has it
+            add_flag(group, field[1], hints[field[1]], f"{field[3]} [{field[2]}]".replace("%", "%%"))
     return vars(parser.parse_args(argv))
+
+
+def add_flag(group, name: str, hint, text: str):
+    flag = "--" + name.replace("_", "-")
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif typing.get_origin(hint) is tuple:
+        group.add_argument(flag, type=str, nargs="+", help=text)
+    else:
+        kind = float if float in typing.get_args(hint) else hint
+        group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
 
 
 def resolve(flags: dict, world: int = 1) -> Settings:
     """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
     device = flags.get("device", "auto")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = best_device()
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
     method = METHODS[flags.get("method", Settings.method)]
     s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
-    s.data = tuple([s.data] if isinstance(s.data, str) else s.data)
+    if isinstance(s.data, str):
+        s.data = (s.data,)
+    s.data = tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
-        small = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
-        s.pool = "average" if small else "class"
+        averages = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
+        s.pool = "average" if averages else "class"
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
-    native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
-    fast = native.get(device.split(":")[0], bool)()  # whether the device multiplies bfloat16 by itself
     if s.precision == "auto":
-        s.precision = "bf16" if fast else "fp32"
+        s.precision = "bf16" if multiplies_bfloat16(device) else "fp32"
     if s.workers < 0:
-        s.workers = min(8, (os.cpu_count() or 2) // world) if device != "cpu" else 1
+        s.workers = 1 if device == "cpu" else min(8, os.cpu_count() // world)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
     return s
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 by itself, instead of by emulation."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+ABOVE_0 = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "shuffle_buffer", "crop")
+SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")  # at most 1
+
+
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
-    for name in ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes",
-                 "max_skipped", "shuffle_buffer"):
-        if getattr(s, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
-    for name in ("sub_captions", "long_texts", "long_sentences", "perspectives", "warmup", "weight_decay",
-                 "clip_grad", "eval_images", "eval_steps", "save_steps", "seed", "eps"):
-        if getattr(s, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} cannot be negative")
-    below_1 = 0 <= s.beta2 < 1
-    up_to_1 = all(0 <= share <= 1 for share in (s.warmup, s.max_bad, s.whole_caption)) and 0 < s.crop <= 1
-    if not (below_1 and up_to_1):
-        raise UserError("--beta2 must be from 0 to below 1, --warmup, --crop, --max-bad and --whole-caption from 0 to 1")
+    for name, value in vars(s).items():
+        if isinstance(value, (int, float)):
+            least = "above 0" if name in ABOVE_0 else "0 or more"
+            fits = value > 0 if name in ABOVE_0 else value >= 0
+            if name in SHARES:
+                least += " and at most 1"
+                fits = fits and value <= 1
+            if not fits or not value < 2 ** 63:
+                raise UserError(f"--{name.replace('_', '-')} must be {least}, not {value}")
     check_device(s.device)
     slots = text_slots(s)
     if not slots:
@@ -221,9 +241,8 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
-    if s.grouping == "token" and s.negatives == "regrouped":
-        raise UserError("--negatives regrouped is for sub-captions: add --grouping sub-caption, or choose --negatives "
-                        "image")
+    if s.grouping == "token" and s.negatives != "image":
+        raise UserError(f"--negatives {s.negatives} is for sub-captions: add --grouping sub-caption, or leave it")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
@@ -234,18 +253,39 @@ def check(s: Settings, world: int = 1):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def join_group(s: Settings, rank: int, world: int):
-    """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts, which talk of what is no tensor of the
-    model's. A process that dies closes its connections, and so is noticed by the others at the next step."""
+def begin(flags: dict) -> Settings:
+    """The settings; the process has joined torchrun's others, if there are any."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    s = resolve(flags, world)
+    if world > 1:
+        join_group(s, world)
+    return s
+
+
+def set_machine(s: Settings):
+    """What PyTorch and the fused op keep for the whole process."""
+    if s.device.startswith("cuda"):
+        torch.cuda.set_device(s.device)  # streams and kernels of our own go where the tensors are
+    fused.set_mode(s.fused)
+    # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
+    torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
+
+
+def join_group(s: Settings, world: int):
+    """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts for all that is no tensor of the model.
+
+    A process that dies closes its connections, so the others notice it at the next step.
+    """
     backend, store = "gloo", None
     if s.device.startswith("cuda"):
-        s.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(s.device)
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=s.timeout_minutes)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
         # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         store = dist.PrefixStore(f"attempt {restarts()}", store)
+    rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
@@ -254,47 +294,60 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+
+
 def is_chief() -> bool:
     """Whether this is the process that writes and prints: the first."""
-    return not distributed() or dist.get_rank() == 0
+    return rank_and_world()[0] == 0
 
 
-def agree(*values: float) -> list[float]:
-    """The sums of the values over all processes. The hosts alone take part: a GPU is not waited for."""
+def say(text: str):
+    if is_chief():
+        print(text, flush=True)
+
+
+def sums(*values: float) -> list[float]:
+    """The sums of the values over all processes. The hosts alone take part, so no GPU is waited for."""
     total = torch.tensor(values, dtype=torch.float64)
     if distributed():
         dist.all_reduce(total)
     return total.tolist()
 
 
-def of_each(x) -> list:
+def of_each_process(x) -> list:
     """x of every process, by rank."""
-    everyones = [x]
-    if distributed():
-        everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, x)
+    if not distributed():
+        return [x]
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, x)
     return everyones
 
 
 @contextmanager
 def together():
     """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
-    mine = None
+    caught = None
     try:
         yield
     except UserError as error:
-        mine = error
-    first = next((rank for rank, error in enumerate(of_each(mine)) if error), None)
-    if first is not None:
-        raise mine if not distributed() or first == dist.get_rank() else SystemExit(1)
+        caught = error
+    errors = of_each_process(caught)
+    failed = [rank for rank, error in enumerate(errors) if error]
+    if failed and failed[0] == rank_and_world()[0]:
+        raise caught
+    if failed:
+        raise SystemExit(1)
 
 
 @contextmanager
 def signals_caught():
     """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
     caught = []
-    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, _: caught.append(number))
     try:
         yield caught
     finally:
@@ -304,70 +357,65 @@ def signals_caught():
 
 # ---- a step: the batch on the device, its embeddings, its loss, the gradients ----------------------------------------
 
-@functools.cache
-def copy_stream(device: str):
-    return torch.cuda.Stream(device)
-
-
-def send(x: torch.Tensor, device: str) -> torch.Tensor:
-    """x on the device; to a GPU it is copied from pinned memory while the step before is still computed."""
-    if not device.startswith("cuda"):
-        return x.to(device)
-    with torch.cuda.stream(copy_stream(device)):
-        sent = x.to(device, non_blocking=True)
-    now = torch.cuda.current_stream()
-    now.wait_stream(copy_stream(device))
-    sent.record_stream(now)  # its memory is not given away before `now` is done with it
-    return sent
-
-
 def to_device(batch: Batch, s: Settings) -> Batch:
-    """A loader's batch with its tensors on the device; the texts' lengths stay on the host."""
-    tokens, allowed = send(batch.tokens, s.device), batch.allowed
-    if distributed() and s.grouping == "token" and s.negatives != "image":  # gathered, they must be of one length
-        tokens = torch.nn.functional.pad(tokens, (0, s.context - tokens.shape[-1]))
-    return Batch(send(batch.images, s.device), tokens, batch.lengths, None if allowed is None else send(allowed, s.device))
+    """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
+    allowed = batch.allowed
+    if allowed is not None:
+        allowed = allowed.to(s.device, non_blocking=True)
+    images = batch.images.to(s.device, non_blocking=True)
+    tokens = batch.tokens.to(s.device, non_blocking=True)
+    return dataclasses.replace(batch, images=images, tokens=tokens, allowed=allowed)
 
 
 def embed(network, images, tokens, lengths, s: Settings) -> dict:
+    """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
         return network(normalize(images), tokens, s.grouping == "token", lengths)
 
 
-def backward(network, batch: Batch, s: Settings, mark=lambda part: None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and parts. `mark` is told when a
-    part of the step is done.
+def backward(network, batch: Batch, s: Settings, scaler, mark=lambda part: None):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name.
 
-    In parts (GradCache, 2101.06983): embed all without a graph, take the loss over the whole batch for the embeddings'
-    gradients, embed part by part again and send those gradients through. The result is the big batch's gradient;
-    memory is one part's.
+    mark: is called with the name of each part of the step once it is done (for --profile).
     """
-    if s.accumulate == 1:
-        loss, parts = method_loss(embed(network, batch.images, batch.tokens, batch.lengths, s), s, batch.allowed)
-        mark("losses")
-        loss.backward()
-        mark("backward")
-    else:
-        chunks = list(zip(batch.images.chunk(s.accumulate), batch.tokens.chunk(s.accumulate),
-                          np.split(batch.lengths, s.accumulate)))
-        with torch.no_grad():
-            embedded = [embed(network, *chunk, s) for chunk in chunks]
-        leaves = {name: torch.cat([e[name] for e in embedded]) if value.dim() else value  # a number: one for all
-                  for name, value in embedded[0].items() if value is not None}
-        for leaf in leaves.values():
-            leaf.requires_grad_(leaf.is_floating_point())
-        loss, parts = method_loss(leaves, s, batch.allowed)
-        loss.backward()
-        mark("losses")
-        grads = {name: leaf.grad.chunk(s.accumulate) if leaf.dim() else [leaf.grad / s.accumulate] * s.accumulate
-                 for name, leaf in leaves.items() if leaf.grad is not None}
-        for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1  # DDP sums over the processes once
-            with nullcontext() if last or not distributed() else network.no_sync():
-                out = embed(network, *chunk, s)
-                sum((out[name] * grad[i]).sum() for name, grad in grads.items()).backward()
-                mark("backward")
-    return loss.detach(), {name: part.detach() for name, part in parts.items()}
+    if s.accumulate > 1:
+        return backward_in_parts(network, batch, s, scaler, mark)
+    out = embed(network, batch.images, batch.tokens, batch.lengths, s)
+    loss, parts = method_loss(out, s, batch.allowed)
+    mark("losses")
+    scaler.scale(loss).backward()
+    mark("backward")
+    return loss.detach(), parts
+
+
+def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
+    """GradCache (2101.06983): embeds all parts without a graph, takes the loss over the whole batch for the embeddings'
+    gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
+    the memory is one part's."""
+    n = s.accumulate
+    chunks = list(zip(batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
+    with torch.no_grad():
+        embedded = [embed(network, *chunk, s) for chunk in chunks]
+    leaves = {}
+    for name, first in embedded[0].items():
+        if first is None:
+            continue
+        leaf = torch.cat([out[name] for out in embedded]) if first.dim() else first.clone()  # logit_scale is a number
+        leaves[name] = leaf.requires_grad_(leaf.is_floating_point())
+    loss, parts = method_loss(leaves, s, batch.allowed)
+    scaler.scale(loss).backward()
+    mark("losses")
+    grads = {}
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            grads[name] = leaf.grad.chunk(n) if leaf.dim() else [leaf.grad / n] * n
+    for i, chunk in enumerate(chunks):
+        last = i == n - 1  # DDP sums over the processes once, with the last part
+        with nullcontext() if last or not distributed() else network.no_sync():
+            out = embed(network, *chunk, s)
+            torch.autograd.backward([out[name] for name in grads], [grads[name][i] for name in grads])
+            mark("backward")
+    return loss.detach(), parts
 
 
 # ---- the state, and how a step changes it ----------------------------------------------------------------------------
@@ -379,6 +427,7 @@ class State:
 
     model: CLIP
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
@@ -388,10 +437,7 @@ class State:
 def build(s: Settings) -> CLIP:
     """The model with the weights a run begins with. Raises UserError."""
     torch.manual_seed(s.seed)
-    try:
-        return CLIP(config_from(s))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return CLIP(config_from(s))
 
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
@@ -399,37 +445,43 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     model.layout = text_layout(model, s)
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
-    blocks = [*model.visual.blocks, *model.text.blocks]
-    for i, block in enumerate(blocks):  # by their forward alone, so that no name in a checkpoint changes
+    vision = len(model.visual.blocks)
+    for i, block in enumerate([*model.visual.blocks, *model.text.blocks]):  # by their forward, so names stay as they are
         if s.compile:  # the number of words changes from step to step, that of patches does not
-            block.forward = torch.compile(block.forward, dynamic=i >= len(model.visual.blocks))
+            block.forward = torch.compile(block.forward, dynamic=i >= vision)
         if s.grad_checkpointing:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
+    scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=1.0)
+    return State(model, make_optimizer(model, s), scaler, torch.zeros(2, device=s.device)), network
 
 
 def text_layout(model: CLIP, s: Settings) -> str:
     """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
-    if s.device.startswith("cuda") and s.precision == "bf16":
-        trouble = packing_trouble(model, s.device)
-        if not trouble:
-            return "packed"
-        if is_chief():
-            print(f"WARNING: texts are not packed, which is slower: {trouble}", flush=True)
-    return "buckets"
+    if not s.device.startswith("cuda") or s.precision != "bf16":
+        return "buckets"
+    trouble = packing_trouble(model, s.device)
+    if trouble:
+        say(f"WARNING: texts are not packed, which is slower: {trouble}")
+        return "buckets"
+    return "packed"
 
 
 def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
-    """AdamW; no decay on gains, biases, embeddings and logit_scale (which is apart because FSDP does not shard it)."""
+    """AdamW; no decay on gains, biases, embeddings and logit_scale."""
     decay, free = [], []
     for name, p in model.named_parameters():
+        is_embedding = "embedding" in name and "patch" not in name
+        group = free if p.ndim < 2 or is_embedding else decay
         if name != "logit_scale":
-            (free if p.ndim < 2 or "embedding" in name and "patch" not in name else decay).append(p)
-    groups = [dict(params=decay, weight_decay=s.weight_decay), dict(params=free, weight_decay=0.0),
-              dict(params=[model.logit_scale], weight_decay=0.0)]
+            group.append(p)
+    groups = [
+        dict(params=decay, weight_decay=s.weight_decay),
+        dict(params=free, weight_decay=0.0),
+        dict(params=[model.logit_scale], weight_decay=0.0),
+    ]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
@@ -438,89 +490,145 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
     warm = max(1, round(s.warmup * steps))
     if step < warm:
         return s.lr * (step + 1) / warm
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    progress = (step - warm) / max(1, steps - warm)
+    return s.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
 def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     """Clips the gradients and steps AdamW -> the gradients' norm.
 
-    Where that norm, the same on all processes, is NaN or infinite, weights and moments stay as they are: the fused
-    AdamW sees to it on the device by `found_inf` (as for a GradScaler), so the host need not wait for the norm.
+    Where a gradient is NaN or infinite, on all processes alike since it is their sum, weights and moments stay as they
+    are. PyTorch's GradScaler, made for half precision, sees to it on the device, so the host waits for nothing.
     """
-    parameters, scale = list(state.model.parameters()), state.model.logit_scale
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if s.clip_grad:
-        torch._foreach_mul_(grads, (s.clip_grad / (norm + 1e-6)).clamp(max=1))
-    broken = (~norm.isfinite()).float()
-    state.optimizer.grad_scale, state.optimizer.found_inf = None, broken
+    state.scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update(1.0)  # float32 and bfloat16 need no other scale
     state.optimizer.zero_grad(set_to_none=True)
-    scale.clamp_(max=math.log(100))
+    state.model.logit_scale.clamp_(max=math.log(100))
+    broken = (~norm.isfinite()).float()
     state.skipped += broken
     state.skipped[1] *= broken
     state.step += 1
     return norm
 
 
-def measure(state: State, loss, parts: dict, norm) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
-    values = torch.stack([loss, *parts.values()])
-    if distributed():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    skipped, in_a_row = state.skipped.int().tolist()
-    return dict(zip(("loss", *parts), values.tolist()), grad_norm=norm.item(), skipped=skipped,
-                skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item())
-
-
 @torch.no_grad()
-def held_out_loss(network, dataset, tokenizer, s: Settings) -> float:
+def held_out_loss(run: "Run") -> float:
     """The mean of the method's loss over always the same held-out images."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
-    n = max(world, min(len(dataset), s.eval_images))  # fewer images than processes: some are seen twice
-    s = dataclasses.replace(s, batch=min(s.batch, n // world * world))
-    total = torch.zeros((), device=s.device)
-    for batch in training_loader(dataset, tokenizer, s, 0, n // s.batch, rank, world):
+    rank, world = rank_and_world()
+    n = min(len(run.held_out), run.s.eval_images)
+    s = dataclasses.replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
+    steps = max(1, n // s.batch)
+    total = 0.0
+    for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
         batch = to_device(batch, s)
-        total += method_loss(embed(network, batch.images, batch.tokens, batch.lengths, s), s, batch.allowed)[0]
-    return agree(total.item())[0] / world / (n // s.batch)
+        out = embed(run.network, batch.images, batch.tokens, batch.lengths, s)
+        total += method_loss(out, s, batch.allowed)[0]
+    return sums(total.item())[0] / world / steps
 
 
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
-def run_folder(s: Settings, again: bool = False) -> Path:
-    """Where this run writes: a new folder, or with --resume, and when torchrun starts it `again`, the one it goes on
-    in. Raises UserError."""
+def run_folder(s: Settings) -> Path:
+    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
+    Raises UserError."""
     if s.resume not in ("no", "auto"):
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
-    base = Path("runs") / f"{s.method}-{s.size}" if s.out == "auto" else Path(s.out)
-    numbered = re.compile(re.escape(base.name) + r"(-\d+)?")
-    taken = [p for p in base.parent.glob(base.name + "*") if numbered.fullmatch(p.name)]
-    started = [p for p in taken if (p / "settings.json").is_file() and (again or not (p / "finished").exists())]
-    if started and (again or s.resume == "auto"):
-        return max(started, key=lambda p: (p / "settings.json").stat().st_mtime)
-    if s.out != "auto":
-        if s.resume == "no" and checkpoints(base):
-            raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
-        return base
-    numbers = [int(p.name[len(base.name) + 1:] or 1) for p in taken]
-    return base.with_name(f"{base.name}-{max(numbers) + 1}") if taken else base
+    base = Path(s.out) if s.out != "auto" else Path("runs") / f"{s.method}-{s.size}"
+    folder, number = base, 1
+    unfinished = []
+    while (folder / "settings.json").exists():
+        if restarts() or not (folder / "finished").exists():
+            unfinished.append(folder)
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    if unfinished and (s.resume == "auto" or restarts()):
+        return unfinished[-1]
+    if s.out != "auto" and folder != base and s.resume == "no":
+        raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
+    return folder if s.out == "auto" else base
+
+
+MAY_CHANGE = (  # when a run goes on
+    "device", "precision", "compile", "fused", "grad_checkpointing", "workers", "accumulate", "timeout_minutes", "max_bad",
+    "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
+
+
+def settings_of(folder: Path, s: Settings, flags: dict) -> Settings:
+    """The settings that the folder's run was started with, and the given flags on top, where those may change. Raises
+    UserError."""
+    try:
+        before = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no settings to go on with ({error}): start anew without --resume") from None
+    known = [f.name for f in dataclasses.fields(s)]
+    before = {name: value for name, value in before.items() if name in known}
+    different = []
+    for name in flags:
+        value = getattr(s, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in MAY_CHANGE and value != before.get(name, value):
+            different.append(f"{name} ({before[name]} there, {value} here)")
+    if different:
+        raise UserError(f"{folder} was started with other settings: {', '.join(different)}; leave these flags away, or "
+                        "start anew without --resume")
+    return resolve({**before, **flags, "device": s.device, "resume": s.resume}, rank_and_world()[1])
+
+
+def claim_folder(folder: Path, s: Settings, step: int):
+    """Makes the folder this process's own and leaves in it what belongs to a run that has done `step` steps; later ones
+    are written again. -> the file whose lock goes with the process. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = open(folder / "settings.json", "a+")
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claim.truncate(0)
+        claim.write(json.dumps(dataclasses.asdict(s), indent=1))
+        claim.flush()
+        for temporary in folder.glob("*.tmp"):
+            temporary.unlink()
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        metrics.write_text("".join(kept))
+    except BlockingIOError:
+        raise UserError(f"another process trains in {folder}: choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
+    return claim
+
+
+def append_line(path: Path, row: dict):
+    """Adds a line of JSON. Where the disk fails: says so, and the file stays as it was."""
+    rounded = {}
+    for name, value in row.items():
+        if isinstance(value, float):
+            value = float(f"{value:.6g}") if math.isfinite(value) else None
+        rounded[name] = value
+    size = path.stat().st_size
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        os.truncate(path, size)
+        say(f"{path} could not be written ({error}): step {row['step']} is not in it")
 
 
 def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=state.model.state_dict(), step=state.step, settings=dataclasses.asdict(s), tokenizer=s.tokenizer)
+    content = dict(model=state.model.state_dict(), step=state.step, settings=dataclasses.asdict(s))
     if not best:
-        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best,
-                        bad=of_all_processes(state.bad).plain())
-    path, keep = (folder / "best.pt", 1) if best else (folder / "checkpoint.pt", 2)
-    return agree(is_chief() and write_whole(path, content, keep))[0] > 0
+        bad = bad_of_all(state)
+        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad.plain())
+    path = folder / ("best.pt" if best else "checkpoint.pt")
+    written = is_chief() and write_whole(path, content, keep=1 if best else 2)
+    return sums(written)[0] > 0
 
 
 @torch.no_grad()
@@ -528,83 +636,140 @@ def restore(state: State, content: dict):
     """Makes the state that of a checkpoint's contents."""
     state.model.load_state_dict(content["model"])
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
-    # of the parameters' strides: the fused AdamW goes by places in memory
-    moments = {i: {k: x if k == "step" else torch.empty_like(ordered[i]).copy_(x) for k, x in of_one.items()}
-               for i, of_one in content["optimizer"]["state"].items()}
-    state.optimizer.load_state_dict({**content["optimizer"], "state": moments})
+    moments = content["optimizer"]["state"]
+    for i, of_one in moments.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # of the parameter's strides: the fused AdamW goes by places in memory
+            of_one[name] = torch.empty_like(ordered[i]).copy_(of_one[name])
+    state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])
-    state.step, state.best = content["step"], content["best"]
-    if is_chief() and "bad" in content:  # older checkpoints count none
+    state.step = content["step"]
+    state.best = content["best"]
+    if is_chief():
         state.bad = BadCount(*content["bad"])
 
 
-MAY_CHANGE = (  # on resuming; `size` because the settings it stands for are compared
-    "size", "device", "precision", "compile", "fused", "grad_checkpointing", "workers", "accumulate",
-    "timeout_minutes", "max_skipped", "max_bad", "out", "resume", "save_minutes", "save_steps", "eval_steps",
-    "eval_images", "log_every", "image_root")
-
-
-def compare_settings(s: Settings, before: dict, folder: Path):
-    """Raises UserError if the settings are not those that the run was started with."""
-    before = {f.name: f.default for f in dataclasses.fields(s)} | before  # a run may be older than a setting
-    different = [f"{f.name} ({before[f.name]} there, {getattr(s, f.name)} here)" for f in dataclasses.fields(s)
-                 if f.name not in MAY_CHANGE and before[f.name] != getattr(s, f.name)]
-    if different:
-        raise UserError(f"{folder} was started with other settings: {', '.join(different)}; give the same flags, or "
-                        "start anew without --resume")
-
-
-def open_folder(folder: Path, s: Settings, step: int):
-    """Leaves in the folder what belongs to a run that has done `step` steps; later ones will be written again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
-    for left_over in folder.glob("*.tmp"):
-        left_over.unlink()
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-def append(path: Path, row: dict):
-    """Adds a line of JSON. Where the disk fails: says so, and the file stays as it was."""
-    rounded = {k: v if isinstance(v, int) else float(f"{v:.6g}") if math.isfinite(v) else None for k, v in row.items()}
-    size = path.stat().st_size
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-    except OSError as error:
-        os.truncate(path, size)
-        print(f"{path} could not be written ({error}): step {row['step']} is not in it", flush=True)
+def bad_of_all(state: State) -> BadCount:
+    """The bad samples that all processes have met."""
+    total = BadCount()
+    for part in of_each_process(state.bad):
+        total.merge(part)
+    return total
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Run:
+    """All that a training run has in hand."""
+
+    s: Settings
+    folder: Path | None  # None: a profile, which writes nothing
+    state: State
+    network: torch.nn.Module  # state.model, wrapped for several processes
+    tokenizer: object
+    dataset: object
+    held_out: object | None  # None: no evaluation
+    steps: int  # of the whole run
+    first: int = 0  # steps done before this process began
+    saved: float = 0.0  # when the last checkpoint was written, by time.monotonic
+    claim: object = None  # the open file whose lock keeps others from the folder
+
 
 def open_data(s: Settings, flags: dict):
     """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
     tokenizer = load_tokenizer(s.tokenizer)
     s.vocab = tokenizer.vocab_size
     options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping
-    dataset, scenes = open_dataset(s.data, "train", s.images, *options), s.data == ("scenes",)
-    if dataset.bad and is_chief():
-        print(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
+    dataset = open_dataset(s.data, "train", s.images, *options)
+    if dataset.bad:
+        say(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
     dataset.bad.check(s.max_bad)
     # opened here, so that a set without held-out images ends the run before the training
     held_out = open_dataset(s.data, "validation", s.eval_images, *options) if s.eval_images else None
-    if not scenes and "images" not in flags:
-        s.images = min(s.images, 30 * len(dataset))
     if s.region_grouping:
         check_boxes(dataset)
-    if not scenes and len(dataset) < s.batch:
-        raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
-                        "choose a smaller --batch")
+    if s.data != ("scenes",):
+        if "images" not in flags:
+            s.images = min(s.images, 30 * len(dataset))
+        if len(dataset) < s.batch:
+            raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
+                            "choose a smaller --batch")
     return tokenizer, dataset, held_out
 
 
-def of_all_processes(bad: BadCount) -> BadCount:
-    total = BadCount()
-    for part in of_each(bad):
-        total.merge(part)
-    return total
+def open_run(flags: dict, writes: bool = True) -> Run:
+    """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
+    s = begin(flags)
+    folder, newest = None, None
+    if writes:
+        with together():
+            if is_chief():
+                folder = run_folder(s)
+                newest = newest_whole(folder)
+        folder, newest = of_each_process((folder, newest))[0]
+        if (folder / "settings.json").exists():
+            with together():
+                s = settings_of(folder, s, flags)
+    set_machine(s)
+    with together():
+        tokenizer, dataset, held_out = open_data(s, flags)
+        model = build(s)
+    state, network = prepare(model, s)
+    steps = max(1, s.images // s.batch)
+    if newest:
+        with together():
+            restore(state, load_checkpoint(newest))
+        say(f"resuming {newest} at step {state.step} of {steps}")
+    run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, state.step, time.monotonic())
+    with together():
+        if writes and is_chief():
+            run.claim = claim_folder(folder, s, state.step)
+    return run
+
+
+def train(flags: dict) -> Path:
+    """Trains as the flags say and returns the run's folder."""
+    run = open_run(flags)
+    s, state = run.s, run.state
+    parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
+    world = rank_and_world()[1]
+    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; "
+        f"{parameters:.2f} M parameters, {s.device}, {s.precision}, processes {world}, workers {s.workers}; "
+        f"run folder {run.folder}")
+    changed = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s) if getattr(s, f.name) != f.default]
+    say("  " + ", ".join(changed))
+    with signals_caught() as caught:
+        train_steps(run, caught)
+    finish(run)
+    return run.folder
+
+
+def train_steps(run: Run, caught: list):
+    """All steps from the run's first to its last."""
+    s, state = run.s, run.state
+    rank, world = rank_and_world()
+    batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, rank, world)
+    bar = tqdm(total=run.steps, initial=state.step, disable=rank > 0, unit="step", mininterval=1, dynamic_ncols=True)
+    marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
+    with bar:
+        for batch in until_error(batches):
+            pause(run, batch, caught, bar)
+
+            batch = to_device(batch, s)
+            loss, parts = backward(run.network, batch, s, state.scaler)
+            lr = learning_rate(state.step, run.steps, s)
+            norm = update(state, lr, s)
+
+            bar.update()
+            last = state.step == run.steps
+            evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+            if evaluates or last or state.step % s.log_every == 0:
+                rate = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
+                row = measure(state, loss, parts, norm, s) | dict(lr=lr, images_per_s=rate)
+                if evaluates:
+                    row["held_out_loss"] = evaluate_held_out(run)
+                marked = (state.step, time.monotonic())
+                report(run, row, parts, bar)
 
 
 def until_error(batches):
@@ -615,232 +780,190 @@ def until_error(batches):
         yield error
 
 
-def begin(flags: dict) -> tuple[int, int, Settings]:
-    """-> this process's rank, the number of processes, who have met, and the settings."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    s = resolve(flags, world)
-    if world > 1:
-        join_group(s, rank, world)
-    fused.set_mode(s.fused)
-    # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
-    torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
-    return rank, world, s
-
-
-def train(flags: dict) -> Path:
-    """Trains as the flags say and returns the run's folder."""
-    rank, world, s = begin(flags)
-    chief, say = rank == 0, functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    again = agree(restarts())[0] > 0
-    with together():
-        tokenizer, dataset, held_out = open_data(s, flags)
-        model = build(s)
-        place = (folder := run_folder(s, again), newest_whole(folder)) if chief else None
-    folder, newest = of_each(place)[0]
-    steps = max(1, s.images // s.batch)
-    state, network = prepare(model, s)
-    if newest:
+def pause(run: Run, batch, caught: list, bar):
+    """Between two steps, on all processes alike: saves when it is time, and ends the run after a signal, after data that
+    cannot be read, and where too many samples are bad."""
+    s, state = run.s, run.state
+    failed = isinstance(batch, UserError)
+    if not failed:
+        state.bad.seen += len(batch.images) + len(batch.bad)
+        for sample in batch.bad:
+            state.bad.add(sample)
+    late = is_chief() and time.monotonic() - run.saved > 60 * s.save_minutes
+    stop, late, failures, bad, seen = sums(bool(caught), late, failed, state.bad.total, state.bad.seen)
+    spoiled = state.bad.over(s.max_bad, bad, seen)
+    due = late or s.save_steps and state.step % s.save_steps == 0
+    if (due or stop or failures or spoiled) and state.step > run.first:
+        save(run.folder, state, s)
+        run.saved = time.monotonic()
+    if stop:
+        bar.close()
+        say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
+        raise SystemExit(130)
+    if failures or spoiled:
+        total = bad_of_all(state)
         with together():
-            content = load_checkpoint(newest)
-            compare_settings(s, content["settings"], folder)
-        restore(state, content)
-        say(f"resuming {newest} at step {state.step} of {steps}")
-    if chief:
-        open_folder(folder, s, state.step)
-    say(f"{s.method} on {' '.join(s.data)}: {len(dataset)} images, {steps} steps of {s.batch}; "
-        f"{sum(p.numel() for p in state.model.parameters()) / 1e6:.2f} M parameters, {s.device}, {s.precision}, "
-        f"{world} process{'es' * (world > 1)}, {s.workers} workers; run folder {folder}")
-    say("  " + ", ".join(f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s)
-                         if getattr(s, f.name) != f.default))
+            if failed:
+                raise batch
+            total.check(s.max_bad)
 
-    first = state.step
-    loader = until_error(training_loader(dataset, tokenizer, s, first, steps, rank, world))
-    saved, mark = time.monotonic(), (first, time.monotonic())
-    with signals_caught() as caught, tqdm(total=steps, initial=first, disable=not chief, unit="step", mininterval=1,
-                                          dynamic_ncols=True) as bar:
-        for batch in loader:
-            failed, bad = isinstance(batch, UserError), state.bad  # of the steps before
-            late = chief and time.monotonic() - saved > 60 * s.save_minutes
-            stop, late, failed, n_bad, n_seen = agree(bool(caught), late, failed, bad.total, bad.seen)
-            due = late or s.save_steps and state.step % s.save_steps == 0
-            if stop or due and state.step > first:
-                save(folder, state, s)
-                saved = time.monotonic()
-            if stop:
-                say(f"stopped at step {state.step} of {steps}; go on with: --resume {folder}")
-                raise SystemExit(130)
-            if failed or bad.over(s.max_bad, n_bad, n_seen):
-                bad = of_all_processes(bad)
-                with together():
-                    if isinstance(batch, UserError):
-                        raise batch
-                    bad.check(s.max_bad)
-            bad.seen += len(batch.images) + len(batch.bad)
-            for sample in batch.bad:
-                bad.add(sample)
 
-            loss, parts = backward(network, to_device(batch, s), s)
-            lr = learning_rate(state.step, steps, s)
-            norm = update(state, lr, s)
+def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
+    """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
+    values = torch.stack([loss, *parts.values()]).detach()
+    if distributed():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    loss, *values = values.tolist()
+    skipped, in_a_row = state.skipped.int().tolist()
+    return dict(
+        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, values)), grad_norm=norm.item(),
+        skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(),
+        bad=int(sums(state.bad.total)[0]))
 
-            last = state.step == steps
-            evaluating = held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
-            if evaluating or last or state.step % s.log_every == 0:
-                rate = (state.step - mark[0]) * s.batch / (time.monotonic() - mark[1])
-                row = dict(step=state.step, images=state.step * s.batch, **measure(state, loss, parts, norm), lr=lr,
-                           bad=int(agree(bad.total)[0]), images_per_s=rate)
-                if evaluating:
-                    row["held_out_loss"] = held_out_loss(network, held_out, tokenizer, s)
-                    if row["held_out_loss"] < state.best and save(folder, state, s, best=True):
-                        state.best = row["held_out_loss"]
-                mark = (state.step, time.monotonic())
-                if chief:
-                    append(folder / "metrics.jsonl", row)
-                    bar.set_postfix_str(", ".join(f"{k} {row[k]:.3f}" for k in parts) + f", {rate:.0f} images/s")
-                if row["skipped_in_a_row"] >= s.max_skipped:
-                    save(folder, state, s)
-                    with together():
-                        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {state.step}, were skipped, "
-                                        "for their loss or gradient was NaN or infinite: try a lower --lr, more "
-                                        f"--warmup, or --precision fp32; the last good weights are in {folder}")
-            bar.update()
 
-    if state.step > first and not save(folder, state, s):
+def evaluate_held_out(run: Run) -> float:
+    """The held-out loss; the weights of the least are kept as best.pt."""
+    loss = held_out_loss(run)
+    if loss < run.state.best and save(run.folder, run.state, run.s, best=True):
+        run.state.best = loss
+    return loss
+
+
+def report(run: Run, row: dict, parts: dict, bar):
+    """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
+    if is_chief():
+        append_line(run.folder / "metrics.jsonl", row)
+        shown = [f"{name} {row[name]:.3f}" for name in parts]
+        bar.set_postfix_str(", ".join([*shown, f"{row['images_per_s']:.0f} images/s"]))
+    if row["skipped_in_a_row"] >= MAX_SKIPPED:
+        save(run.folder, run.state, run.s)
         with together():
-            raise UserError(f"the trained weights could not be written: make room in {folder} and --resume {folder}")
+            raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their "
+                            "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last "
+                            f"good weights are in {run.folder}")
+
+
+def finish(run: Run):
+    """The last checkpoint, what there is to say, and the evaluation."""
+    s, state = run.s, run.state
+    if state.step > run.first and not save(run.folder, state, s):
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
+                            f"{run.folder}")
     if state.skipped[0]:
-        say(f"{int(state.skipped[0])} steps were skipped: their loss or gradient was NaN or infinite")
-    bad = of_all_processes(state.bad)
+        say(f"{int(state.skipped[0])} steps were skipped: their gradient was NaN or infinite")
+    bad = bad_of_all(state)
     if bad:
-        say(f"passed over: {bad.report()}")
-    if world > 1:
-        del network  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
+        say(f"replaced by other samples: {bad.report()}")
+    chief = is_chief()
+    leave_group(run)
+    if chief:
+        (run.folder / "finished").touch()
+        if s.eval_images:
+            from evaluate import evaluate_run  # here, because matplotlib takes a second to import
+            evaluate_run(run.folder)
+
+
+def leave_group(run: Run):
+    if distributed():
+        run.network = None  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
         gc.collect()
         dist.destroy_process_group()
-    if chief:
-        (folder / "finished").touch()
-        if s.eval_images:
-            from evaluate import evaluate_run  # here, for it draws: matplotlib takes a second
-            evaluate_run(folder)
-    return folder
 
 
 # ---- where a step's time goes ----------------------------------------------------------------------------------------
 
 class Clock:
-    """Marks on the device's own time line: what lies between two was spent on the later one. A GPU is not waited for,
-    so the parts of a step overlap with the host as ever, and add up to the whole."""
+    """Marks on the device's own time line: what lies between two was spent on the later one. No GPU is waited for, so
+    the parts of a step overlap with the host as ever, and add up to the whole."""
 
     def __init__(self, device: str):
-        self.marks, self.cuda = [], device.startswith("cuda")
+        self.marks = []
+        self.cuda = device.startswith("cuda")
 
     def __call__(self, part: str):
-        now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
             now.record()
+        else:
+            now = time.perf_counter()
         self.marks.append((part, now))
 
-    def spent(self) -> Counter:
-        """Seconds a part."""
+    def seconds(self) -> Counter:
+        """Seconds a part, since the first mark."""
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = Counter()
+        spent = Counter()
         for (_, start), (part, end) in itertools.pairwise(self.marks):
-            seconds[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        return seconds
+            spent[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        return spent
 
 
-def matmul_ceiling(s: Settings) -> float:
+def matmul_rate(s: Settings) -> float:
     """FLOP/s of this process in large matrix products of the run's precision: the best of twenty."""
-    clock, n = Clock(s.device), 8192 if s.device.startswith("cuda") else 1024
+    n = 8192 if s.device.startswith("cuda") else 1024
     a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     best = math.inf
     for _ in range(20):
-        clock.marks.clear()
+        clock = Clock(s.device)
         clock("start")
         a @ a
         clock("product")
-        best = min(best, clock.spent()["product"])
+        best = min(best, clock.seconds()["product"])
     return 2 * n ** 3 / best
 
 
-def profile(flags: dict, steps: int = 30, warm: int = 10, traced: int = 5):
+def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
-    import resource  # here, for Windows has none
-    rank, world, s = begin(flags)
-    with together():
-        tokenizer, dataset, _ = open_data(s, flags)
-        model = build(s)
-    state, network = prepare(model, s)
-    clock, used, computed = Clock(s.device), [], []
-    model.visual.register_forward_hook(lambda *_: clock("image tower"))
-    model.register_forward_hook(lambda *_: clock("text tower"))
-    model.text.blocks[0].register_forward_pre_hook(lambda _, x: computed.append(x[0][..., 0].numel()))
-    batches = iter(training_loader(dataset, tokenizer, s, 0, warm + steps + traced, rank, world))
+    run = open_run(flags, writes=False)
+    s, state = run.s, run.state
+    rank, world = rank_and_world()
+    clock = Clock(s.device)
+    state.model.visual.register_forward_hook(lambda *_: clock("image tower"))
+    state.model.register_forward_hook(lambda *_: clock("text tower"))
+    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, rank, world))
 
     def step():
         batch = next(batches)
         clock("waiting for data")
-        used.append(torch.from_numpy(batch.lengths))
         batch = to_device(batch, s)
         clock("to the device")
-        backward(network, batch, s, clock)
+        backward(run.network, batch, s, state.scaler, clock)
         update(state, 0.0, s)
         clock("optimiser")
 
     for _ in range(warm):
         step()
-    for marks in (clock.marks, used, computed):
-        marks.clear()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    clock.marks.clear()
     clock("start")
     for _ in range(steps):
         step()
-    spent, lengths = clock.spent(), torch.cat(used)  # [images, T]
-    padding = 1 - (1 + (s.accumulate > 1)) * (lengths + s.corner_tokens).sum().item() / sum(computed)
-    talk = busy = 0
-    if world > 1 or clock.cuda:
-        activity = torch.profiler.ProfilerActivity
-        activities = [activity.CUDA if clock.cuda else activity.CPU]
-        with torch.profiler.profile(activities=activities, acc_events=True) as trace:
-            for _ in range(traced):  # apart from the others, for tracing slows the host
-                step()
-            clock.spent()
-        for e in trace.key_averages():
-            seconds = (e.self_device_time_total if clock.cuda else e.cpu_time_total) / 1e6 / traced
-            busy += seconds * (not e.is_user_annotation)
-            talk += seconds * e.key.startswith(("ncclDevKernel", "gloo:"))  # NCCL's kernels, spans of gloo's threads
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    spent = clock.seconds()
+    seconds = spent.total() / steps
+    rate = s.batch / seconds
+    speed, ceiling = counter.get_total_flops() / seconds, matmul_rate(s)
+    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, processes {world}, texts {state.model.layout}: "
+        f"{rate:.0f} images/s, {1000 * seconds:.1f} ms a step")
+    for part, of_part in spent.most_common():
+        say(f"    {part:20}{1000 * of_part / steps:10.2f} ms {100 * of_part / spent.total():5.1f}%")
+    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted; {100 * speed / ceiling:.1f}% (MFU) of the "
+        f"{ceiling / 1e12:.3f} of its matrix products")
     if clock.cuda:
-        memory = torch.cuda.max_memory_allocated()
-    took, ceiling = sum(spent.values()) / steps, matmul_ceiling(s)  # seconds a step
-    rate, flops = s.batch / took, 3 * model.flops(lengths)  # backward takes twice what forward does
-    speed, hours, device = flops * rate / world, s.images / rate / 3600, "GPU" if clock.cuda else "process"
-    if rank == 0:
-        print(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, {world} process{'es' * (world > 1)}, "
-              f"texts {model.layout}: {rate:.0f} images/s, {1000 * took:.1f} ms a step")
-        for part, seconds in spent.most_common():
-            print(f"    {part:20}{1000 * seconds / steps:10.2f} ms {100 * seconds / steps / took:5.1f}%")
-        if world > 1:
-            print(f"    communication       {1000 * talk:10.2f} ms, within these parts or beside them")
-        if clock.cuda:
-            print(f"    kernels             {1000 * busy:10.2f} ms {100 * busy / took:5.1f}%: the GPU is busy")
-        print(f"texts: {lengths.sum() / len(lengths):.1f} tokens an image, "
-              f"{100 * lengths.float().mean() / s.context:.0f}% of those padded to {s.context}; "
-              f"{100 * padding:.1f}% of what is computed is padding\n"
-              f"model: {flops / 1e9:.2f} GFLOP an image, forward and backward; {speed / 1e12:.3f} TFLOP/s a {device}, "
-              f"{100 * speed / ceiling:.1f}% (MFU) of the {ceiling / 1e12:.3f} of its matrix products\n"
-              f"memory: {memory / 2 ** 30:.2f} GiB a {device} at most\n"
-              f"the run's {s.images:,} images would take {hours:.2f} hours, {hours * world:.2f} {device}-hours")
-    if world > 1:
-        del network
-        gc.collect()
-        dist.destroy_process_group()
+        say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
+    say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
+    leave_group(run)
 
 
 def main():
     try:
         flags = parse_flags()
-        profile(flags) if flags.pop("profile", False) else train(flags)
+        if flags.pop("profile", False):
+            profile(flags)
+        else:
+            train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except RuntimeError as error:

@@ -15,7 +15,6 @@ import fcntl
 import functools
 import gc
 import inspect
-import itertools
 import json
 import math
 import os
@@ -152,7 +151,7 @@ def parse_flags(argv=None) -> dict:
     """The flags the user gave, one for every field of Settings; the comment behind a field is its help text, and the
     comment above a group of fields is the group's title."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS)
+                    argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of a step goes and the hours the run would take; no training")
     hints = typing.get_type_hints(Settings)
@@ -875,42 +874,35 @@ def leave_group(run: Run):
 # ---- where a step's time goes ----------------------------------------------------------------------------------------
 
 class Clock:
-    """Marks on the device's own time line: what lies between two was spent on the later one. No GPU is waited for, so
-    the parts of a step overlap with the host as ever, and add up to the whole."""
+    """Adds up where time goes: what lies between two calls was spent on the later one's part."""
 
     def __init__(self, device: str):
-        self.marks = []
-        self.cuda = device.startswith("cuda")
+        self.device = device
+        self.restart()
+
+    def restart(self):
+        self.seconds = Counter()
+        self.last = time.perf_counter()
 
     def __call__(self, part: str):
-        if self.cuda:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self.marks.append((part, now))
-
-    def seconds(self) -> Counter:
-        """Seconds a part, since the first mark."""
-        if self.cuda:
+        if self.device.startswith("cuda"):
             torch.cuda.synchronize()
-        spent = Counter()
-        for (_, start), (part, end) in itertools.pairwise(self.marks):
-            spent[part] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        return spent
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
 
 
 def matmul_rate(s: Settings) -> float:
-    """FLOP/s of this process in large matrix products of the run's precision: the best of twenty."""
+    """FLOP/s of this process in large matrix products of the run's precision: the ceiling of MFU."""
     n = 8192 if s.device.startswith("cuda") else 1024
     a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    clock = Clock(s.device)
     best = math.inf
     for _ in range(20):
-        clock = Clock(s.device)
-        clock("start")
+        clock.restart()
         a @ a
         clock("product")
-        best = min(best, clock.seconds()["product"])
+        best = min(best, clock.seconds["product"])
     return 2 * n ** 3 / best
 
 
@@ -918,11 +910,10 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    rank, world = rank_and_world()
     clock = Clock(s.device)
     state.model.visual.register_forward_hook(lambda *_: clock("image tower"))
     state.model.register_forward_hook(lambda *_: clock("text tower"))
-    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, rank, world))
+    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, *rank_and_world()))
 
     def step():
         batch = next(batches)
@@ -937,21 +928,20 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
         step()
     with FlopCounterMode(display=False) as counter:
         step()
-    clock.marks.clear()
-    clock("start")
+    clock.restart()
     for _ in range(steps):
         step()
-    spent = clock.seconds()
-    seconds = spent.total() / steps
+    seconds = clock.seconds.total() / steps
     rate = s.batch / seconds
-    speed, ceiling = counter.get_total_flops() / seconds, matmul_rate(s)
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, processes {world}, texts {state.model.layout}: "
-        f"{rate:.0f} images/s, {1000 * seconds:.1f} ms a step")
-    for part, of_part in spent.most_common():
-        say(f"    {part:20}{1000 * of_part / steps:10.2f} ms {100 * of_part / spent.total():5.1f}%")
-    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted; {100 * speed / ceiling:.1f}% (MFU) of the "
+    speed = counter.get_total_flops() / seconds
+    ceiling = matmul_rate(s)
+    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s, "
+        f"{1000 * seconds:.1f} ms a step")
+    for part, spent in clock.seconds.most_common():
+        say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / seconds:5.1f}%")
+    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / ceiling:.1f}% (MFU) of the "
         f"{ceiling / 1e12:.3f} of its matrix products")
-    if clock.cuda:
+    if s.device.startswith("cuda"):
         say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
     say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
     leave_group(run)

@@ -549,7 +549,7 @@ def run_folder(s: Settings) -> Path:
         folder = base.with_name(f"{base.name}-{number}")
     if unfinished and (s.resume == "auto" or restarts()):
         return unfinished[-1]
-    if s.out != "auto" and folder != base and s.resume == "no":
+    if s.out != "auto" and s.resume == "no" and checkpoints(base):
         raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
     return folder if s.out == "auto" else base
 
@@ -737,9 +737,13 @@ def train(flags: dict) -> Path:
         f"run folder {run.folder}")
     changed = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s) if getattr(s, f.name) != f.default]
     say("  " + ", ".join(changed))
-    with signals_caught() as caught:
-        train_steps(run, caught)
-    finish(run)
+    try:
+        with signals_caught() as caught:
+            train_steps(run, caught)
+        finish(run)
+    finally:
+        if run.claim:
+            run.claim.close()
     return run.folder
 
 

@@ -706,8 +706,8 @@ def open_run(flags: dict, writes: bool = True) -> Run:
                 folder = run_folder(s)
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
-        if (folder / "settings.json").exists():
-            with together():
+        with together():
+            if newest:
                 s = settings_of(folder, s, flags)
     set_machine(s)
     with together():

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import train
-from data import (SceneImages, TrainingTexts, collate, load_tokenizer, mean_and_deviation, normalize, text_slots)
-
+from data import SceneImages, TrainingTexts, collate, load_tokenizer, mean_and_deviation, normalize, text_slots
 from model import CLIP, CLIPConfig
 from test_losses import grouping, infonce, unit
 from test_model import varlen_reference

@@ -788,10 +788,6 @@ def pause(run: Run, batch, caught: list, bar):
     cannot be read, and where too many samples are bad."""
     s, state = run.s, run.state
     failed = isinstance(batch, UserError)
-    if not failed:
-        state.bad.seen += len(batch.images) + len(batch.bad)
-        for sample in batch.bad:
-            state.bad.add(sample)
     late = is_chief() and time.monotonic() - run.saved > 60 * s.save_minutes
     stop, late, failures, bad, seen = sums(bool(caught), late, failed, state.bad.total, state.bad.seen)
     spoiled = state.bad.over(s.max_bad, bad, seen)
@@ -809,6 +805,9 @@ def pause(run: Run, batch, caught: list, bar):
             if failed:
                 raise batch
             total.check(s.max_bad)
+    state.bad.seen += len(batch.images) + len(batch.bad)  # after the save, which is of the steps before
+    for sample in batch.bad:
+        state.bad.add(sample)
 
 
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:

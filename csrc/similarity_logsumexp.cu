@@ -1,71 +1,30 @@
-// Row and column log-sum-exp of a similarity matrix that is never stored: the CUDA op.
+// Row and column log-sum-exp of a similarity matrix that is never stored: the CUDA op. The head of
+// similarity_logsumexp.cpp has the mathematics.
 //
-// The mathematics is that of similarity_logsumexp.cpp: L = s·I·Tᵀ, r_i = log Σ_j exp L_ij,
-// c_j = log Σ_i exp L_ij; backward, P_ij = exp(L_ij - r_i)·∂r_i + exp(L_ij - c_j)·∂c_j, ∂I = s·P·T,
-// ∂T = s·Pᵀ·I, ∂s = Σ P·(I·Tᵀ).
+// The tiling. A tile is 4096 images by 2048 texts: its float32 products, 32 MiB, fit in the L2 cache of an
+// A100 (40 MB) or H100 (50 MB), where the kernel that reads them mostly still finds them. cuBLAS multiplies
+// (TF32 only where PyTorch is told to allow it); two kernels of our own read the tile once each:
+//   statistics     (max, Σ exp(· - max)) of every row and column of each 128 x 128 patch, which a third,
+//                  small kernel merges into the running sums of the whole rows and columns;
+//   tile_weights   P, in the inputs' dtype, for the two products of the gradients, and its share of ∂s.
 //
-// The tiling. A tile is ROWS images by COLS texts: 4096 x 2048 float32 products are 32 MiB, less than the
-// L2 cache of an A100 (40 MB) or H100 (50 MB), so that most of them are still there when the kernel that
-// reads them follows the product that wrote them. cuBLAS multiplies (bf16, fp16 or fp32 in, fp32
-// accumulated and out; fp32 as TF32 only where PyTorch is told to allow it); two kernels of our own read
-// the tile once each:
-//   statistics   (max, Σ exp(· - max)) of every row and column of each 128 x 128 patch, which a third,
-//                small kernel merges into the running pairs of the whole rows and columns;
-//   weights      P, in the inputs' dtype, for the two products of the gradients, and its share of ∂s.
-//
-// The trade-off. A kernel with its own tensor-core products would keep the tile in registers and move
-// nothing through L2. Here 8 bytes per logit go there and back forward and 14 backward, 10 of them apart
-// from the products: at D = 512 a quarter or so of the time, by arithmetic (10 bytes at 5 TB/s beside 4096
-// operations at 700 TFLOP/s). The library product is chosen for being right on every GPU and every shape.
-// Neither the tile's size nor this estimate has been tried on a GPU yet; `python csrc/benchmark.py --device
-// cuda` does so. What has: the kernels and the walk over tiles, on a CPU (tests/cuda_on_cpu.h).
-//
-// Extra memory: 32 MiB of products, up to 32 MiB of P, and in float32 the gradients of the texts and of
-// ROWS images. Nothing here waits for the GPU: the scale and the unit of P (below) are read on the device.
+// The trade-off. A kernel with its own tensor-core products would move nothing through L2; the library's
+// product is right on every GPU and for every shape. Extra memory: 32 MiB of products, up to 32 MiB of P,
+// and the gradients in float32. Nothing here waits for the GPU. No GPU has run it yet: a CPU has
+// (tests/cuda_on_cpu.h).
 
-#include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/cuda/CUDADataType.h>
 #include <ATen/cuda/Exceptions.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "similarity_logsumexp.h"
 
-namespace similarity {
 namespace {
 
 constexpr int64_t ROWS = 4096, COLS = 2048;
 constexpr int PATCH = 128, WARPS = 8;
-constexpr int BAND = PATCH / WARPS;  // a warp has BAND rows of a patch, a lane 4 columns of them
-constexpr float INF = std::numeric_limits<float>::infinity();
-static_assert(PATCH == 4 * 32);
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// ---- the matrix products
-
-template <class T> constexpr cudaDataType_t CUDA_TYPE = CUDA_R_32F;
-template <> constexpr cudaDataType_t CUDA_TYPE<at::Half> = CUDA_R_16F;
-template <> constexpr cudaDataType_t CUDA_TYPE<at::BFloat16> = CUDA_R_16BF;
-
-struct Block {  // of a row-major matrix, read as it lies or transposed
-  const void* data;
-  int64_t stride;
-  cublasOperation_t as = CUBLAS_OP_N;
-};
-
-// c [m, n] (+)= a [m, k] · b [k, n], row-major. cuBLAS is column-major, where the same bytes are the
-// transposes: cᵀ = bᵀ·aᵀ, hence the exchanged order.
-template <class T>
-void multiply(int64_t m, int64_t n, int64_t k, Block a, Block b, float* c, int64_t stride, float add) {
-  float one = 1;
-  auto at_least_1 = [](int64_t stride) { return std::max<int64_t>(stride, 1); };  // D may be 0
-  TORCH_CUDABLAS_CHECK(cublasGemmEx(at::cuda::getCurrentCUDABlasHandle(), b.as, a.as, n, m, k, &one,
-                                    b.data, CUDA_TYPE<T>, at_least_1(b.stride), a.data, CUDA_TYPE<T>,
-                                    at_least_1(a.stride), &add, c, CUDA_R_32F, at_least_1(stride),
-                                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
+constexpr int LANE = PATCH / 32, BAND = PATCH / WARPS;  // columns of a lane and rows of a warp, in a patch
 
 // ---- the kernels
 
@@ -79,252 +38,197 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// A sum of exponentials is carried as (max, sum), which means sum·exp(max); nothing yet is (-inf, 0).
-// A NaN logit is in no max (fmaxf drops it) but in the sum, and so in the result.
+// Σ exp is carried as (max, sum), which means sum·exp(max); nothing yet is (-inf, 0). A NaN logit is in no
+// max (fmaxf drops it) but in the sum, and so in the result.
 __device__ float2 merged(float2 a, float2 b) {
   float top = fmaxf(a.x, b.x);
   if (top == -INF) return {top, a.y + b.y};
   return {top, a.y * expf(a.x - top) + b.y * expf(b.x - top)};
 }
 
-__device__ float finite_or_zero(float top) { return top == -INF ? 0 : top; }
+// The pair of COUNT logits, STRIDE apart; with WARP of all the logits that a warp's lanes have.
+template <int COUNT, int STRIDE, bool WARP> __device__ float2 pair_of(const float* logits) {
+  float top = -INF, sum = 0;
+  for (int k = 0; k < COUNT; k++) top = fmaxf(top, logits[k * STRIDE]);
+  if (WARP) top = warp_max(top);
+  float base = top == -INF ? 0 : top;
+  for (int k = 0; k < COUNT; k++) sum += expf(logits[k * STRIDE] - base);
+  return {top, WARP ? warp_sum(sum) : sum};
+}
 
-// products [rows, cols] of stride `stride` -> row_pairs [cols/PATCH, ROWS], col_pairs [rows/PATCH, COLS]
+__device__ void put(Sums sums, int64_t i, float2 pair) { sums.max[i] = pair.x, sums.sum[i] = pair.y; }
+
+// What a lane reads or writes at once.
+template <class T> struct alignas(LANE * sizeof(T)) Lane {
+  T value[LANE];
+};
+
+__device__ Lane<float> lane_at(const float* x) { return *reinterpret_cast<const Lane<float>*>(x); }
+
+// The sums of a patch's rows and columns -> row_sums [cols/PATCH, ROWS], col_sums [rows/PATCH, COLS]
 __global__ void __launch_bounds__(32 * WARPS)
-    statistics(const float* products, int rows, int cols, int64_t stride, const float* scale, float2* row_pairs,
-               float2* col_pairs) {
+    statistics(const float* products, Part tile, const float* scale, Sums row_sums, Sums col_sums) {
   __shared__ float2 bands[WARPS][PATCH];
-  int col = blockIdx.x * PATCH + threadIdx.x * 4, row = blockIdx.y * PATCH + threadIdx.y * BAND;
-  float logits[BAND][4], s = *scale;
-#pragma unroll
+  int col = blockIdx.x * PATCH + threadIdx.x * LANE, row = blockIdx.y * PATCH + threadIdx.y * BAND;
+  float logits[BAND * LANE], s = *scale;
   for (int r = 0; r < BAND; r++) {
-    float4 x = {};
-    if (row + r < rows) x = *reinterpret_cast<const float4*>(products + (row + r) * stride + col);
-    float product[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int c = 0; c < 4; c++) logits[r][c] = row + r < rows && col + c < cols ? product[c] * s : -INF;
+    Lane<float> product = lane_at(products + (row + r) * COLS + col);
+    for (int c = 0; c < LANE; c++)
+      logits[r * LANE + c] = row + r < tile.rows && col + c < tile.cols ? product.value[c] * s : -INF;
   }
-  if (row_pairs) {
-#pragma unroll
+  if (row_sums.max) {
     for (int r = 0; r < BAND; r++) {
-      float top = warp_max(fmaxf(fmaxf(logits[r][0], logits[r][1]), fmaxf(logits[r][2], logits[r][3])));
-      float base = finite_or_zero(top), sum = 0;
-#pragma unroll
-      for (int c = 0; c < 4; c++) sum += expf(logits[r][c] - base);
-      sum = warp_sum(sum);
-      if (threadIdx.x == 0 && row + r < rows) row_pairs[blockIdx.x * ROWS + row + r] = {top, sum};
+      float2 pair = pair_of<LANE, 1, true>(logits + r * LANE);
+      if (threadIdx.x == 0) put(row_sums, blockIdx.x * ROWS + row + r, pair);
     }
   }
-  if (!col_pairs) return;
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    float top = -INF, sum = 0;
-#pragma unroll
-    for (int r = 0; r < BAND; r++) top = fmaxf(top, logits[r][c]);
-    float base = finite_or_zero(top);
-#pragma unroll
-    for (int r = 0; r < BAND; r++) sum += expf(logits[r][c] - base);
-    bands[threadIdx.y][threadIdx.x * 4 + c] = {top, sum};
-  }
+  if (!col_sums.max) return;
+  for (int c = 0; c < LANE; c++)
+    bands[threadIdx.y][threadIdx.x * LANE + c] = pair_of<BAND, LANE, false>(logits + c);
   __syncthreads();
   int thread = threadIdx.y * 32 + threadIdx.x;
   if (thread >= PATCH) return;
   float2 pair = bands[0][thread];
   for (int w = 1; w < WARPS; w++) pair = merged(pair, bands[w][thread]);
-  col_pairs[blockIdx.y * COLS + blockIdx.x * PATCH + thread] = pair;
+  put(col_sums, blockIdx.y * COLS + blockIdx.x * PATCH + thread, pair);
 }
 
-// running [n] merged with each of pairs [count, n], rows of `stride`
-__global__ void merge(const float2* pairs, int64_t stride, int count, float2* running, int n) {
+// running [n], merged with each of sums [count, n] of stride `stride`
+__global__ void merge(Sums sums, int64_t stride, int count, Sums running, int n) {
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  float2 pair = running[i];
-  for (int t = 0; t < count; t++) pair = merged(pair, pairs[t * stride + i]);
-  running[i] = pair;
+  float2 pair = {running.max[i], running.sum[i]};
+  for (int t = 0; t < count; t++) pair = merged(pair, {sums.max[t * stride + i], sums.sum[t * stride + i]});
+  put(running, i, pair);
 }
 
-template <class T> struct alignas(4 * sizeof(T)) Four {
-  T value[4];
-};
-
-// weights = P / unit in the dtype of the next products; d_scale[patch] += Σ P·product
+// weights [rows, COLS] = P / unit in the dtype of the next products; d_scale[patch][warp] += Σ P·product
 template <class T>
 __global__ void __launch_bounds__(32 * WARPS)
-    tile_weights(const float* products, int rows, int cols, int64_t stride, const float* scale, const float* unit,
-                 const float* row_lse, const float* row_grad, const float* col_lse, const float* col_grad, T* weights,
-                 double* d_scale) {
-  __shared__ float bands[WARPS];
-  int col = blockIdx.x * PATCH + threadIdx.x * 4, row = blockIdx.y * PATCH + threadIdx.y * BAND;
-  float lse[4], grad[4], total = 0, s = *scale, per_unit = 1 / *unit;
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    bool used = col_grad && col + c < cols;
-    lse[c] = used ? col_lse[col + c] : 0;
-    grad[c] = used ? col_grad[col + c] : 0;
-  }
+    tile_weights(const float* products, Part tile, const float* scale, const float* unit, Side row_side,
+                 Side col_side, T* weights, double* d_scale) {
+  int col = blockIdx.x * PATCH + threadIdx.x * LANE, row = blockIdx.y * PATCH + threadIdx.y * BAND;
+  float total = 0, s = *scale, per_unit = 1 / *unit;
+  Lane<float> lse = {}, grad = {};
+  if (col_side.grad) lse = lane_at(col_side.lse + col), grad = lane_at(col_side.grad + col);
 #pragma unroll 4
-  for (int r = row; r < min(row + BAND, rows); r++) {
-    float4 x = *reinterpret_cast<const float4*>(products + r * stride + col);
-    float product[4] = {x.x, x.y, x.z, x.w};
-    Four<T> out;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      float logit = product[c] * s, p = 0;
-      if (col + c < cols) {
-        if (row_grad) p += expf(logit - row_lse[r]) * row_grad[r];
-        if (col_grad) p += expf(logit - lse[c]) * grad[c];
-        total += p * product[c];
+  for (int r = row; r < min(row + BAND, int(tile.rows)); r++) {
+    Lane<float> product = lane_at(products + r * COLS + col);
+    Lane<T> out;
+    for (int c = 0; c < LANE; c++) {
+      float logit = product.value[c] * s, p = 0;
+      if (col + c < tile.cols) {
+        if (row_side.grad) p += expf(logit - row_side.lse[r]) * row_side.grad[r];
+        if (col_side.grad) p += expf(logit - lse.value[c]) * grad.value[c];
+        total += p * product.value[c];
       }
       out.value[c] = static_cast<T>(p * per_unit);
     }
-    *reinterpret_cast<Four<T>*>(weights + r * stride + col) = out;
+    *reinterpret_cast<Lane<T>*>(weights + r * COLS + col) = out;
   }
   total = warp_sum(total);
-  if (threadIdx.x == 0) bands[threadIdx.y] = total;
-  __syncthreads();
-  if (threadIdx.x || threadIdx.y) return;
-  double sum = 0;
-  for (int w = 0; w < WARPS; w++) sum += bands[w];
-  d_scale[blockIdx.y * gridDim.x + blockIdx.x] += sum;
+  if (threadIdx.x == 0) d_scale[(blockIdx.y * gridDim.x + blockIdx.x) * WARPS + threadIdx.y] += total;
 }
 
 // ---- the op
 
-template <class F> void with_dtype(const Tensor& image, F run) {
-  if (image.scalar_type() == at::kBFloat16) return run(at::BFloat16());
-  if (image.scalar_type() == at::kHalf) return run(at::Half());
+// c (+)= a·b, of row-major matrices or transposed views of such. cuBLAS is column-major, where the same bytes
+// are the transposes: cᵀ = bᵀ·aᵀ, hence the exchanged order.
+void multiply(const Tensor& c, const Tensor& a, const Tensor& b, float add) {
+  auto as = [](const Tensor& x) { return x.stride(1) == 1 ? CUBLAS_OP_N : CUBLAS_OP_T; };
+  auto stride = [](const Tensor& x) {  // a single row says nothing by its stride
+    return x.stride(1) == 1 ? std::max(x.stride(0), x.size(1)) : x.stride(1);
+  };
+  auto type = at::cuda::ScalarTypeToCudaDataType(a.scalar_type());
+  float one = 1;
+  TORCH_CUDABLAS_CHECK(cublasGemmEx(
+      at::cuda::getCurrentCUDABlasHandle(), as(b), as(a), c.size(1), c.size(0), a.size(1), &one, b.data_ptr(),
+      type, stride(b), a.data_ptr(), type, stride(a), &add, c.data_ptr<float>(), CUDA_R_32F, stride(c),
+      CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// Rows i ... i + n - 1 of x [(G,) n, D] in group g.
+Tensor rows_of(const Tensor& x, int64_t g, int64_t i, int64_t n) {
+  return (x.dim() == 3 ? x[g] : x).narrow(0, i, n);
+}
+
+// Calls use(tile, image, text, products, grid) for every tile; a block of the grid has a patch.
+template <class F> void for_tiles(const Inputs& x, F use) {
+  c10::cuda::CUDAGuard guard(x.scale.device());
+  Tensor products = at::empty({std::min(ROWS, round_up(x.N, PATCH)), COLS}, x.scale.options());
+  for (int64_t g = 0; g < x.G; g++)
+    for (int64_t i = 0; i < x.N; i += ROWS)
+      for (int64_t j = 0; j < x.M; j += COLS) {
+        Part tile{g, i, std::min(ROWS, x.N - i), j, std::min(COLS, x.M - j)};
+        Tensor image = rows_of(x.images, g, i, tile.rows), text = rows_of(x.texts, g, j, tile.cols);
+        multiply(products.narrow(0, 0, tile.rows).narrow(1, 0, tile.cols), image, text.t(), 0);
+        dim3 grid((tile.cols + PATCH - 1) / PATCH, (tile.rows + PATCH - 1) / PATCH);
+        use(tile, image, text, products.const_data_ptr<float>(), grid);
+      }
+}
+
+Tensor prepare(const Tensor& x) { return x.contiguous(); }
+
+template <class F> void with_dtype(const Tensor& x, F run) {
+  if (x.scalar_type() == at::kBFloat16) return run(at::BFloat16());
+  if (x.scalar_type() == at::kHalf) return run(at::Half());
   run(float());
 }
 
-dim3 patches(int64_t rows, int64_t cols) {
-  return dim3((cols + PATCH - 1) / PATCH, (rows + PATCH - 1) / PATCH);
-}
-
-// Calls run(j, number of texts) for every tile along the texts.
-template <class F> void for_tiles(int64_t n, int64_t size, F run) {
-  for (int64_t start = 0; start < n; start += size) run(start, std::min(size, n - start));
-}
-
-std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows,
-                                     bool cols) {
-  Shape shape = check(image, text, scale);
-  c10::cuda::CUDAGuard guard(image.device());
-  cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  int64_t G = shape.G, N = shape.N, M = shape.M, D = shape.D;
-  Tensor images = image.contiguous(), texts = text.contiguous();
-  auto float32 = image.options().dtype(at::kFloat);
-  int64_t stride = std::min(COLS, round_up(M, PATCH));
-  Tensor products = at::empty({std::min(ROWS, N), stride}, float32);
-  Tensor patch_rows = at::empty({COLS / PATCH, ROWS, 2}, float32);
-  Tensor patch_cols = at::empty({ROWS / PATCH, COLS, 2}, float32);
-  auto empty_pairs = [&](int64_t groups, int64_t n) {
-    Tensor pairs = at::zeros({groups, n, 2}, float32);
-    pairs.select(-1, 0).fill_(-INF);
-    return pairs;
+template <class T> void forward(const Inputs& x, const Tensor& rows, const Tensor& cols) {
+  cudaStream_t stream = at::cuda::getCurrentCUDAStream(x.scale.get_device());
+  // Of the patches of a tile:
+  Tensor row_sums = rows.defined() ? empty_sums(COLS / PATCH, ROWS, x.scale) : Tensor();
+  Tensor col_sums = cols.defined() ? empty_sums(ROWS / PATCH, COLS, x.scale) : Tensor();
+  auto merge_into = [&](Sums running, int n, const Tensor& patches, int count) {
+    if (!patches.defined()) return;
+    Sums sums = pairs_at<Sums>(patches, 0, 0);
+    merge<<<(n + 127) / 128, 128, 0, stream>>>(sums, patches.size(2), count, running, n);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  Tensor row_pairs = empty_pairs(G, rows ? N : 0), col_pairs = empty_pairs(G, cols ? M : 0);
-  auto pointer = [](const Tensor& pairs) { return reinterpret_cast<float2*>(pairs.data_ptr<float>()); };
-
-  with_dtype(image, [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t g = 0; g < G; g++) {
-      const T *I = of_group(images, g).const_data_ptr<T>(), *X = of_group(texts, g).const_data_ptr<T>();
-      for_tiles(N, ROWS, [&](int64_t i, int64_t m) {
-        for_tiles(M, COLS, [&](int64_t j, int64_t n) {
-          multiply<T>(m, n, D, {I + i * D, D}, {X + j * D, D, CUBLAS_OP_T}, products.data_ptr<float>(), stride, 0);
-          dim3 grid = patches(m, n);
-          statistics<<<grid, dim3(32, WARPS), 0, stream>>>(
-              products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(),
-              rows ? pointer(patch_rows) : nullptr, cols ? pointer(patch_cols) : nullptr);
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-          if (rows) {
-            float2* running = pointer(row_pairs) + g * N + i;
-            merge<<<(m + 127) / 128, 128, 0, stream>>>(pointer(patch_rows), ROWS, grid.x, running, m);
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-          }
-          if (cols) {
-            float2* running = pointer(col_pairs) + g * M + j;
-            merge<<<(n + 127) / 128, 128, 0, stream>>>(pointer(patch_cols), COLS, grid.y, running, n);
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-          }
-        });
-      });
-    }
+  for_tiles(x, [&](const Part& tile, const Tensor&, const Tensor&, const float* products, dim3 grid) {
+    statistics<<<grid, dim3(32, WARPS), 0, stream>>>(products, tile, x.scale.const_data_ptr<float>(),
+                                                     pairs_at<Sums>(row_sums, 0, 0),
+                                                     pairs_at<Sums>(col_sums, 0, 0));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    merge_into(pairs_at<Sums>(rows, tile.g, tile.i), tile.rows, row_sums, grid.x);
+    merge_into(pairs_at<Sums>(cols, tile.g, tile.j), tile.cols, col_sums, grid.y);
   });
-  auto finish = [](const Tensor& pairs, bool used, std::vector<int64_t> sizes) {
-    Tensor lse = pairs.select(-1, 0) + pairs.select(-1, 1).log();
-    return used ? lse.view(sizes) : lse.view({0});
-  };
-  return {finish(row_pairs, rows, shape.rows()), finish(col_pairs, cols, shape.cols())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(
-    const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text, const Tensor& image,
-    const Tensor& text, const Tensor& scale, const Tensor& per_image, const Tensor& per_text, bool needs_image,
-    bool needs_text) {
-  Shape shape = check(image, text, scale);
-  int64_t G = shape.G, N = shape.N, M = shape.M, D = shape.D;
-  c10::cuda::CUDAGuard guard(image.device());
-  cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  Tensor images = image.contiguous(), texts = text.contiguous();
-  auto float32 = image.options().dtype(at::kFloat);
-  int64_t stride = std::min(COLS, round_up(M, PATCH)), height = std::min(ROWS, N);
-  Tensor products = at::empty({height, stride}, float32), weights = at::empty({height, stride}, image.options());
-  Tensor d_image = at::empty(needs_image ? image.sizes() : at::IntArrayRef{0}, image.options());
-  Tensor d_block;  // ∂I of the rows at hand, and below ∂T, both short of the factor s·unit
-  if (needs_image) d_block = at::empty({height, D}, float32);
-  Tensor d_text = at::zeros(needs_text ? text.sizes() : at::IntArrayRef{0}, float32);
-  Tensor d_scale = at::zeros({ROWS / PATCH * (COLS / PATCH)}, float32.dtype(at::kDouble));
-  Tensor d_rows, d_cols;
-  if (d_per_image) d_rows = d_per_image->contiguous();
-  if (d_per_text) d_cols = d_per_text->contiguous();
+template <class T>
+Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor d_images, Tensor d_texts) {
+  cudaStream_t stream = at::cuda::getCurrentCUDAStream(x.scale.get_device());
+  Tensor weights = at::empty({std::min(ROWS, x.N), COLS}, x.images.options());
+  Tensor d_scale = at::zeros({ROWS / PATCH, COLS / PATCH, WARPS}, x.scale.options().dtype(at::kDouble));
 
   // P is at most |∂r| + |∂c|, for a mean over 32768 rows some 1e-5, where float16 has few bits left.
   // In units of max|∂|/256 it neither vanishes nor overflows; the unit returns with the scale.
-  Tensor unit = at::full({}, 1e-30, float32);
-  for (const Tensor& grad : {d_rows, d_cols})
-    if (grad.defined() && grad.numel()) unit = at::maximum(unit, grad.abs().amax() / 256);
-  Tensor factor = scale * unit;
+  Tensor unit = at::full({}, 1e-30, x.scale.options());
+  for (const Tensor& side : {rows, cols})
+    if (side.defined() && side.numel()) unit = at::maximum(unit, side[1].abs().amax() / 256);
 
-  with_dtype(image, [&](auto zero) {
-    using T = decltype(zero);
-    bool shared = images.dim() == 2;  // by all groups: a block's gradient is summed over them before it is written
-    for (int64_t s = 0; s < (shared ? 1 : G); s++) {
-      const T* I = of_group(images, s).const_data_ptr<T>();
-      for_tiles(N, ROWS, [&](int64_t i, int64_t m) {
-        if (needs_image) d_block.zero_();
-        for (int64_t g = shared ? 0 : s; g < (shared ? G : s + 1); g++) {
-          const T* X = of_group(texts, g).const_data_ptr<T>();
-          for_tiles(M, COLS, [&](int64_t j, int64_t n) {
-            multiply<T>(m, n, D, {I + i * D, D}, {X + j * D, D, CUBLAS_OP_T}, products.data_ptr<float>(), stride, 0);
-            auto part = [](const Tensor& used, const Tensor& x, int64_t start) -> const float* {
-              return used.defined() ? x.const_data_ptr<float>() + start : nullptr;
-            };
-            tile_weights<T><<<patches(m, n), dim3(32, WARPS), 0, stream>>>(
-                products.data_ptr<float>(), m, n, stride, scale.const_data_ptr<float>(), unit.const_data_ptr<float>(),
-                part(d_rows, per_image, g * N + i), part(d_rows, d_rows, g * N + i),
-                part(d_cols, per_text, g * M + j), part(d_cols, d_cols, g * M + j),
-                weights.data_ptr<T>(), d_scale.data_ptr<double>());
-            C10_CUDA_KERNEL_LAUNCH_CHECK();
-            const T* P = weights.const_data_ptr<T>();
-            if (needs_image) multiply<T>(m, D, n, {P, stride}, {X + j * D, D}, d_block.data_ptr<float>(), D, 1);
-            if (needs_text) {
-              float* d_texts = of_group(d_text, g).template data_ptr<float>() + j * D;
-              multiply<T>(n, D, m, {P, stride, CUBLAS_OP_T}, {I + i * D, D}, d_texts, D, 1);
-            }
-          });
-        }
-        if (needs_image) of_group(d_image, s).narrow(0, i, m).copy_(d_block.narrow(0, 0, m) * factor);
-      });
-    }
-  });
-  return {d_image, d_text.mul_(factor).to(image.scalar_type()), d_scale.sum().to(at::kFloat)};
+  auto use = [&](const Part& tile, const Tensor& image, const Tensor& text, const float* products,
+                 dim3 grid) {
+    Side row = pairs_at<Side>(rows, tile.g, tile.i), col = pairs_at<Side>(cols, tile.g, tile.j);
+    tile_weights<T><<<grid, dim3(32, WARPS), 0, stream>>>(
+        products, tile, x.scale.const_data_ptr<float>(), unit.const_data_ptr<float>(), row, col,
+        weights.data_ptr<T>(), d_scale.data_ptr<double>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    Tensor P = weights.narrow(0, 0, tile.rows).narrow(1, 0, tile.cols);
+    if (d_images.defined()) multiply(rows_of(d_images, tile.g, tile.i, tile.rows), P, text, 1);
+    if (d_texts.defined()) multiply(rows_of(d_texts, tile.g, tile.j, tile.cols), P.t(), image, 1);
+  };
+  for_tiles(x, use);
+  Tensor factor = x.scale * unit;
+  if (d_images.defined()) d_images.mul_(factor);
+  if (d_texts.defined()) d_texts.mul_(factor);
+  return d_scale.sum().to(at::kFloat);
 }
 
 }  // namespace
-}  // namespace similarity
 
 TORCH_LIBRARY_IMPL(similarity, CUDA, m) {
-  m.impl("logsumexp", similarity::logsumexp);
-  m.impl("logsumexp_backward", similarity::logsumexp_backward);
+  m.impl("logsumexp", logsumexp);
+  m.impl("logsumexp_backward", logsumexp_backward);
 }

@@ -1,47 +1,114 @@
-// What the CPU op and the CUDA op share: the checks and the walk over groups.
+// The op's two functions, written once. Each source, for the CPU and for CUDA, fills in the four that are
+// declared first, all in an unnamed namespace, so that neither sees the other's.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
+#include <torch/library.h>
 
-namespace similarity {
+namespace {
 
 using at::Tensor;
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t PADDING = 128;  // of what is kept of rows and columns, so that tiles may go beyond the last
 
-struct Shape {
-  int64_t G, N, M, D;
-  bool grouped;
-  std::vector<int64_t> rows() const { return grouped ? std::vector<int64_t>{G, N} : std::vector<int64_t>{N}; }
-  std::vector<int64_t> cols() const { return grouped ? std::vector<int64_t>{G, M} : std::vector<int64_t>{M}; }
+struct Inputs {
+  Tensor images, texts, scale;  // [(G,) N, D], [(G,) M, D], []; perhaps padded by `prepare`
+  int64_t G, N, M;              // without the padding
 };
 
-inline Shape check(const Tensor& image, const Tensor& text, const Tensor& scale) {
-  TORCH_CHECK((image.dim() == 2 || image.dim() == 3) && (text.dim() == 2 || text.dim() == 3),
-              "similarity_logsumexp: image and text must be [N, D] or [G, N, D], got image ", image.sizes(),
-              " and text ", text.sizes());
-  TORCH_CHECK(image.size(-1) == text.size(-1),
-              "similarity_logsumexp: image and text differ in width D: image ", image.sizes(),
-              " and text ", text.sizes());
-  TORCH_CHECK(image.dim() == 2 || text.dim() == 2 || image.size(0) == text.size(0),
-              "similarity_logsumexp: image and text differ in groups G: image ", image.sizes(),
-              " and text ", text.sizes());
-  TORCH_CHECK(image.scalar_type() == text.scalar_type(),
-              "similarity_logsumexp: image and text differ in dtype: image ", image.scalar_type(),
-              " and text ", text.scalar_type());
-  TORCH_CHECK(image.scalar_type() == at::kFloat || image.scalar_type() == at::kBFloat16 ||
-                  image.scalar_type() == at::kHalf,
-              "similarity_logsumexp: image and text must be float32, bfloat16 or float16, got image ",
-              image.scalar_type(), " and text ", text.scalar_type());
-  TORCH_CHECK(scale.dim() == 0 && scale.scalar_type() == at::kFloat,
-              "similarity_logsumexp: logit_scale must be one float32 number of shape [], got ",
-              scale.scalar_type(), " ", scale.sizes());
-  TORCH_CHECK(image.device() == text.device() && image.device() == scale.device(),
-              "similarity_logsumexp: image, text and logit_scale must be on one device: image on ", image.device(),
-              ", text on ", text.device(), ", logit_scale on ", scale.device());
-  int64_t groups = image.dim() == 3 ? image.size(0) : text.dim() == 3 ? text.size(0) : 1;
-  return {groups, image.size(-2), text.size(-2), image.size(-1), image.dim() == 3 || text.dim() == 3};
+// The embeddings as the device wants them; zeros may be appended.
+Tensor prepare(const Tensor& x);
+// Calls run(T()) for the dtype T of x.
+template <class F> void with_dtype(const Tensor& x, F run);
+// Merges every tile's sums of exponentials into those of the rows and columns (Sums).
+template <class T> void forward(const Inputs& x, const Tensor& rows, const Tensor& cols);
+// Adds every tile's share to the gradients (float32), and returns ∂s; rows and cols: see Side.
+template <class T>
+Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor d_images, Tensor d_texts);
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Row i of x [(G,) n, width] in group g; where x has no G, all groups share its one block.
+template <class T> T* row_of(const Tensor& x, int64_t g, int64_t i) {
+  return x.data_ptr<T>() + ((x.dim() == 3 ? g * x.size(1) : 0) + i) * x.size(-1);
 }
 
-// The block that group g uses: its own, or the one that all groups share.
-inline Tensor of_group(const Tensor& x, int64_t g) { return x.dim() == 3 ? x.select(0, g) : x; }
+// Rows i, i + 1, ... and columns j, j + 1, ... of the logits of group g.
+struct Part {
+  int64_t g, i, rows, j, cols;
+};
 
-}  // namespace similarity
+// Sums of exponentials, each carried as (max, sum), which means sum·exp(max), so no finite logit overflows.
+struct Sums {
+  float *max = nullptr, *sum = nullptr;
+};
+// What the backward pass reads of rows or columns: their log-sum-exps, and the gradients of these.
+struct Side {
+  const float *lse = nullptr, *grad = nullptr;
+};
+
+// Both lie in a tensor x [2, G, n], undefined where that output is not used. Group g's from i on:
+template <class P> P pairs_at(const Tensor& x, int64_t g, int64_t i) {
+  if (!x.defined()) return {};
+  float* first = x.data_ptr<float>() + g * x.size(2) + i;
+  return {first, first + x.stride(0)};
+}
+
+// The sums of nothing: (-inf, 0).
+Tensor empty_sums(int64_t G, int64_t n, const Tensor& scale) {
+  Tensor sums = at::zeros({2, G, round_up(n, PADDING)}, scale.options());
+  sums[0].fill_(-INF);
+  return sums;
+}
+
+Inputs check(const Tensor& image, const Tensor& text, const Tensor& scale) {
+  bool two_or_three = std::min(image.dim(), text.dim()) >= 2 && std::max(image.dim(), text.dim()) <= 3;
+  bool fit = two_or_three && image.size(-1) == text.size(-1) &&
+             (image.dim() == 2 || text.dim() == 2 || image.size(0) == text.size(0)) &&
+             image.scalar_type() == text.scalar_type() && image.device() == text.device();
+  bool number = scale.dim() == 0 && scale.scalar_type() == at::kFloat && scale.device() == image.device();
+  TORCH_CHECK(fit && number,
+              "similarity_logsumexp: image, text and logit_scale do not fit each other: ", image.sizes(),
+              image.options(), text.sizes(), text.options(), scale.sizes(), scale.options());
+  int64_t G = image.dim() == 3 ? image.size(0) : text.dim() == 3 ? text.size(0) : 1;
+  return {prepare(image), prepare(text), scale, G, image.size(-2), text.size(-2)};
+}
+
+std::tuple<Tensor, Tensor> logsumexp(const Tensor& image, const Tensor& text, const Tensor& scale, bool rows,
+                                     bool cols) {
+  Inputs x = check(image, text, scale);
+  Tensor row_sums, col_sums;
+  if (rows) row_sums = empty_sums(x.G, x.N, scale);
+  if (cols) col_sums = empty_sums(x.G, x.M, scale);
+  with_dtype(x.images, [&](auto t) { forward<decltype(t)>(x, row_sums, col_sums); });
+  auto finish = [&](const Tensor& sums, int64_t n) {
+    if (!sums.defined()) return at::empty({0}, scale.options());
+    Tensor lse = (sums[0] + sums[1].log()).narrow(1, 0, n).contiguous();
+    return image.dim() == 3 || text.dim() == 3 ? lse : lse[0];
+  };
+  return {finish(row_sums, x.N), finish(col_sums, x.M)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> logsumexp_backward(
+    const std::optional<Tensor>& d_per_image, const std::optional<Tensor>& d_per_text, const Tensor& image,
+    const Tensor& text, const Tensor& scale, const Tensor& per_image, const Tensor& per_text,
+    bool needs_image, bool needs_text) {
+  Inputs x = check(image, text, scale);
+  auto pairs = [&](const Tensor& lse, const std::optional<Tensor>& grad, int64_t n) {
+    if (!grad || grad->numel() == 0) return Tensor();
+    return at::constant_pad_nd(at::stack({lse, *grad}).view({2, x.G, n}), {0, round_up(n, PADDING) - n});
+  };
+  Tensor rows = pairs(per_image, d_per_image, x.N), cols = pairs(per_text, d_per_text, x.M);
+  Tensor d_images, d_texts, d_scale;
+  if (needs_image) d_images = at::zeros_like(x.images, at::kFloat);
+  if (needs_text) d_texts = at::zeros_like(x.texts, at::kFloat);
+  with_dtype(x.images, [&](auto t) { d_scale = backward<decltype(t)>(x, rows, cols, d_images, d_texts); });
+  auto finish = [](const Tensor& grad, const Tensor& like) {
+    if (!grad.defined()) return at::zeros(like.sizes(), like.options());
+    Tensor unpadded = grad.narrow(-2, 0, like.size(-2)).narrow(-1, 0, like.size(-1));
+    return unpadded.to(like.scalar_type()).contiguous();
+  };
+  return {finish(d_images, image), finish(d_texts, text), d_scale};
+}
+
+}  // namespace

@@ -105,7 +105,10 @@ enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum { CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT };
 namespace at::cuda {
 inline int getCurrentCUDABlasHandle() { return 0; }
-inline cudaStream_t getCurrentCUDAStream() { return 0; }
+inline cudaStream_t getCurrentCUDAStream(int64_t) { return 0; }
+inline cudaDataType_t ScalarTypeToCudaDataType(at::ScalarType type) {
+  return type == at::kFloat ? CUDA_R_32F : type == at::kHalf ? CUDA_R_16F : CUDA_R_16BF;
+}
 }  // namespace at::cuda
 namespace c10::cuda {
 struct CUDAGuard { CUDAGuard(at::Device) {} };

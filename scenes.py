@@ -1,65 +1,66 @@
-"""Pictogram scenes: the embedded data. Images, captions of every kind, and masks, drawn from nothing but an index.
+"""Pictogram scenes: the embedded data. Images, captions of every kind, masks and boxes, all drawn from an index.
 
-    python scenes.py --sheet scenes.png          a contact sheet with captions and masks
-    python scenes.py --speed                     scenes drawn per second on one core
+    python scenes.py --sheet scenes.png          a contact sheet: pictures, masks, captions
+    python scenes.py --write FOLDER --n 1000     pictures and captions.jsonl, for train.py --data FOLDER/captions.jsonl
 
-A scene holds 2 to 6 objects, each a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place, on a
-plain, graded, striped or checkered background, in a global style (clean, grainy, dim or faded). Exactly one object is
-large: the main one. From the same facts come the texts the papers use:
+A scene holds 2 to 6 objects. An object is a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place.
+Exactly one object is large: the main one. The background is plain, graded, striped or checkered, and the picture has a
+style (clean, grainy, dim or faded). The same facts give the texts that the papers use:
 
-    raw                a web caption: short, noisy, often without the colour, now and then wrong (CLIP's training text)
-    short              one sentence naming the main object and one other with their colours (DreamLIP's short caption)
-    long               6 to 12 shuffled sentences, each describing a part (DreamLIP's and LoTLIP's long caption)
+    raw                a web caption: short, noisy, often without the colour, sometimes wrong (CLIP's training text)
+    short              one sentence that names the main object and one other with their colours (DreamLIP)
+    long               6 to 12 shuffled sentences, each about a part of the picture (DreamLIP, LoTLIP)
     details, main_object, background, style, few_words       the perspectives of Holistic CLIP
 
-Scene (split, index) is always the same scene; the splits share no index and no random stream. A tenth of the
-colour-object pairs (one colour of every kind) is never drawn in training, so that composition can be tested
-(`held_out`).
+Scene (split, index) is always the same scene, and no two splits share a scene. A tenth of the pairs of colour and
+kind (one colour of every kind) is never drawn in training, so that composition can be tested (`held_out`).
 """
 
 import argparse
 import functools
+import json
 import os
 import random
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image, ImageColor, ImageFont
+
+
+def read_table(text):
+    """"name value, name value" -> [(name, value)]. A name may be of several words."""
+    return [tuple(entry.strip().rsplit(" ", 1)) for entry in text.split(",")]
+
 
 # The kinds, most distinct silhouettes first: a run with k kinds uses the first k.
-KINDS = [
-    ("umbrella", "☂"), ("anchor", "⚓"), ("skull", "☠"), ("cloud", "☁"), ("star", "★"), ("heart", "♥"),
-    ("telephone", "☎"), ("airplane", "✈"), ("envelope", "✉"), ("chess knight", "♞"), ("sun", "☀"), ("gear", "⚙"),
-    ("flag", "⚑"), ("clover", "☘"), ("music note", "♫"), ("cross", "✚"), ("pickaxe", "⚒"),
-    ("yin yang", "☯"), ("check mark", "✔"), ("arrow", "➤"), ("triangle", "▲"), ("pointing hand", "☛"),
-    ("chess rook", "♜"), ("crescent", "☪"), ("pair of scissors", "✂"), ("moon", "☽"), ("balance", "⚖"),
-    ("snowflake", "❄"), ("house", "⌂"), ("spade", "♠"), ("diamond", "♦"), ("snowman", "☃"), ("smiley", "☺"),
-    ("radiation sign", "☢"), ("biohazard sign", "☣"), ("peace sign", "☮"), ("ship wheel", "☸"),
-    ("lightning bolt", "⚡"), ("atom", "⚛"), ("lily", "⚜"), ("pair of swords", "⚔"), ("wheelchair", "♿"),
-    ("recycling sign", "♻"), ("warning sign", "⚠"), ("pen", "✒"), ("writing hand", "✍"), ("trident", "♆"),
-    ("ankh", "☥"), ("chess king", "♚"), ("chess queen", "♛"), ("chess bishop", "♝"), ("chess pawn", "♟"),
-    ("club", "♣"), ("daisy", "✿"), ("pentagon", "⬟"), ("hexagon", "⬢"), ("disc", "●"), ("square", "■"), ("ring", "◎"),
-    ("keyboard", "⌨"), ("hot spring", "♨"), ("comet", "☄"), ("cup", "☕"), ("mouse face", "🐭"), ("cow face", "🐮"),
-    ("cat face", "🐱"), ("monkey face", "🐵"), ("frowning face", "☹"), ("maltese cross", "✠"), ("star of david", "✡"),
-    ("asterisk", "✱"), ("sharp sign", "♯"), ("dice", "⚄"), ("playing card", "🂡"), ("victory hand", "✌"),
-    ("caduceus", "☤"), ("alembic", "⚗"), ("coffin", "⚰"), ("urn", "⚱"), ("pencil", "✎"), ("floral heart", "❦"),
-    ("command sign", "⌘"), ("eject sign", "⏏"),
-]
-COLOURS = {
-    "red": (220, 30, 35), "orange": (245, 125, 20), "yellow": (225, 185, 0), "green": (30, 145, 50),
-    "teal": (0, 160, 165), "blue": (40, 70, 220), "purple": (130, 40, 170), "pink": (240, 90, 175),
-    "brown": (120, 70, 30), "black": (25, 25, 25),
-}
-BACKGROUNDS = {
-    "white": (250, 250, 250), "cream": (250, 240, 210), "sky": (200, 225, 250), "mint": (205, 240, 215),
-    "lavender": (225, 215, 245), "peach": (250, 220, 200), "silver": (205, 208, 212), "rose": (248, 210, 220),
-}
-PATTERNS, STYLES = ("plain", "graded", "striped", "checkered"), ("clean", "grainy", "dim", "faded")
+KINDS = read_table("""
+    umbrella ☂, anchor ⚓, skull ☠, cloud ☁, star ★, heart ♥, telephone ☎, airplane ✈, envelope ✉, chess knight ♞,
+    sun ☀, gear ⚙, flag ⚑, clover ☘, music note ♫, cross ✚, pickaxe ⚒, yin yang ☯, check mark ✔, arrow ➤,
+    triangle ▲, pointing hand ☛, chess rook ♜, crescent ☪, pair of scissors ✂, moon ☽, balance ⚖, snowflake ❄,
+    house ⌂, spade ♠, diamond ♦, snowman ☃, smiley ☺, radiation sign ☢, biohazard sign ☣, peace sign ☮,
+    ship wheel ☸, lightning bolt ⚡, atom ⚛, lily ⚜, pair of swords ⚔, wheelchair ♿, recycling sign ♻,
+    warning sign ⚠, pen ✒, writing hand ✍, trident ♆, ankh ☥, chess king ♚, chess queen ♛, chess bishop ♝,
+    chess pawn ♟, club ♣, daisy ✿, pentagon ⬟, hexagon ⬢, disc ●, square ■, ring ◎, keyboard ⌨, hot spring ♨,
+    comet ☄, cup ☕, mouse face 🐭, cow face 🐮, cat face 🐱, monkey face 🐵, frowning face ☹, maltese cross ✠,
+    star of david ✡, asterisk ✱, sharp sign ♯, dice ⚄, playing card 🂡, victory hand ✌, caduceus ☤, alembic ⚗,
+    coffin ⚰, urn ⚱, pencil ✎, floral heart ❦, command sign ⌘, eject sign ⏏
+""")
+COLOURS = dict(read_table("""
+    red #dc1e23, orange #f57d14, yellow #e1b900, green #1e9132, teal #00a0a5,
+    blue #2846dc, purple #8228aa, pink #f05aaf, brown #78461e, black #191919
+"""))
+BACKGROUNDS = dict(read_table("""
+    white #fafafa, cream #faf0d2, sky #c8e1fa, mint #cdf0d7,
+    lavender #e1d7f5, peach #fadcc8, silver #cdd0d4, rose #f8d2dc
+"""))
+PATTERNS = "plain graded striped checkered".split()
+STYLES = "clean grainy dim faded".split()
 SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image's
-PLACES = [["upper left", "top", "upper right"], ["left", "centre", "right"], ["lower left", "bottom", "lower right"]]
+# Row by row, thirds of the picture.
+PLACES = ("upper left", "top", "upper right", "left", "centre", "right", "lower left", "bottom", "lower right")
 PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_words")
 SPLITS = ("train", "validation", "test")
 
@@ -78,9 +79,17 @@ class Object:
     x: float  # centre, as a share of the image
     y: float
 
-    name = property(lambda self: KINDS[self.kind][0])
-    colour_name = property(lambda self: list(COLOURS)[self.colour])
-    place = property(lambda self: PLACES[min(int(self.y * 3), 2)][min(int(self.x * 3), 2)])
+    @property
+    def name(self):
+        return KINDS[self.kind][0]
+
+    @property
+    def colour_name(self):
+        return list(COLOURS)[self.colour]
+
+    @property
+    def place(self):
+        return PLACES[3 * int(self.y * 3) + int(self.x * 3)]
 
 
 @dataclass
@@ -89,7 +98,7 @@ class Scene:
     pattern: str
     ground: tuple  # one or two names of BACKGROUNDS
     style: str
-    seed: int
+    seed: int  # of what only the pixels need
     captions: dict  # field -> str, or list of sentences ("long")
     about: list  # for every sentence of the long caption, the index of the one object it describes, or -1
 
@@ -98,300 +107,441 @@ class Scenes:
     """`n` scenes of one split, numbered 0..n-1, at `size` pixels with the first `kinds` kinds of object.
 
     `scene(i)` gives the facts and the captions, `draw(scene)` the image uint8 [S, S, 3] and the mask uint8 [S, S],
-    whose value is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long
-    caption's sentences."""
+    which is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long caption's
+    sentences. Raises ValueError."""
 
     def __init__(self, split: str = "train", n: int = 40_000, size: int = 64, kinds: int = 24):
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: choose from {', '.join(SPLITS)}")
         if not 6 <= kinds <= len(KINDS):
             raise ValueError(f"kinds of object must be 6 to {len(KINDS)}, not {kinds}")
+        self.split_number = SPLITS.index(split)
         self.split, self.n, self.size, self.kinds = split, n, size, kinds
 
     def __len__(self):
         return self.n
 
     def scene(self, i: int) -> Scene:
-        rng = random.Random(i * len(SPLITS) + SPLITS.index(self.split))
+        # The splits take turns in one sequence of seeds, so no two of them share a scene.
+        rng = random.Random(i * len(SPLITS) + self.split_number)
         objects = []
-        while len(objects) < 2:  # a main object that leaves no room for a second one is drawn again
-            objects = self._layout(rng, rng.choices((2, 3, 4, 5, 6), (34, 34, 18, 9, 5))[0])
+        while len(objects) < 2:  # a main object may leave no room for a second one: then all are drawn again
+            count = rng.choices((2, 3, 4, 5, 6), (34, 34, 18, 9, 5))[0]
+            objects = self._objects(rng, count)
         pattern = rng.choices(PATTERNS, (49, 17, 17, 17))[0]
         ground = tuple(rng.sample(list(BACKGROUNDS), 1 if pattern == "plain" else 2))
         style = rng.choices(STYLES, (61, 13, 13, 13))[0]
         captions, about = describe(rng, objects, pattern, ground, style, self.kinds)
         return Scene(objects, pattern, ground, style, rng.getrandbits(32), captions, about)
 
-    def _layout(self, rng, count):
+    def _objects(self, rng, count):
+        """Up to `count` objects of different kinds: as many as find room."""
         objects = []
-        for k, kind in enumerate(rng.sample(range(self.kinds), count)):
+        for kind in rng.sample(range(self.kinds), count):
             colour = rng.randrange(len(COLOURS))
             while self.split == "train" and held_out(kind, colour):
                 colour = rng.randrange(len(COLOURS))
-            size = "large" if k == 0 else rng.choice(("small", "medium"))
-            placed = self._place(rng, objects, rng.uniform(*SIDES[size]))
-            if placed is not None:
-                objects.append(Object(kind, colour, size, *placed))
+            size = rng.choice(("small", "medium")) if objects else "large"
+            side = rng.uniform(*SIDES[size])
+            for _ in range(60):  # tries to find a place that hardly overlaps the other objects
+                x = rng.uniform(side / 2, 1 - side / 2)
+                y = rng.uniform(side / 2, 1 - side / 2)
+                if all(max(abs(x - o.x), abs(y - o.y)) > 0.46 * (side + o.side) for o in objects):
+                    objects.append(Object(kind, colour, size, side, x, y))
+                    break
         return objects
 
-    @staticmethod
-    def _place(rng, objects, side):
-        """A centre at which a box of this side hardly overlaps the boxes placed before, or None after many tries."""
-        for _ in range(60):
-            x, y = rng.uniform(side / 2, 1 - side / 2), rng.uniform(side / 2, 1 - side / 2)
-            if all(max(abs(x - o.x), abs(y - o.y)) > 0.46 * (side + o.side) for o in objects):
-                return side, x, y
-        return None
-
     def draw(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-        size, mask = self.size, np.zeros((self.size, self.size), np.uint8)
+        size = self.size
+        # background() is cached, so a copy is drawn on.
         image = background(scene.pattern, scene.ground, size, scene.seed % 4).copy()
-        for k, o in enumerate(scene.objects):
-            alpha = glyph(o.kind, self._pixels(o))
-            h, w = alpha.shape
-            top, left = round(o.y * size - h / 2), round(o.x * size - w / 2)
-            t, l, b, r = max(top, 0), max(left, 0), min(top + h, size), min(left + w, size)
-            alpha = alpha[t - top:b - top, l - left:r - left]
-            patch = image[t:b, l:r]
-            patch += alpha[..., None] * (np.float32(COLOURS[o.colour_name]) - patch)
-            mask[t:b, l:r][alpha > 0.5] = k + 1
+        mask = np.zeros((size, size), np.uint8)
+        for number, o in enumerate(scene.objects, 1):
+            opacity = glyph(o.kind, round(o.side * size))
+            height, width = opacity.shape
+            top = round(o.y * size - height / 2)
+            left = round(o.x * size - width / 2)
+            # A glyph's place is at least half its side from the edges, so its area lies within the image.
+            area = slice(top, top + height), slice(left, left + width)
+            image[area] += opacity[..., None] * (rgb(COLOURS[o.colour_name]) - image[area])
+            mask[area][opacity > 0.5] = number
         if scene.style == "dim":
-            image *= 0.7
+            image = 0.7 * image
         elif scene.style == "faded":
             image = 255 - 0.65 * (255 - image)
         elif scene.style == "grainy":
-            image += np.random.default_rng(scene.seed).normal(0, 12, image.shape[:2]).astype(np.float32)[..., None]
+            noise = np.random.default_rng(scene.seed).normal(0, 12, (size, size, 1))
+            image = image + noise.astype(np.float32)
         return image.clip(0, 255).astype(np.uint8), mask
 
-    def _pixels(self, o):
-        return max(6, round(o.side * self.size))
-
     def boxes(self, scene: Scene) -> list:
-        """For every sentence of the long caption the box (x0, y0, x1, y1), as shares of the image, of the one object it
-        describes, or None."""
-        boxes = []
-        for o in scene.objects:
-            reach = (self._pixels(o) + 1) / 2 / self.size  # drawing rounds the place by up to half a pixel
-            boxes.append((max(o.x - reach, 0), max(o.y - reach, 0), min(o.x + reach, 1), min(o.y + reach, 1)))
-        boxes.append(None)  # for -1
+        """For every sentence of the long caption the box (x0, y0, x1, y1), as shares of the image, of the one object
+        that it describes, or None."""
+        boxes = {-1: None}
+        for k, o in enumerate(scene.objects):
+            reach = (round(o.side * self.size) + 1) / 2 / self.size  # draw() rounds the place by up to half a pixel
+            box = o.x - reach, o.y - reach, o.x + reach, o.y + reach
+            boxes[k] = tuple(np.clip(box, 0, 1).tolist())
         return [boxes[k] for k in scene.about]
 
 
+FONT = ImageFont.truetype(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", 160)
+
+
+def rgb(colour):
+    return np.float32(ImageColor.getrgb(colour))
+
+
 @functools.cache
-def font():
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 160)
-
-
-@functools.lru_cache(maxsize=20_000)
 def glyph(kind: int, side: int) -> np.ndarray:
     """The pictograph's opacity, float32 in 0..1, cropped to its ink and scaled to `side` pixels on its longer side."""
-    mask = font().getmask(KINDS[kind][1])
-    ink = Image.frombytes("L", mask.size, bytes(mask))
+    sign = FONT.getmask(KINDS[kind][1])
+    ink = Image.frombytes("L", sign.size, bytes(sign))
     ink = ink.crop(ink.getbbox())
     scale = side / max(ink.size)
-    ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.BOX)
+    ink = ink.resize([round(edge * scale) for edge in ink.size], Image.Resampling.BOX)
     return np.asarray(ink, np.float32) / 255
 
 
-@functools.lru_cache(maxsize=2_000)
+@functools.cache
 def background(pattern: str, ground: tuple, size: int, variant: int) -> np.ndarray:
     """float32 [S, S, 3] in 0..255. `variant`, 0 to 3: the direction of a gradient or of stripes, the size of checks."""
-    first, second = np.float32(BACKGROUNDS[ground[0]]), np.float32(BACKGROUNDS[ground[-1]])
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    if pattern == "graded":
-        share = (y, x, (x + y) / 2, (x + 1 - y) / 2)[variant]
+    grid = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    y, x = grid
+    share = (y, x, x + y, x + 1 - y)[variant]  # of the second colour; a plain background has but one
+    if pattern == "graded" and variant >= 2:
+        share = share / 2
     elif pattern == "striped":
-        share = (y, x, x + y, x + 1 - y)[variant] * 4 % 1 < 0.5
+        share = share * 4 % 1 < 0.5
     elif pattern == "checkered":
-        share = ((x * (3 + variant)).astype(int) + (y * (3 + variant)).astype(int)) % 2
-    else:
-        share = np.zeros_like(x)
-    return first + share[..., None].astype(np.float32) * (second - first)
+        share = np.floor(grid * (3 + variant)).sum(0) % 2
+    first = rgb(BACKGROUNDS[ground[0]])
+    second = rgb(BACKGROUNDS[ground[-1]])
+    return first + share[..., None] * (second - first)
 
 
-# Texts. Every template names its object; colour, size and place come and go, so that a sentence describes its part
-# partially.
+# Texts. Every sentence about an object names it; colour, size and place come and go, so that a sentence tells a part of
+# the truth. TEMPLATES: a name, then the wordings from which one is drawn.
+
+NUMBERS = "zero one two three four five six".split()
+SIDE_PLACES = {"top": "near the top", "bottom": "near the bottom", "left": "on the left", "right": "on the right"}
+TEMPLATE_TABLE = """
+small
+small
+little
+tiny
+
+medium
+medium-sized
+
+large
+large
+big
+huge
+
+centre
+in the centre
+in the middle of the picture
+near the centre
+
+corner
+in the {0} corner
+at the {0}
+in the {0} of the picture
+
+object with place
+{0} is {1}.
+there is {0} {1}.
+{1} there is {0}.
+{1} we see {0}.
+one can see {0} {1}.
+{0} can be seen {1}.
+{0} sits {1}.
+the picture shows {0} {1}.
+
+object
+there is {0}.
+the picture also has {0}.
+we notice {0}.
+
+dominant
+the main object is {0}.
+{0} takes up most of the picture.
+{0} dominates the scene.
+the largest thing here is {0}.
+the picture is about {0}.
+
+left
+to the left of
+left of
+
+right
+to the right of
+right of
+
+above
+above
+higher than
+
+below
+below
+lower than
+
+relation
+the {0} is {1} the {2}.
+{1} the {2} is the {0}.
+the {0} can be found {1} the {2}.
+
+plain
+the background is plain {0}.
+everything stands on a plain {0} background.
+behind it all is a {0} wall.
+
+graded
+the background fades from {0} to {1}.
+behind the objects {0} turns slowly into {1}.
+there is a gradient of {0} and {1} in the background.
+
+striped
+the background has stripes of {0} and {1}.
+the wall is striped in {0} and {1}.
+{0} and {1} stripes fill the background.
+
+checkered
+the background is checkered in {0} and {1}.
+{0} and {1} squares tile the background.
+the backdrop is a checkerboard of {0} and {1}.
+
+clean
+the picture is clean and bright.
+the light is clear and even.
+everything looks crisp and fresh.
+
+grainy
+the picture is grainy.
+there is a lot of noise in the picture.
+it looks like an old noisy photo.
+
+dim
+the light is dim.
+the scene is dark, as in the evening.
+it is a gloomy, shadowy picture.
+
+faded
+the colours are faded.
+the picture looks pale and washed out.
+a white haze lies over everything.
+
+count
+there are {0} objects in total.
+{0} things can be counted.
+the picture has {0} objects.
+
+raw
+{subject}
+{subject} clipart
+{subject} and {other}
+img_{number} {subject}
+{subject} | free download
+buy {subject} online
+{subject} wallpaper hd
+best {subject} ever!!
+{subject} stock photo {number}
+my {subject} #{other}
+
+short
+{0} and {1}.
+{0} with {1}.
+{1} beside {0}.
+{0} next to {1}.
+a picture of {0} and {1}.
+
+main object
+{0}.
+the main object is {0}.
+this is {0}.
+"""
+TEMPLATES = {}
+for paragraph in TEMPLATE_TABLE.strip().split("\n\n"):
+    template_name, *wordings = paragraph.splitlines()
+    TEMPLATES[template_name] = wordings
+
 
 def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def phrase(rng, o, colour=0.8, size=0.4):
-    """A noun phrase such as "a small red umbrella", with the colour and the size each present with its probability."""
-    words = [o.name]
-    if rng.random() < colour:
-        words.insert(0, o.colour_name)
-    if rng.random() < size:
-        words.insert(0, rng.choice({"small": ("small", "little", "tiny"), "medium": ("medium-sized",),
-                                    "large": ("large", "big", "huge")}[o.size]))
-    return article(" ".join(words))
-
-
-def where(rng, o):
-    place = o.place
-    if place == "centre":
-        return rng.choice(("in the centre", "in the middle of the picture", "near the centre"))
-    if " " in place:
-        return rng.choice((f"in the {place} corner", f"at the {place}", f"in the {place} of the picture"))
-    return {"top": "near the top", "bottom": "near the bottom", "left": "on the left", "right": "on the right"}[place]
-
-
-def object_sentence(rng, o):
-    thing, place = phrase(rng, o), where(rng, o)
-    text = rng.choice((
-        "{thing} is {place}.", "there is {thing} {place}.", "{place} there is {thing}.", "{place} we see {thing}.",
-        "one can see {thing} {place}.", "{thing} can be seen {place}.", "{thing} sits {place}.",
-        "the picture shows {thing} {place}.",
-    )) if rng.random() < 0.85 else rng.choice((
-        "there is {thing}.", "the picture also has {thing}.", "we notice {thing}."))
-    return capital(text.format(thing=thing, place=place))
-
-
-def main_sentence(rng, o):
-    return capital(rng.choice((
-        "the main object is {thing}.", "{thing} takes up most of the picture.", "{thing} dominates the scene.",
-        "the largest thing here is {thing}.", "the picture is about {thing}.",
-    )).format(thing=phrase(rng, o, size=0.6)))
-
-
-def relation_sentence(rng, objects):
-    a, b = rng.sample(objects, 2)
-    dx, dy = b.x - a.x, b.y - a.y
-    if abs(dx) > abs(dy):
-        relation = rng.choice(("to the left of", "left of")) if dx > 0 else rng.choice(("to the right of", "right of"))
-    else:
-        relation = rng.choice(("above", "higher than")) if dy > 0 else rng.choice(("below", "lower than"))
-    first, second = (f"the {o.colour_name + ' ' if rng.random() < 0.4 else ''}{o.name}" for o in (a, b))
-    return capital(rng.choice((f"{first} is {relation} {second}.", f"{relation} {second} is {first}.",
-                               f"{first} can be found {relation} {second}.")))
-
-
-def background_sentence(rng, pattern, ground):
-    text = rng.choice({
-        "plain": ("the background is plain {0}.", "everything stands on a plain {0} background.",
-                  "behind it all is a {0} wall."),
-        "graded": ("the background fades from {0} to {1}.", "behind the objects {0} turns slowly into {1}.",
-                   "there is a gradient of {0} and {1} in the background."),
-        "striped": ("the background has stripes of {0} and {1}.", "the wall is striped in {0} and {1}.",
-                    "{0} and {1} stripes fill the background."),
-        "checkered": ("the background is checkered in {0} and {1}.", "{0} and {1} squares tile the background.",
-                      "the backdrop is a checkerboard of {0} and {1}."),
-    }[pattern])
-    names = ground if pattern == "graded" else rng.sample(ground, len(ground))  # a gradient goes from one to the other
-    return capital(text.format(*names))
-
-
-def style_sentence(rng, style):
-    return capital(rng.choice({
-        "clean": ("the picture is clean and bright.", "the light is clear and even.",
-                  "everything looks crisp and fresh."),
-        "grainy": ("the picture is grainy.", "there is a lot of noise in the picture.",
-                   "it looks like an old noisy photo."),
-        "dim": ("the light is dim.", "the scene is dark, as in the evening.", "it is a gloomy, shadowy picture."),
-        "faded": ("the colours are faded.", "the picture looks pale and washed out.",
-                  "a white haze lies over everything."),
-    }[style]))
-
-
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-
-
-def count_sentence(rng, objects):
-    colours = [o.colour_name for o in objects]
-    repeated = [c for c in colours if colours.count(c) > 1]
-    if repeated and rng.random() < 0.6:
-        return f"{capital(NUMBERS[colours.count(repeated[0])])} of the objects are {repeated[0]}."
-    n = NUMBERS[len(objects)]
-    return capital(rng.choice((f"there are {n} objects in total.", f"{n} things can be counted.",
-                               f"the picture has {n} objects.")))
+def draw_template(rng, name):
+    return rng.choice(TEMPLATES[name])
 
 
 def capital(text):
     return text[0].upper() + text[1:]
 
 
-def describe(rng, objects, pattern, ground, style, kinds) -> tuple[dict, list]:
-    """All captions of a scene, and for every sentence of the long one the object that it alone describes (-1: none)."""
-    main, other = objects[0], rng.choice(objects[1:])
-    long = [(object_sentence(rng, o), k) for k, o in enumerate(objects)]
-    long += [(main_sentence(rng, main), 0), (background_sentence(rng, pattern, ground), -1),
-             (style_sentence(rng, style), -1)]
+def sentence(rng, name, *values):
+    return capital(draw_template(rng, name).format(*values))
+
+
+def coloured(rng, o, chance):
+    return f"{o.colour_name} {o.name}" if rng.random() < chance else o.name
+
+
+def phrase(rng, o, colour=0.8, size=0.4):
+    """A noun phrase such as "a small red umbrella", with the colour and the size each present with its probability."""
+    words = coloured(rng, o, colour)
+    if rng.random() < size:
+        words = f"{draw_template(rng, o.size)} {words}"
+    return article(words)
+
+
+def where(rng, o):
+    place = o.place
+    if place in SIDE_PLACES:
+        return SIDE_PLACES[place]
+    name = "centre" if place == "centre" else "corner"
+    return draw_template(rng, name).format(place)
+
+
+def object_sentence(rng, o):
+    thing = phrase(rng, o)
+    place = where(rng, o)
+    name = "object with place" if rng.random() < 0.85 else "object"
+    return sentence(rng, name, thing, place)
+
+
+def main_sentence(rng, name, o, **chances):
+    template = draw_template(rng, name)
+    return capital(template.format(phrase(rng, o, **chances)))
+
+
+def relation_sentence(rng, objects):
+    first, second = rng.sample(objects, 2)
+    dx, dy = second.x - first.x, second.y - first.y
+    if abs(dx) > abs(dy):
+        name = "left" if dx > 0 else "right"
+    else:
+        name = "above" if dy > 0 else "below"
+    relation = draw_template(rng, name)
+    subject = coloured(rng, first, 0.4)
+    return sentence(rng, "relation", subject, relation, coloured(rng, second, 0.4))
+
+
+def background_sentence(rng, pattern, ground):
+    template = draw_template(rng, pattern)
+    if pattern != "graded":  # a gradient goes from the first colour to the second; else the order is free
+        ground = rng.sample(ground, len(ground))
+    return capital(template.format(*ground))
+
+
+def count_sentence(rng, objects):
+    colours = [o.colour_name for o in objects]
+    repeated = [c for c in colours if colours.count(c) > 1]
+    if repeated and rng.random() < 0.6:
+        number = NUMBERS[colours.count(repeated[0])]
+        return capital(f"{number} of the objects are {repeated[0]}.")
+    return sentence(rng, "count", NUMBERS[len(objects)])
+
+
+def long_caption(rng, objects, pattern, ground, style):
+    """6 to 12 different sentences in any order -> {sentence: the object that it alone describes, or -1}."""
+    about = {}  # a dict keeps the order and drops a sentence drawn twice
+    for k, o in enumerate(objects):
+        about[object_sentence(rng, o)] = k
+    about[main_sentence(rng, "dominant", objects[0], size=0.6)] = 0
+    about[background_sentence(rng, pattern, ground)] = -1
+    about[sentence(rng, style)] = -1
     wanted = rng.randint(6, 12)
-    if len(long) < wanted:
-        long.append((count_sentence(rng, objects), -1))
-    long = dict(long)  # sentence -> object: two relation sentences may agree to the word
-    while len(long) < min(wanted, 5 + 2 * len(objects)):
-        long.setdefault(relation_sentence(rng, objects), -1)
-    long = list(long.items())
-    rng.shuffle(long)
+    if len(about) < wanted:
+        about[count_sentence(rng, objects)] = -1
+    while len(about) < min(wanted, 5 + 2 * len(objects)):
+        about.setdefault(relation_sentence(rng, objects), -1)
+    shuffled = list(about.items())
+    rng.shuffle(shuffled)
+    return dict(shuffled)
 
-    shown = rng.randrange(kinds) if rng.random() < 0.05 else main.kind  # now and then the web is wrong
-    name = KINDS[shown][0]
-    subject = f"{main.colour_name} {name}" if rng.random() < 0.6 else name
-    raw = rng.choice((
-        "{subject}", "{subject} clipart", "{subject} and {other}", "img_{number} {subject}",
-        "{subject} | free download", "buy {subject} online", "{subject} wallpaper hd", "best {subject} ever!!",
-        "{subject} stock photo {number}", "my {subject} #{other}",
-    )).format(subject=subject, other=other.name, number=rng.randint(100, 9999))
 
-    a, b = phrase(rng, main, colour=1, size=0.3), phrase(rng, other, colour=1, size=0.2)
-    short = capital(rng.choice((f"{a} and {b}.", f"{a} with {b}.", f"{b} beside {a}.", f"{a} next to {b}.",
-                                f"a picture of {a} and {b}.")))
+def raw_caption(rng, main, other, kinds):
+    """What the web says of the picture. In one of twenty captions, it may name another kind of object."""
+    kind = rng.randrange(kinds) if rng.random() < 0.05 else main.kind
+    subject = coloured(rng, replace(main, kind=kind), 0.6)
+    template = draw_template(rng, "raw")
+    return template.format(subject=subject, other=other.name, number=rng.randint(100, 9999))
+
+
+def short_caption(rng, main, other):
+    first = phrase(rng, main, colour=1, size=0.3)
+    second = phrase(rng, other, colour=1, size=0.2)
+    return sentence(rng, "short", first, second)
+
+
+def describe(rng, objects, pattern, ground, style, kinds):
+    """All captions of a scene, {field: text or sentences}, and for every sentence of the long one the object that it
+    alone describes (-1: none). The fields are made in the order written: each draws from `rng`."""
+    main = objects[0]
+    other = rng.choice(objects[1:])
+    about = long_caption(rng, objects, pattern, ground, style)
     captions = {
-        "raw": raw,
-        "short": short,
-        "long": [sentence for sentence, _ in long],
+        "raw": raw_caption(rng, main, other, kinds),
+        "short": short_caption(rng, main, other),
+        "long": list(about),
         "details": " ".join(object_sentence(rng, o) for o in rng.sample(objects, min(3, len(objects)))),
-        "main_object": capital(rng.choice(("{0}.", "the main object is {0}.", "this is {0}."))
-                               .format(phrase(rng, main, colour=1, size=0.5))),
+        "main_object": main_sentence(rng, "main object", main, colour=1, size=0.5),
         "background": background_sentence(rng, pattern, ground),
-        "style": style_sentence(rng, style),
+        "style": sentence(rng, style),
         "few_words": ", ".join(o.name for o in rng.sample(objects, len(objects))),
     }
-    return captions, [k for _, k in long]
+    return captions, list(about.values())
 
 
 def contact_sheet(path: str, scenes: Scenes):
     """Draws the first eight scenes with their masks and captions into a picture file."""
-    import textwrap
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(4, 6, figsize=(17, 8.4), width_ratios=(1, 1, 2.4) * 2)
-    for i, (left, middle, right) in enumerate(axes.reshape(8, 3)):
+    figure = Figure(figsize=(9, 13), layout="constrained")
+    axes = figure.subplots(8, 3, width_ratios=(1, 1, 3))
+    for i, (left, middle, right) in enumerate(axes):
         scene = scenes.scene(i)
         image, mask = scenes.draw(scene)
         left.imshow(image)
-        middle.imshow(mask, cmap="tab10", vmin=0, vmax=9, interpolation="nearest")
-        c = scene.captions
-        texts = f"RAW {c['raw']}", f"SHORT {c['short']}", "LONG " + " ".join(c["long"])
-        text = "\n".join(textwrap.fill(t, 66) for t in texts)
-        right.text(0, 1, text, va="top", fontsize=8, transform=right.transAxes)
-        for axis in (left, middle, right):
-            axis.axis("off")
-    figure.tight_layout()
+        middle.imshow(mask, cmap="tab10", interpolation="nearest")
+        texts = scene.captions["raw"], scene.captions["short"], *scene.captions["long"]
+        right.text(0, 1, "\n".join(texts), va="top", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
     figure.savefig(path, dpi=90)
-    plt.close(figure)
+
+
+def write(folder: str, scenes: Scenes):
+    """Writes pictures and captions.jsonl. A line is a record as data.read_captions reads it: {"image": file name,
+    "captions": {field: text}}, with {"text", "box"} for the sentences of the long caption that have a place."""
+    os.makedirs(f"{folder}/images", exist_ok=True)
+    with open(f"{folder}/captions.jsonl", "w") as file:
+        for i in range(len(scenes)):
+            scene = scenes.scene(i)
+            name = f"images/{i:06}.png"
+            Image.fromarray(scenes.draw(scene)[0]).save(f"{folder}/{name}")
+            long = scene.captions["long"]
+            for k, box in enumerate(scenes.boxes(scene)):
+                if box:
+                    long[k] = {"text": long[k], "box": box}
+            file.write(json.dumps({"image": name, "captions": scene.captions}) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--sheet", metavar="FILE")
+    task.add_argument("--write", metavar="FOLDER")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    for flag, default in (("--n", 1000), ("--size", 64), ("--kinds", 24)):
+        parser.add_argument(flag, type=int, default=default)
+    options = parser.parse_args()
+    try:
+        scenes = Scenes(options.split, options.n, options.size, options.kinds)
+        if options.sheet:
+            contact_sheet(options.sheet, scenes)
+        else:
+            write(options.write, scenes)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
-    parser.add_argument("--speed", action="store_true", help="measure drawing on one core")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--kinds", type=int, default=24)
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    options = parser.parse_args()
-    try:
-        scenes = Scenes(options.split, size=options.size, kinds=options.kinds)
-        if options.sheet:
-            contact_sheet(options.sheet, scenes)
-            print(f"wrote {options.sheet}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    if options.speed or not options.sheet:
-        for i in range(500):
-            scenes.draw(scenes.scene(i))
-        start = time.perf_counter()
-        for i in range(3000):
-            scenes.draw(scenes.scene(i))
-        rate = 3000 / (time.perf_counter() - start)
-        print(f"{rate:.0f} scenes/s on one core at {options.size} px with captions and masks")
+    main()

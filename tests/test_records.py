@@ -1,0 +1,742 @@
+"""Every published format is read alike, whatever is broken is counted, named and replaced and costs nothing else, the
+index is kept whole or not at all, and the order of samples depends on nothing but the seed."""
+import csv
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import (BadCount, BadSample, Captions, Records, TrainingTexts, UserError, captions_path, collate, load_image,
+                  load_tokenizer, open_dataset, read_captions, training_loader)
+from test_data import encoded, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = load_tokenizer("scenes")
+
+
+# ---- files of samples ------------------------------------------------------------------------------------------------
+
+COLOURS = [(4 * i, 99, 255 - 4 * i) for i in range(64)]
+PICTURES = [encoded(Image.new("RGB", (24, 20), colour), "JPEG") for colour in COLOURS]
+
+
+def sample(i):
+    """The members of a sample in a tar, as img2dataset writes them."""
+    text = f"picture {i}"
+    row = json.dumps({"caption": text, "width": 24})
+    return {"jpg": PICTURES[i % 64], "json": row.encode(), "txt": text.encode()}
+
+
+def add(tar, name, content=b"", kind=tarfile.REGTYPE):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.type = kind
+    tar.addfile(member, io.BytesIO(content))
+
+
+def shard(path, samples, format=tarfile.GNU_FORMAT):
+    """Writes a tar of (key, {extension: bytes}) pairs."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for key, members in samples:
+            for extension, content in members.items():
+                add(tar, f"{key}.{extension}", content)
+    return path
+
+
+def shards(folder, counts=(20, 20, 20)):
+    """00000.tar ... with so many samples, numbered through: picture 0, picture 1 ..."""
+    folder.mkdir()
+    first = 0
+    for n, count in enumerate(counts):
+        shard(folder / f"{n:05}.tar", [(f"{i:04}", sample(i)) for i in range(first, first + count)])
+        first += count
+    return folder
+
+
+def write(folder, rows, name="rows.jsonl"):
+    """Writes JSON lines, or the lines as they are where they are texts already."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder / name)
+
+
+def row(i, caption=None):
+    return {"image": f"{i}.jpg", "caption": caption or f"picture {i}"}
+
+
+def rows(n):
+    return [row(i) for i in range(n)]
+
+
+def pictures(folder, n):
+    """0.jpg, 1.jpg ..."""
+    folder.mkdir(exist_ok=True)
+    for i in range(n):
+        (folder / f"{i}.jpg").write_bytes(PICTURES[i % 64])
+    return folder
+
+
+KINDS = ["tar", "csv", "jsonl", "folder"]
+
+
+def captioned(folder, kind, captions):
+    """Writes samples with these captions in one of KINDS -> the path."""
+    if kind == "jsonl":
+        return Path(write(folder, [row(i, text) for i, text in enumerate(captions)]))
+    if kind == "csv":
+        lines = [f'{i}.jpg,"{text}"' for i, text in enumerate(captions)]
+        return Path(write(folder, ["image,caption", *lines], "rows.csv"))
+    if kind == "tar":
+        samples = [(str(i), {"jpg": PICTURES[0], "txt": text.encode()}) for i, text in enumerate(captions)]
+        return shard(folder / "rows.tar", samples)
+    folder = pictures(folder / "v1.5", len(captions))
+    for i, text in enumerate(captions):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    return folder
+
+
+def keys(records):
+    return [record.key for record in records]
+
+
+def readable(records):
+    """-> {key: Record} of what can be read."""
+    found = {}
+    for i in range(len(records)):
+        with suppress(BadSample):
+            record = records[i]
+            found[record.key] = record
+    return found
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where the indices are kept."""
+    monkeypatch.setenv("MINILIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("pattern", [
+    "", "/{00000..00002}.tar", "/*.tar", "/{00000,00001,00002}.tar", "/0000[0-2].tar", "/000{0..0}{0..2}.tar"])
+def test_shards_are_named_by_folder_braces_or_glob_and_read_in_order(tmp_path, pattern):
+    records = Records(str(shards(tmp_path / "cc3m")) + pattern)
+    assert [file.name for file in records.files] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert len(records) == 60
+    assert not records.bad
+    for i, record in enumerate(records):
+        assert records.file_of(i) == i // 20
+        assert (record.key, record.image) == (f"{i:04}", PICTURES[i])
+        assert read_captions(record.row).raw == f"picture {i}"
+
+
+@pytest.mark.parametrize("format, folder", [
+    (tarfile.GNU_FORMAT, "größer als hundert" * 20),
+    (tarfile.PAX_FORMAT, "größer als hundert" * 20),
+    (tarfile.USTAR_FORMAT, "a long folder/" * 10 + "a")])
+def test_a_tar_of_any_kind_with_long_names_folders_and_odd_members_is_read(tmp_path, format, folder):
+    names = ["./000", "folder/001", f"{folder}/002"]
+    path = shard(tmp_path / "a.tar", [(name, sample(i)) for i, name in enumerate(names)], format)
+    with tarfile.open(path, "a", format=format) as tar:
+        add(tar, "folder", kind=tarfile.DIRTYPE)
+        add(tar, "link.jpg", kind=tarfile.SYMTYPE)
+        add(tar, ".DS_Store")
+        add(tar, "003.JPG", PICTURES[3])
+        add(tar, "003.seg.png", b"a mask")
+        add(tar, "003.txt", b"text")
+    records = Records(path)
+    assert keys(records) == ["000", "folder/001", f"{folder}/002", "003"]
+    assert [record.image for record in records] == PICTURES[:4]
+    assert records[3].row == {"caption": "text"}
+    assert not records.bad
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_dreamlips_csv_is_read_with_quotes_and_line_breaks_in_its_captions(tmp_path, newline):
+    with open(tmp_path / "cc3m.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, lineterminator=newline)
+        writer.writerow(["Image Path", "raw_caption", "longSV_captions"])
+        for i in range(5):
+            writer.writerow([f"{i}.jpg", f'raw, "quoted" {i}', 'SV "one".\nSV two.'])
+    records = Records(tmp_path / "cc3m.csv", "images")
+    captions = read_captions(records[3].row)
+    assert len(records) == 5
+    assert not records.bad
+    assert captions.raw == 'raw, "quoted" 3'
+    assert captions.long == ['SV "one".', "SV two."]
+    assert records[3].image == Path("images/3.jpg")
+    assert Records(tmp_path / "cc3m.csv")[3].image == tmp_path / "3.jpg"  # without a root, beside the file
+
+
+@pytest.mark.parametrize("name, content", [
+    ("lotlip.csv", "url,caption\nhttps://a.b/c/7.jpg?x=1,A dog. It runs.\n"),
+    ("tabs.tsv", "caption\tfilepath\nA dog. It runs.\t7.jpg\n"),
+    ("bom.jsonl", '\ufeff{"image": "7.jpg", "caption": ["A dog.", "It runs."]}\n'),
+    ("new.captions.jsonl", '{"key": "seven", "image": "7.jpg", "captions": {"long": "A dog. It runs."}}')])
+def test_rows_name_their_image_by_url_or_path_under_any_of_the_usual_names(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    record, = Records(tmp_path / name)
+    assert record.key in content
+    assert record.image == tmp_path / "7.jpg"
+    assert read_captions(record.row).long[-1] == "It runs."
+
+
+def test_a_folder_of_images_has_its_texts_beside_them(tmp_path):
+    folder = pictures(tmp_path / "set", 1)
+    pictures(folder / "sub", 2)
+    (folder / "a.v2.JPEG").write_bytes(PICTURES[1])
+    (folder / "a.v2.txt").write_text("text a")
+    (folder / "sub/0.json").write_text('{"caption": ["c", "One. Two."]}')
+    records = Records(folder)
+    assert keys(records) == ["0", "a.v2", "sub/0", "sub/1"]
+    assert [record.row.get("caption") for record in records] == [None, "text a", ["c", "One. Two."], None]
+    assert records[1].image == folder / "a.v2.JPEG"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_may_hold_any_character(tmp_path, kind):
+    captions = ["line\u2028separator", "next\x85line", "form\ffeed", "nul\0", "é 日本語 👍"]
+    records = Records(captioned(tmp_path, kind, captions))
+    assert [record.row["caption"] for record in records] == captions
+    assert not records.bad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_of_a_megabyte_costs_at_most_its_own_sample(tmp_path, kind):
+    records = Records(captioned(tmp_path, kind, ["before", "long " * 200_000, "after"]))
+    first, *long, last = [read_captions(record.row).raw for record in records]
+    assert (first, last) == ("before", "after")
+    assert len(long) + records.bad.total == 1
+    assert TOKENIZER(long, 77).shape == (len(long), 77)
+
+
+def test_a_field_that_no_sample_has_is_named_since_it_is_mistyped_most_likely(tmp_path, capsys):
+    path = write(pictures(tmp_path, 30), rows(30))
+    open_dataset(path, "train", 0, 16, 0, caption_fields="raw=caption,long=caption+gone,short=lost")
+    assert "rows.jsonl has gone or lost\n" in capsys.readouterr().out
+
+
+# ---- sidecars of new captions ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_captions_in_a_sidecar_are_joined_by_key_over_the_files_own(tmp_path, kind):
+    path = captioned(tmp_path, kind, ["raw"] * 3)
+    sidecar = captions_path(path)
+    assert sidecar.name == ("v1.5" if kind == "folder" else "rows") + ".captions.jsonl"
+    one, two, three = keys(Records(path))
+    lines = []
+    for key, captions in [
+            (two, {"short": "s", "long": "L."}), (one, {"short": "s"}), ("of no sample", {"short": "x"}),
+            (one, {"style": "later"}), (two, {"short": "later"}), (two, 5)]:
+        lines.append({"key": key, "image": "0.jpg", "captions": captions})
+    write(tmp_path, [*lines, '{"key": "%s", "capt' % three], sidecar.name)
+    records = Records(path)
+    assert [read_captions(record.row) for record in records] == [
+        Captions("raw", ["s"], ["raw"], ["raw", "later"]),
+        Captions("raw", ["later"], ["L."], ["raw"]),
+        Captions("raw", [], ["raw"], ["raw"])]
+    assert records.bad.total == 1
+    assert sidecar.name in records.bad.report()
+
+
+# ---- mistakes of the user --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data, named", [
+    ("gone.tar", "gone.tar"),
+    ("f/{00001..00009}.tar", r"00003.tar \(nor 6 more\)"),
+    ("f/*.csv", r"\*.csv"),
+    ("f/x.parquet", "x.parquet"),
+    ("f/0000[01].tar f/x.parquet", "x.parquet"),
+    ("f/{00000.tar,a.jsonl}", "one format"),
+    ("empty", "empty"),
+    ("f/dots.tar", r"no image: dots.tar/a with .b.jpg")])
+def test_data_that_is_not_there_or_not_known_ends_in_one_sentence(tmp_path, monkeypatch, data, named):
+    folder = shards(tmp_path / "f")
+    write(folder, [], "x.parquet")
+    write(folder, [], "a.jsonl")
+    (tmp_path / "empty").mkdir()
+    shard(folder / "dots.tar", [("a.b", sample(0))])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=named) as caught:
+        open_dataset(data.split(), "train", 0, 16, 0)
+    assert "--data" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\n\n", b"{}\n", b"\xff\xfe\x00binary", b'{"image": "gone.jpg", "caption": "x"}', b"image,caption\ngone.jpg,x"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tar"])
+def test_a_file_without_a_usable_sample_is_refused_by_name_in_one_sentence(tmp_path, content, suffix):
+    path = tmp_path / f"odd.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=path.name) as caught:
+        open_dataset(str(path), "all", 0, 16, 0)
+    assert "\n" not in str(caught.value)
+
+
+# ---- bad data --------------------------------------------------------------------------------------------------------
+
+FAULTS = [
+    ("image truncated", {"jpg": PICTURES[0][:-300], "txt": b"x"}),
+    ("image will not decode", {"jpg": b"", "txt": b"x"}),
+    ("image too large", {"png": encoded(Image.new("1", (20_000, 20_000)), "PNG"), "txt": b"x"}),
+    ("no image", {"txt": b"x"}),
+    ("no caption", {"jpg": PICTURES[0]}),
+    ("no caption", {"jpg": PICTURES[0], "json": b'{"caption": 7}'}),
+    ("no caption", {"jpg": PICTURES[0], "txt": b" \n"}),
+    ("JSON does not parse", {"jpg": PICTURES[0], "json": b'{"caption": ', "txt": b"x"}),
+    ("JSON does not parse", {"jpg": PICTURES[0], "json": b"[" * 99_999})]
+
+
+def test_every_fault_in_a_tar_costs_its_own_sample_and_is_counted_by_reason_and_named(tmp_path):
+    samples = [(f"good{i}", sample(i)) for i in range(8)]
+    samples += [("latin", {"jpg": PICTURES[1], "txt": "Straße".encode("latin-1")})]
+    for i, (_, members) in enumerate(FAULTS):
+        samples.insert(2 * i + 1, (f"bad{i}", members))
+    dataset = open_dataset(str(shard(tmp_path / "a.tar", samples)), "all", 0, 16, 0)
+    assert "a.tar/bad3" in dataset.bad.report()
+
+    reasons = Counter(dataset.bad.counts)
+    captions = []
+    for i in range(len(dataset)):
+        try:
+            captions.append(dataset[i][1].raw)
+        except BadSample as problem:
+            reasons[problem.reason] += 1
+            assert "a.tar: bad" in problem.detail or "a.tar/bad" in problem.detail
+    assert reasons == Counter(reason for reason, _ in FAULTS)
+    assert captions == [*(f"picture {i}" for i in range(8)), "Stra\ufffde"]
+
+
+@pytest.mark.parametrize("line", [
+    "{not json", '"text"', "[1]", "7", "null", '{"caption": "no image"}', '{"image": null, "caption": "x"}',
+    '{"image": 5, "caption": "x"}', '{"image": ["0.jpg"], "caption": "x"}', '{"image": " ", "caption": "x"}',
+    "[" * 9999])
+def test_a_line_that_cannot_be_used_is_left_out_counted_and_named(tmp_path, line):
+    records = Records(write(tmp_path, [line, *rows(3)]))
+    assert keys(records) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert records.bad.total == 1
+    assert records.bad.seen == 4
+    assert "rows.jsonl line 1" in records.bad.report()
+
+
+@pytest.mark.parametrize("image", [
+    "gone.jpg", "https://a.b/c/gone.jpg?d=e", "a\0b.jpg", "../", "x" * 5000, "\ud800.jpg"], ids=ascii)
+def test_a_picture_that_cannot_be_read_is_a_bad_sample_that_is_named(tmp_path, image):
+    line = json.dumps({"image": image, "caption": "x"})
+    path = write(pictures(tmp_path, 1), [row(0), line])
+    dataset = open_dataset(path, "all", 0, 16, 0)
+    assert dataset[0][0].shape == (3, 16, 16)
+    with pytest.raises(BadSample, match="rows.jsonl") as caught:
+        dataset[1]
+    assert image[:9] in caught.value.detail
+    assert caught.value.reason == ("image missing" if "gone" in image else "image will not decode")
+
+
+def test_a_picture_may_have_several_lines_but_the_same_line_or_key_counts_once(tmp_path):
+    lines = [
+        row(0, "a"),
+        row(0, "b"),
+        row(0, "a"),
+        {"key": "one", **row(1, "c")},
+        {"key": "one", **row(2, "d")}]
+    records = Records(write(tmp_path, lines))
+    assert [record.row["caption"] for record in records] == ["a", "b", "c"]
+    assert records.bad.counts == {"duplicate": 2}
+
+
+@pytest.mark.parametrize("names", ["aba", "aab", "abab"])
+def test_of_samples_in_a_tar_with_the_same_key_the_first_stays(tmp_path, names):
+    samples = [(name, sample(i)) for i, name in enumerate(names)]
+    records = Records(shard(tmp_path / "a.tar", samples))
+    assert keys(records) == ["a", "b"]
+    for record in records:
+        first = names.index(record.key)
+        assert record.image == PICTURES[first]
+        assert record.row["caption"] == f"picture {first}"
+    assert records.bad == {"duplicate": ["a.tar: a", "a.tar: b"][:len(names) - 2]}
+
+
+def test_a_csv_row_with_a_quote_that_never_closes_costs_that_row_alone(tmp_path):
+    lines = [f'{i}.jpg,"a caption, of {i}"' for i in range(2000)]
+    lines[5] = '5.jpg,"a caption, of 5'
+    lines[700] = "700.jpg,one,too many"
+    lines[1999] = '1999.jpg,"never closed'
+    records = Records(write(tmp_path, ["image,caption", *lines], "a.csv"))
+    assert keys(records) == [f"{i}.jpg" for i in range(2000) if i not in (5, 700, 1999)]
+    assert records.bad == {"row does not parse": ["a.csv line 7", "a.csv line 702", "a.csv line 2001"]}
+
+
+def extents(path):
+    """Of each sample in a tar: its first byte, and the byte behind its last."""
+    found = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            start, _ = found.get(member.name[:4], (member.offset, 0))
+            found[member.name[:4]] = start, member.offset_data + member.size
+    return found
+
+
+@pytest.mark.parametrize("length", [100, 600, 900])
+def test_of_a_half_written_tar_the_whole_samples_are_read_and_the_rest_is_counted(tmp_path, length):
+    folder = shards(tmp_path / "a", (12,))
+    start, _ = extents(folder / "00000.tar")["0009"]
+    os.truncate(folder / "00000.tar", start + length)
+    records = Records(folder)
+    assert keys(records) == [f"{i:04}" for i in range(9)]
+    assert records.bad.total == 1
+    assert "00000.tar" in records.bad.report()
+
+
+def mutations(path, n, alphabet=bytes(range(256))):
+    """n damaged copies of a file: (path, where the damage begins and ends in the file, how far the rest has moved)."""
+    content, pick = path.read_bytes(), random.Random(0)
+    for i in range(n):
+        start = pick.randrange(len(content))
+        stop = start + pick.choice((1, 1, 3, 30, 512, 700))
+        noise = bytes(pick.choices(alphabet, k=stop - start))
+        new, stop = pick.choice([
+            (noise, stop), (noise, start), (content[start:stop], start), (b"", stop), (b"", len(content))])
+        copy = path.with_stem(f"{i}")
+        copy.write_bytes(content[:start] + new + content[stop:])
+        yield copy, start, stop, len(new) - (stop - start)
+
+
+def test_a_damaged_tar_is_read_where_it_is_whole_and_counted_where_it_is_not(tmp_path):
+    whole = shard(tmp_path / "whole.tar", [(f"{i:04}", sample(i)) for i in range(8)], tarfile.PAX_FORMAT)
+    original = readable(Records(whole))
+    spans = extents(whole)
+    counted = Counter()
+    for path, start, stop, moved in mutations(whole, 300):
+        records = Records(path)
+        good = readable(records)
+        # Behind damage that moves the rest there is no tar, unless by blocks of 512; and the header that moved into the
+        # place of content is lost with its sample.
+        behind = math.inf if moved % 512 else stop + 4000 * bool(moved)
+        for key, (first, last) in spans.items():
+            if last <= start or first >= behind:
+                assert good.get(key) == original[key], (start, stop, moved, key)
+        assert records.bad or len(records) >= 8
+        counted.update(records.bad.counts)
+        for record in good.values():
+            try:
+                load_image(record.image)
+            except BadSample as problem:
+                counted[problem.reason] += 1
+    assert len(counted) >= 4
+    assert "image will not decode" in counted
+
+
+@pytest.mark.parametrize("suffix, head, line", [
+    ("jsonl", "", '{{"image": "{0}.jpg", "caption": "{0}"}}\n'),
+    ("csv", "image,raw\n", '{0}.jpg,"with ""quotes"",\nand a line break {0}"\n')])
+def test_a_damaged_text_file_loses_the_rows_that_are_damaged_and_no_other(tmp_path, suffix, head, line):
+    whole = tmp_path / f"whole.{suffix}"
+    whole.write_text(head + "".join(line.format(i) for i in range(10, 50)))
+    original = [record.row for record in Records(whole)]
+    length = len(line.format(10))
+    bad = 0
+    assert len(original) == 40
+    for path, start, stop, _ in mutations(whole, 250, b'"",\n\\{}:x\xff\x00 '):
+        if start < len(head):
+            continue
+        records = Records(path)
+        found = [record.row for record in records]
+        before = (start - len(head)) // length
+        behind = (stop - len(head)) // length + 1
+        for row in original[:before] + original[behind:]:
+            assert row in found, (start, stop)
+        bad += records.bad.total
+    assert bad > 50
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+def made(cache):
+    """When it was made."""
+    return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+def test_an_index_is_made_once_and_anew_when_its_file_has_changed(tmp_path, cache):
+    folder = shards(tmp_path / "a")
+    os.truncate(folder / "00002.tar", 20_000)
+    bad = Records(folder).bad
+    before = made(cache)
+    assert bad.total == 1
+    assert Records(folder).bad == bad
+    assert made(cache) == before
+    shard(folder / "00003.tar", [("new", sample(3))])
+    assert keys(Records(folder))[-1] == "new"
+    assert before.items() < made(cache).items()  # only the new file was read
+    files = len(made(cache))
+    shard(folder / "00003.tar", [("new", sample(5)), ("last", sample(4))])
+    *_, new, last = Records(folder)
+    assert (new.image, last.image) == (PICTURES[5], PICTURES[4])
+    assert len(made(cache)) == files  # the old index of the changed file is gone
+
+
+@pytest.mark.parametrize("length", [0, 1, 20, 100])
+def test_an_index_that_is_not_whole_is_made_anew(tmp_path, cache, length):
+    folder = shards(tmp_path / "a", (5,))
+    Records(folder)
+    for path in cache.iterdir():
+        os.truncate(path, length)
+    assert keys(Records(folder)) == [f"{i:04}" for i in range(5)]
+
+
+def test_an_index_is_kept_whole_or_not_at_all_and_none_is_no_error(tmp_path, cache, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    folder = shards(tmp_path / "a")
+    monkeypatch.setattr(os, "replace", fail)
+    assert len(Records(folder)) == 60
+    assert not list(cache.iterdir())
+    monkeypatch.setenv("MINILIP_CACHE", str(folder / "00000.tar"))
+    assert len(Records(folder)) == 60
+
+
+def number_of_samples(folder):
+    return len(Records(folder))
+
+
+def test_processes_that_index_the_same_files_at_once_agree_and_leave_nothing_behind(tmp_path, cache):
+    folder = shards(tmp_path / "a", (10,) * 12)
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        counts = pool.map(number_of_samples, [folder] * 3, chunksize=1)
+    files = made(cache)
+    assert counts == [120, 120, 120]
+    assert number_of_samples(folder) == 120
+    assert made(cache) == files
+
+
+# ---- training and validation, order ----------------------------------------------------------------------------------
+
+def texts(dataset):
+    return [dataset[i][1].raw for i in range(len(dataset))]
+
+
+def test_training_and_validation_share_no_picture_and_lose_none_in_any_order_of_the_file(tmp_path):
+    path = write(pictures(tmp_path, 60), rows(60))
+    backwards = write(tmp_path, rows(60)[::-1], "backwards.jsonl")
+    training = texts(open_dataset(path, "train", 0, 16, 0))
+    held_out = texts(open_dataset(backwards, "test", 0, 16, 0))
+    assert 0 < len(held_out) < 20
+    assert sorted(training + held_out) == sorted(row["caption"] for row in rows(60))
+
+
+def stream(dataset, batch=8, last=12, first=0, rank=0, world=1, **flags):
+    """The numbers of the pictures in each step's local batch."""
+    s = settings("clip", batch=batch, workers=0, **flags)
+    steps = []
+    for found in training_loader(dataset, TOKENIZER, s, first, last, rank, world):
+        captions = [TOKENIZER.decode(row[0]) for row in found.tokens]
+        steps.append([int(caption.replace(" ", "").removeprefix("picture")) for caption in captions])
+    return steps
+
+
+def epoch(dataset, number=0, **flags):
+    """The numbers of the pictures in an epoch."""
+    n = len(dataset)
+    return sum(stream(dataset, 1, (number + 1) * n, number * n, **flags), [])
+
+
+@pytest.fixture(params=["rows", "shards", "several sets"])
+def dataset(request, tmp_path):
+    """About 54 pictures for training, of 60."""
+    folder = shards(tmp_path / "a")
+    data = {"rows": write(pictures(tmp_path, 60), rows(60)), "shards": str(folder),
+            "several sets": [f"{folder}/0000[01].tar", f"{folder}/00002.tar"]}
+    return open_dataset(data[request.param], "train", 0, 16, 0)
+
+
+def test_every_picture_comes_once_an_epoch_and_epochs_and_seeds_are_shuffled_anew(dataset):
+    orders = [epoch(dataset), epoch(dataset, 1), epoch(dataset, seed=1), epoch(dataset, 1, seed=1)]
+    for order in orders:
+        assert len(set(order)) == len(dataset)
+        assert sorted(order) == sorted(orders[0])
+        assert orders.count(order) == 1
+    assert epoch(dataset) == orders[0]
+
+
+@pytest.mark.parametrize("batch, world", [(8, 2), (12, 4), (64, 2)])
+def test_ranks_share_out_the_global_order_and_any_start_is_its_tail(dataset, batch, world):
+    order = stream(dataset, batch, 8)
+    ranks = [stream(dataset, batch, 8, rank=rank, world=world) for rank in range(world)]
+    for step, *parts in zip(order, *ranks, strict=True):
+        assert step == sum(parts, [])
+    for first in (1, 7):
+        assert stream(dataset, batch, 8, first) == order[first:]
+        assert stream(dataset, batch, 8, first, 1, world) == ranks[1][first:]
+
+
+def test_several_sets_are_mixed_evenly(tmp_path):
+    shards(tmp_path / "a", (60, 61, 50))
+    dataset = open_dataset([f"{tmp_path}/a/0000[01].tar", f"{tmp_path}/a/00002.tar"], "train", 0, 16, 0)
+    order = np.array(epoch(dataset))
+    places = np.flatnonzero(order >= 121) / len(order)  # those of the second set
+    even = np.linspace(0, 1, len(places))
+    assert np.abs(places - even).max() < 0.1
+
+
+def test_shards_are_read_few_at_a_time_so_that_what_is_read_before_long_lies_together(tmp_path):
+    dataset = open_dataset(str(shards(tmp_path / "a", (20,) * 30)), "train", 0, 16, 0)
+    files = np.array(epoch(dataset, shuffle_buffer=40)) // 20
+    for start in range(0, len(files), 40):
+        assert 1 < len(np.unique(files[start:start + 40])) <= 16
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("data", ["shards", "scenes"])
+def test_batches_are_identical_whatever_the_number_of_workers(tmp_path, data):
+    folder = shards(tmp_path / "shards")
+    shard(folder / "00003.tar", [(f"bad{i}", {"jpg": b"", "txt": b"x"}) for i in range(8)])
+    dataset = open_dataset(str(folder) if data == "shards" else data, "train", 40, 32, 12)
+    runs = []
+    for workers in (0, 1, 2):
+        s = settings(batch=8, shuffle_buffer=16, workers=workers)
+        runs.append(list(training_loader(dataset, TOKENIZER, s, 2, 9)))
+    for expected, *batches in zip(*runs, strict=True):
+        for batch in batches:
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.tokens, expected.tokens)
+            assert len(batch.bad) == len(expected.bad)
+    assert any(batch.bad for batch in runs[0]) == (data == "shards")
+
+
+def test_a_batch_is_cut_to_its_longest_text_and_knows_the_length_of_each():
+    dataset = open_dataset("scenes", "train", 40, 32, 12)
+    samples = TrainingTexts(dataset, TOKENIZER, settings())
+    batch = collate([samples[0, i] for i in range(8)])
+    longest = batch.lengths.max()
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (8, 3, 32, 32)
+    assert batch.tokens.shape == (8, 4, longest)
+    ends = (batch.tokens == TOKENIZER.eot).nonzero()[:, 2]
+    assert (ends + 1).tolist() == batch.lengths.flatten().tolist()
+    assert torch.equal(batch.tokens[3], samples[0, 3][1][:, :longest])
+
+
+def test_a_bad_sample_is_counted_and_replaced_by_one_drawn_from_seed_epoch_and_index(tmp_path):
+    lines = rows(60) + [row(i, "bad") for i in range(60, 120)]
+    dataset = open_dataset(write(pictures(tmp_path, 60), lines), "train", 0, 16, 0)
+
+    def draw(seed=0, epoch=0):
+        samples = TrainingTexts(dataset, TOKENIZER, settings("clip", seed=seed))
+        return [collate([samples[epoch, i]]) for i in range(len(dataset))]
+
+    def captions(batches):
+        return np.array([TOKENIZER.decode(batch.tokens[0, 0]) for batch in batches])
+
+    batches = draw()
+    first = captions(batches)
+    replaced = np.array([len(batch.bad) > 0 for batch in batches])
+    assert 30 < replaced.sum() < 90
+    assert "bad" not in first
+    assert {problem.reason for batch in batches for problem in batch.bad} == {"image missing"}
+    assert (captions(draw()) == first).all()
+    for other in (draw(seed=1), draw(epoch=1)):
+        same = captions(other) == first
+        assert same[~replaced].all()
+        assert same[replaced].mean() < 0.2
+
+
+def test_where_all_files_shrink_or_vanish_under_way_the_run_ends_in_one_sentence(tmp_path):
+    folder = shards(tmp_path / "a", (200, 200))
+    dataset = open_dataset(str(folder), "train", 0, 64, 0)
+    os.truncate(folder / "00000.tar", 0)
+    (folder / "00001.tar").unlink()
+    with pytest.raises(UserError, match="bad.*(file cut off|file cannot be read)") as caught:
+        stream(dataset, last=100)
+    assert "\n" not in str(caught.value)
+
+
+def test_over_the_limit_of_bad_samples_the_run_is_told_to_stop_in_one_sentence():
+    bad = BadCount()
+    for i in range(30):
+        bad.add(BadSample("image missing" if i % 3 else "no caption", f"{i}.jpg"))
+    bad.seen = 199  # too few to judge by
+    bad.check(0.05)
+    bad.seen = 600  # 5% exactly
+    bad.check(0.05)
+    bad.seen = 599
+    with pytest.raises(UserError, match="^30 of 599 samples are bad, over --max-bad.*20 × image missing: 1") as caught:
+        bad.check(0.05)
+    assert "\n" not in str(caught.value)
+
+
+def test_when_a_worker_dies_one_sentence_names_the_samples_at_hand(tmp_path):
+    dataset = open_dataset(write(pictures(tmp_path, 20), rows(20)), "train", 0, 16, 0)
+    deadly = texts(dataset)[7]
+    image = deadly.removeprefix("picture ") + ".jpg"
+
+    def tokenize(captions, length):
+        if deadly in captions:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does for want of memory
+        return TOKENIZER(captions, length)
+
+    s = settings("clip", batch=4, workers=2)
+    with pytest.raises(UserError, match=f"a data-loading process died .* {image}") as caught:
+        list(training_loader(dataset, tokenize, s, 0, 20))
+    assert "\n" not in str(caught.value)
+
+
+# ---- from the command line -------------------------------------------------------------------------------------------
+
+def test_a_set_that_is_bad_by_its_index_alone_is_refused_before_training(tmp_path):
+    path = write(pictures(tmp_path, 300), [*rows(300), *["{torn"] * 20])
+    with pytest.raises(UserError, match="20 of 320 samples are bad, over --max-bad 0.05"):
+        train.train({"size": "nano", "method": "clip", "tokenizer": "scenes", "device": "cpu", "data": path,
+                     "out": str(tmp_path / "run")})
+
+
+def look(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags), "--tokenizer", "scenes"])
+    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
+def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path, monkeypatch, capsys):
+    folder = shards(tmp_path / "a", (30,))
+    shard(folder / "00001.tar", [
+        ("x", {"jpg": b"", "txt": b"x"}),
+        ("y", {"txt": b"y"}),
+        ("z", {"jpg": PICTURES[0], "txt": b"costs $5 and $6", "json": b'{"long": "One two. Three."}'})])
+    (folder / "00001_stats.json").write_text('{"count": 3}')  # img2dataset leaves it beside a shard
+    look(monkeypatch, "--look", folder, "--sheet", tmp_path / "sheet.png")
+    printed = capsys.readouterr().out
+    for line in (
+            "2 files, 32 samples; left out: 1 × no image: 00001.tar/y with .txt",
+            "32 looked at, 1 bad: 1 × image will not decode",
+            "raw caption: 31, tokens: mean",
+            "sentence of long: 32,",
+            "fields: caption 32, width 30, long 1\n"):
+        assert line in printed
+    assert np.array(Image.open(tmp_path / "sheet.png").convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--look gone.tar", "no file gone.tar"), ("--look scenes", "python scenes.py --sheet"),
+    ("--look a --sheet a.xyz", "--sheet a.xyz")])
+def test_a_mistake_in_a_look_is_one_sentence(tmp_path, monkeypatch, flags, named):
+    shards(tmp_path / "a", (3,))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{named}") as caught:
+        look(monkeypatch, *flags.split())
+    assert "\n" not in str(caught.value)

@@ -36,8 +36,7 @@ VECTORS = {
     "AVX512": "-DCPU_CAPABILITY_AVX512 -DCPU_CAPABILITY=AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
     "AVX2": "-DCPU_CAPABILITY_AVX2 -DCPU_CAPABILITY=AVX2 -mavx2 -mfma -mf16c",
 }
-CUDA_FLAGS = ("-O3 --threads=2 -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 "
-              "-gencode=arch=compute_90,code=compute_90")
+CUDA_FLAGS = "-O3 --threads=2"
 CHUNK = 1 << 22  # logits that `chunked` has in memory at a time
 
 _mode = "auto"
@@ -161,7 +160,8 @@ def build(cuda):
 
     sources = sorted(FOLDER.glob("*.c*" if cuda else "*.cpp"))
     flags = "-O3 -fopenmp " + VECTORS.get(torch.backends.cpu.get_cpu_capability(), "")
-    ingredients = torch.__version__ + flags + CUDA_FLAGS
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # read by cpp_extension
+    ingredients = torch.__version__ + flags + CUDA_FLAGS + architectures
     for path in [*sources, *FOLDER.glob("*.h")]:
         ingredients += path.read_text()
     name = "similarity_" + hashlib.md5(ingredients.encode()).hexdigest()

@@ -1,7 +1,7 @@
 // Row and column log-sum-exp of a similarity matrix that is never stored: the CPU op.
 //
-// The mathematics. With images I [N, D], texts T [M, D] and a scale s, the logits are L = s·I·Tᵀ [N, M],
-// and a contrastive loss needs of them only
+// The mathematics. With images I [N, D], texts T [M, D] and a scale s, the logits are L = s·I·Tᵀ [N, M].
+// A contrastive loss needs of them only
 //     r_i = log Σ_j exp L_ij        and        c_j = log Σ_i exp L_ij,
 // besides the few positives L_ii, which cost O(N·D). Given ∂r and ∂c, the derivative is
 //     P_ij = exp(L_ij - r_i)·∂r_i + exp(L_ij - c_j)·∂c_j          (∂loss/∂L)
@@ -13,18 +13,16 @@
 // The tiling. A block is ROWS images by PANEL texts, a tile ROWS images by COLS texts. A tile's logits
 // (64 KiB) stay in a core's L2 cache between the product that writes them and the pass that reads them. In
 // the backward pass a tile's P goes at once into ∂T, and the P of a block (1.5 MiB, in L3) into ∂I.
-// The threads share out the tiles of a block. A tile owns what it adds to its columns; what it adds to its
-// rows goes to a table that is merged in column order, so no bit depends on the number of threads.
+// The threads share the tiles of a block. A tile owns its columns' sums; its rows' sums go to a table that
+// is merged in column order, so no bit depends on the number of threads.
 //
 // The matrix products are oneDNN's brgemm, which libtorch_cpu exports: C (+)= A·B on one core, row-major,
-// summed in float32 (where oneDNN has no kernel, the BLAS does it). Called inside the threads, it needs no
-// barrier between product and pass. It takes no transposes, so tiles of Tᵀ and Pᵀ are written out; of
-// bfloat16 it wants B as [K/2, n, 2].
+// summed in float32 (the BLAS does it where oneDNN has no kernel). Called inside the threads, it needs no
+// barrier between product and pass. It takes no transposes, so tiles of Tᵀ and Pᵀ are written out.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
-
 #include <atomic>
 
 #include "similarity_logsumexp.h"
@@ -34,9 +32,9 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t PANEL = 1536, ROWS = 256, COLS = 64;
 constexpr int64_t LD = PANEL + 32;  // a row stride that is no power of two: rows spread over the cache's sets
-template <class T> constexpr int64_t PAIR = 4 / sizeof(T);  // rows of B that brgemm wants side by side
+template <class T> constexpr int64_t PAIR = 4 / sizeof(T);  // rows of B side by side: [K/2, n, 2] of bfloat16
 
-// brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, pairs): c [m, n] (+)= a [m, k]·b [k, n], of these row strides
+// brgemm(m, n, k, lda, ldb, ldc, add, a, b, c): c [m, n] (+)= a [m, k]·b [k, n], of these row strides
 using at::native::cpublas::brgemm;
 
 // [rows, cols] -> [cols, rows]
@@ -54,8 +52,7 @@ template <class T> Tensor interleave(const Tensor& x) {
   return x.unflatten(-2, {-1, PAIR<T>}).transpose(-1, -2).contiguous().view(x.sizes());
 }
 
-// Runs task(0) ... task(count - 1), each on the thread that is free next. The matrix unit (AMX), which
-// brgemm leaves configured, is released at the end.
+// Runs task(0) ... task(count - 1), each on the thread that is free next; then releases brgemm's AMX unit.
 template <class T, class F> void parallel(int64_t count, F task) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
@@ -82,17 +79,13 @@ template <class T, class F, class B> void for_tiles(const Inputs& x, F on_tile, 
           T *text = row_of<T>(x.texts, g, tile.j), *transposed = row_of<T>(packed, 0, t);
           if (i == 0)  // a pair moves as one float: it is 32 bits for either dtype
             transpose((const float*)text, D / PAIR<T>, (float*)transposed, COLS, COLS, D / PAIR<T>);
-          T* image = row_of<T>(x.images, g, i);
-          brgemm(rows, COLS, D, D, COLS, COLS, false, image, transposed, products, PAIR<T> == 2);
+          brgemm(rows, COLS, D, D, COLS, COLS, false, row_of<T>(x.images, g, i), transposed, products);
           on_tile(tile, products, &offset[tile.j]);
         });
         after_block(Part{g, i, rows, j, cols});
       }
     }
 }
-
-// All numbers of a vector combined, in an order that is always the same.
-template <class F> float reduce(F combine, Vec x) { return at::vec::vec_reduce_all<float>(combine, x); }
 
 // Merges a vector of (max, sum) pairs into those at `max` and `sum`.
 void merge(float* max, float* sum, Vec new_max, Vec new_sum) {
@@ -102,10 +95,10 @@ void merge(float* max, float* sum, Vec new_max, Vec new_sum) {
   top.store(max);
 }
 
-// One tile of the forward pass: its logits in place of its products; the sums of each of its rows set, of
-// each of its columns merged.
+// One tile of the forward pass: logits replace its products; its rows' sums are set, its columns' merged.
 void tile_logsumexp(float* x, int64_t rows, float scale, const float* offset, Sums row, Sums col) {
   constexpr int64_t W = Vec::size();
+  auto larger = [](Vec a, Vec b) { return at::vec::maximum(a, b); };
   Vec col_max[COLS / W], col_sum[COLS / W];
   std::fill_n(col_max, COLS / W, Vec(-INF));
   std::fill_n(col_sum, COLS / W, Vec(0));
@@ -117,7 +110,7 @@ void tile_logsumexp(float* x, int64_t rows, float scale, const float* offset, Su
       max = at::vec::maximum(max, logit);
       col_max[c / W] = at::vec::maximum(col_max[c / W], logit);
     }
-    if (row.max) row.max[r] = reduce([](Vec a, Vec b) { return at::vec::maximum(a, b); }, max);
+    if (row.max) row.max[r] = at::vec::vec_reduce_all<float>(larger, max);
   }
   for (int64_t r = 0; r < rows; r++) {
     Vec sum(0);
@@ -126,30 +119,29 @@ void tile_logsumexp(float* x, int64_t rows, float scale, const float* offset, Su
       if (row.max) sum = sum + (logit - Vec(row.max[r])).exp();
       if (col.max) col_sum[c / W] = col_sum[c / W] + (logit - col_max[c / W]).exp();
     }
-    if (row.max) row.sum[r] = reduce([](Vec a, Vec b) { return a + b; }, sum);
+    if (row.max) row.sum[r] = at::vec::vec_reduce_all<float>(std::plus<>(), sum);
   }
   if (!col.max) return;
   for (int64_t c = 0; c < COLS; c += W) merge(col.max + c, col.sum + c, col_max[c / W], col_sum[c / W]);
 }
 
-// One tile of the backward pass: s·P from its products, row by row; returns Σ P·(I·Tᵀ).
+// One tile of the backward pass: s·P, from its products x, goes `to`; returns Σ P·(I·Tᵀ).
 template <class T>
-double tile_weights(const float* x, int64_t rows, float scale, const float* offset, Side row, Side col,
-                    T* weights) {
+double tile_weights(const float* x, int64_t rows, float s, const float* offset, Side row, Side col, T* to) {
   double total = 0;
   for (int64_t r = 0; r < rows; r++) {
     alignas(64) float weight[COLS];
     Vec add(0);
     for (int64_t c = 0; c < COLS; c += Vec::size()) {
       Vec p(0), product = Vec::loadu(x + r * COLS + c);
-      Vec logit = at::vec::fmadd(product, Vec(scale), Vec::loadu(offset + c));
+      Vec logit = at::vec::fmadd(product, Vec(s), Vec::loadu(offset + c));
       if (row.grad) p = (logit - Vec(row.lse[r])).exp() * Vec(row.grad[r]);
       if (col.grad) p = p + (logit - Vec::loadu(col.lse + c)).exp() * Vec::loadu(col.grad + c);
       add = at::vec::fmadd(p, product, add);
-      (p * Vec(scale)).store(weight + c);
+      (p * Vec(s)).store(weight + c);
     }
-    at::vec::convert(weight, weights + r * LD, COLS);
-    total += reduce([](Vec a, Vec b) { return a + b; }, add);
+    at::vec::convert(weight, to + r * LD, COLS);
+    total += at::vec::vec_reduce_all<float>(std::plus<>(), add);
   }
   return total;
 }
@@ -180,7 +172,6 @@ Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor 
   Tensor image_pairs = interleave<T>(x.images), text_pairs = interleave<T>(x.texts);
   Tensor weights = at::empty({std::min(ROWS, x.images.size(-2)), LD}, x.images.options());  // s·P of a block
   Tensor d_scale = at::zeros({x.texts.size(-2) / COLS}, at::kDouble);  // of each column of tiles
-
   auto on_tile = [&](const Part& tile, const float* products, const float* offset) {
     T* p = weights.data_ptr<T>() + tile.j % PANEL;
     Side row = pairs_at<Side>(rows, tile.g, tile.i), col = pairs_at<Side>(cols, tile.g, tile.j);
@@ -192,33 +183,28 @@ Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor 
     if (height > tile.rows) std::fill_n(p + tile.rows * LD, COLS, T(0));
     transpose(p, LD, transposed, ROWS, height, COLS);
     brgemm(COLS, D, height, ROWS, D, D, true, transposed, row_of<T>(image_pairs, tile.g, tile.i),
-           row_of<float>(d_texts, tile.g, tile.j), PAIR<T> == 2);
+           row_of<float>(d_texts, tile.g, tile.j));
   };
   auto after_block = [&](const Part& block) {
     if (!d_images.defined()) return;
-    parallel<T>((D + COLS - 1) / COLS, [&](int64_t strip) {
+    parallel<T>(round_up(D, COLS) / COLS, [&](int64_t strip) {
       int64_t d = strip * COLS;
       T* text = row_of<T>(text_pairs, block.g, block.j) + d * PAIR<T>;
-      float* d_image = row_of<float>(d_images, block.g, block.i) + d;
-      brgemm(block.rows, std::min(COLS, D - d), block.cols, LD, D, D, true, weights.data_ptr<T>(), text,
-             d_image, PAIR<T> == 2);
+      float* to = row_of<float>(d_images, block.g, block.i) + d;
+      brgemm(block.rows, std::min(COLS, D - d), block.cols, LD, D, D, true, weights.data_ptr<T>(), text, to);
     });
   };
   for_tiles<T>(x, on_tile, after_block);
   return d_scale.sum().to(at::kFloat);
 }
 
-// Whether brgemm has bfloat16 instructions to use; without them bfloat16 is computed as float32.
-bool has_bfloat16() {
-#ifdef __x86_64__
-  return __builtin_cpu_supports("avx512bf16") && at::globalContext().userEnabledMkldnn();
-#endif
-  return false;
-}
-
 // n becomes a multiple of COLS, which is whole tiles of texts and whole vectors of rows, and D one of PAIR.
 Tensor prepare(const Tensor& x) {
-  bool bfloat16 = x.scalar_type() == at::kBFloat16 && has_bfloat16();
+  bool bfloat16 = false;  // it is computed as float32 where brgemm has no instructions for it
+#ifdef __x86_64__
+  bfloat16 = x.scalar_type() == at::kBFloat16 && __builtin_cpu_supports("avx512bf16") &&
+             at::globalContext().userEnabledMkldnn();
+#endif
   int64_t n = round_up(x.size(-2), COLS) - x.size(-2), d = bfloat16 ? x.size(-1) % 2 : 0;
   Tensor cast = x.to(bfloat16 ? at::kBFloat16 : at::kFloat);
   return n || d ? at::constant_pad_nd(cast, {0, d, 0, n}) : cast.contiguous();
@@ -231,7 +217,7 @@ template <class F> void with_dtype(const Tensor& x, F run) {
 }  // namespace
 
 TORCH_LIBRARY(similarity, m) {
-  m.def("logsumexp(Tensor image, Tensor text, Tensor logit_scale, bool rows=True, bool cols=True)"
+  m.def("logsumexp(Tensor image, Tensor text, Tensor scale, bool rows=True, bool cols=True)"
         " -> (Tensor, Tensor)");
   m.def("logsumexp_backward(Tensor? d_per_image, Tensor? d_per_text, Tensor image, Tensor text, Tensor scale,"
         " Tensor per_image, Tensor per_text, bool needs_image, bool needs_text) -> (Tensor, Tensor, Tensor)");

@@ -10,8 +10,7 @@
 //
 // The trade-off. A kernel with its own tensor-core products would move nothing through L2; the library's
 // product is right on every GPU and for every shape. Extra memory: 32 MiB of products, up to 32 MiB of P,
-// and the gradients in float32. Nothing here waits for the GPU. No GPU has run it yet: a CPU has
-// (tests/cuda_on_cpu.h).
+// and the gradients in float32. Nothing waits for the GPU. No GPU has run it yet, a CPU has (cuda_on_cpu.h).
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDADataType.h>
@@ -26,8 +25,6 @@ constexpr int64_t ROWS = 4096, COLS = 2048;
 constexpr int PATCH = 128, WARPS = 8;
 constexpr int LANE = PATCH / 32, BAND = PATCH / WARPS;  // columns of a lane and rows of a warp, in a patch
 
-// ---- the kernels
-
 __device__ float warp_max(float x) {
   for (int lane = 16; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, lane));
   return x;
@@ -38,8 +35,7 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// Σ exp is carried as (max, sum), which means sum·exp(max); nothing yet is (-inf, 0). A NaN logit is in no
-// max (fmaxf drops it) but in the sum, and so in the result.
+// Two (max, sum) as one. A NaN logit is in no max (fmaxf drops it) but in the sum, and so in the result.
 __device__ float2 merged(float2 a, float2 b) {
   float top = fmaxf(a.x, b.x);
   if (top == -INF) return {top, a.y + b.y};
@@ -62,10 +58,9 @@ __device__ void put(Sums sums, int64_t i, float2 pair) { sums.max[i] = pair.x, s
 template <class T> struct alignas(LANE * sizeof(T)) Lane {
   T value[LANE];
 };
-
 __device__ Lane<float> lane_at(const float* x) { return *reinterpret_cast<const Lane<float>*>(x); }
 
-// The sums of a patch's rows and columns -> row_sums [cols/PATCH, ROWS], col_sums [rows/PATCH, COLS]
+// The sums of every patch's rows and columns -> row_sums [cols/PATCH, ROWS], col_sums [rows/PATCH, COLS]
 __global__ void __launch_bounds__(32 * WARPS)
     statistics(const float* products, Part tile, const float* scale, Sums row_sums, Sums col_sums) {
   __shared__ float2 bands[WARPS][PATCH];
@@ -76,12 +71,11 @@ __global__ void __launch_bounds__(32 * WARPS)
     for (int c = 0; c < LANE; c++)
       logits[r * LANE + c] = row + r < tile.rows && col + c < tile.cols ? product.value[c] * s : -INF;
   }
-  if (row_sums.max) {
+  if (row_sums.max)
     for (int r = 0; r < BAND; r++) {
       float2 pair = pair_of<LANE, 1, true>(logits + r * LANE);
       if (threadIdx.x == 0) put(row_sums, blockIdx.x * ROWS + row + r, pair);
     }
-  }
   if (!col_sums.max) return;
   for (int c = 0; c < LANE; c++)
     bands[threadIdx.y][threadIdx.x * LANE + c] = pair_of<BAND, LANE, false>(logits + c);
@@ -103,8 +97,7 @@ __global__ void merge(Sums sums, int64_t stride, int count, Sums running, int n)
 }
 
 // weights [rows, COLS] = P / unit in the dtype of the next products; d_scale[patch][warp] += Σ P·product
-template <class T>
-__global__ void __launch_bounds__(32 * WARPS)
+template <class T> __global__ void __launch_bounds__(32 * WARPS)
     tile_weights(const float* products, Part tile, const float* scale, const float* unit, Side row_side,
                  Side col_side, T* weights, double* d_scale) {
   int col = blockIdx.x * PATCH + threadIdx.x * LANE, row = blockIdx.y * PATCH + threadIdx.y * BAND;
@@ -130,10 +123,8 @@ __global__ void __launch_bounds__(32 * WARPS)
   if (threadIdx.x == 0) d_scale[(blockIdx.y * gridDim.x + blockIdx.x) * WARPS + threadIdx.y] += total;
 }
 
-// ---- the op
-
-// c (+)= a·b, of row-major matrices or transposed views of such. cuBLAS is column-major, where the same bytes
-// are the transposes: cᵀ = bᵀ·aᵀ, hence the exchanged order.
+// c (+)= a·b, of row-major matrices or transposed views of such. cuBLAS is column-major, where the same
+// bytes are the transposes: cᵀ = bᵀ·aᵀ, hence the exchanged order.
 void multiply(const Tensor& c, const Tensor& a, const Tensor& b, float add) {
   auto as = [](const Tensor& x) { return x.stride(1) == 1 ? CUBLAS_OP_N : CUBLAS_OP_T; };
   auto stride = [](const Tensor& x) {  // a single row says nothing by its stride
@@ -152,7 +143,7 @@ Tensor rows_of(const Tensor& x, int64_t g, int64_t i, int64_t n) {
   return (x.dim() == 3 ? x[g] : x).narrow(0, i, n);
 }
 
-// Calls use(tile, image, text, products, grid) for every tile; a block of the grid has a patch.
+// Calls use(tile, image, text, products, grid) for every tile; each block of the grid has a patch.
 template <class F> void for_tiles(const Inputs& x, F use) {
   c10::cuda::CUDAGuard guard(x.scale.device());
   Tensor products = at::empty({std::min(ROWS, round_up(x.N, PATCH)), COLS}, x.scale.options());
@@ -162,7 +153,7 @@ template <class F> void for_tiles(const Inputs& x, F use) {
         Part tile{g, i, std::min(ROWS, x.N - i), j, std::min(COLS, x.M - j)};
         Tensor image = rows_of(x.images, g, i, tile.rows), text = rows_of(x.texts, g, j, tile.cols);
         multiply(products.narrow(0, 0, tile.rows).narrow(1, 0, tile.cols), image, text.t(), 0);
-        dim3 grid((tile.cols + PATCH - 1) / PATCH, (tile.rows + PATCH - 1) / PATCH);
+        dim3 grid(round_up(tile.cols, PATCH) / PATCH, round_up(tile.rows, PATCH) / PATCH);
         use(tile, image, text, products.const_data_ptr<float>(), grid);
       }
 }
@@ -177,22 +168,21 @@ template <class F> void with_dtype(const Tensor& x, F run) {
 
 template <class T> void forward(const Inputs& x, const Tensor& rows, const Tensor& cols) {
   cudaStream_t stream = at::cuda::getCurrentCUDAStream(x.scale.get_device());
-  // Of the patches of a tile:
-  Tensor row_sums = rows.defined() ? empty_sums(COLS / PATCH, ROWS, x.scale) : Tensor();
-  Tensor col_sums = cols.defined() ? empty_sums(ROWS / PATCH, COLS, x.scale) : Tensor();
-  auto merge_into = [&](Sums running, int n, const Tensor& patches, int count) {
-    if (!patches.defined()) return;
-    Sums sums = pairs_at<Sums>(patches, 0, 0);
-    merge<<<(n + 127) / 128, 128, 0, stream>>>(sums, patches.size(2), count, running, n);
+  const float* scale = x.scale.const_data_ptr<float>();
+  Tensor row_patches, col_patches;  // the sums of a tile's patches
+  if (rows.defined()) row_patches = empty_sums(COLS / PATCH, ROWS, x.scale);
+  if (cols.defined()) col_patches = empty_sums(ROWS / PATCH, COLS, x.scale);
+  Sums row_sums = pairs_at<Sums>(row_patches, 0, 0), col_sums = pairs_at<Sums>(col_patches, 0, 0);
+  auto merge_into = [&](Sums running, int n, Sums patches, int64_t stride, int count) {
+    if (!running.max) return;
+    merge<<<(n + 127) / 128, 128, 0, stream>>>(patches, stride, count, running, n);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  for_tiles(x, [&](const Part& tile, const Tensor&, const Tensor&, const float* products, dim3 grid) {
-    statistics<<<grid, dim3(32, WARPS), 0, stream>>>(products, tile, x.scale.const_data_ptr<float>(),
-                                                     pairs_at<Sums>(row_sums, 0, 0),
-                                                     pairs_at<Sums>(col_sums, 0, 0));
+  for_tiles(x, [&](const Part& tile, auto&, auto&, const float* products, dim3 grid) {
+    statistics<<<grid, dim3(32, WARPS), 0, stream>>>(products, tile, scale, row_sums, col_sums);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    merge_into(pairs_at<Sums>(rows, tile.g, tile.i), tile.rows, row_sums, grid.x);
-    merge_into(pairs_at<Sums>(cols, tile.g, tile.j), tile.cols, col_sums, grid.y);
+    merge_into(pairs_at<Sums>(rows, tile.g, tile.i), tile.rows, row_sums, ROWS, grid.x);
+    merge_into(pairs_at<Sums>(cols, tile.g, tile.j), tile.cols, col_sums, COLS, grid.y);
   });
 }
 
@@ -208,8 +198,7 @@ Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor 
   for (const Tensor& side : {rows, cols})
     if (side.defined() && side.numel()) unit = at::maximum(unit, side[1].abs().amax() / 256);
 
-  auto use = [&](const Part& tile, const Tensor& image, const Tensor& text, const float* products,
-                 dim3 grid) {
+  for_tiles(x, [&](const Part& tile, auto& image, auto& text, const float* products, dim3 grid) {
     Side row = pairs_at<Side>(rows, tile.g, tile.i), col = pairs_at<Side>(cols, tile.g, tile.j);
     tile_weights<T><<<grid, dim3(32, WARPS), 0, stream>>>(
         products, tile, x.scale.const_data_ptr<float>(), unit.const_data_ptr<float>(), row, col,
@@ -218,8 +207,7 @@ Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor 
     Tensor P = weights.narrow(0, 0, tile.rows).narrow(1, 0, tile.cols);
     if (d_images.defined()) multiply(rows_of(d_images, tile.g, tile.i, tile.rows), P, text, 1);
     if (d_texts.defined()) multiply(rows_of(d_texts, tile.g, tile.j, tile.cols), P.t(), image, 1);
-  };
-  for_tiles(x, use);
+  });
   Tensor factor = x.scale * unit;
   if (d_images.defined()) d_images.mul_(factor);
   if (d_texts.defined()) d_texts.mul_(factor);

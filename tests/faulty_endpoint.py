@@ -1,8 +1,8 @@
 """A chat endpoint for the tests of recaption.py: it answers after a while, and a share of its answers is faulty.
 
-    python tests/faulty_endpoint.py --delay 0.05 --faults 0.2 --log requests.jsonl       prints its port
+    python tests/faulty_endpoint.py --delay 0.05 --faults 0.2 --log requests.txt       prints its port
 
-Its caption says which picture and which prompt it was asked about. GET /stats: {"requests", "most_at_once", "faults"}.
+Its caption says which picture and which prompt it was asked about. Each question about a picture is a line of --log.
 """
 import argparse
 import asyncio
@@ -11,105 +11,73 @@ import json
 import os
 import random
 import time
-from collections import Counter
 
-FAULTS = ("429", "429 with a date", "500", "503", "drop", "truncated", "garbage", "not http", "silence", "empty",
-          "refusal")
+FAULTS = ("429", "500", "drop", "garbage", "empty", "refusal")
 
 
-def caption(url: str, prompt: str) -> str:
+def caption(url, prompt):
     """What the endpoint says about the picture with this data URL."""
-    picture = "".join(" abcdefghijklmnop"[1 + int(digit, 16)] for digit in hashlib.md5(url.encode()).hexdigest()[:12])
-    return f"A thing called {picture}, asked about in {len(prompt)} letters."
+    digest = hashlib.md5(url.encode()).hexdigest()[:12]
+    name = digest.translate(str.maketrans("0123456789", "ghijklmnop"))
+    return f"A thing called {name}, asked about in {len(prompt)} letters."
 
 
-class Server(asyncio.Protocol):
-    options, stats, log = None, Counter(), None
+class Endpoint:
+    def __init__(self, options):
+        self.options, self.pictures, self.busy_until = options, 0, 0
+        self.log = options.log and open(options.log, "a")
 
-    def connection_made(self, transport):
-        self.transport, self.buffer, self.wanted = transport, bytearray(), None
+    async def serve(self, reader, writer):
+        """One connection: its requests, one after the other."""
+        try:
+            while not writer.is_closing():
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.partition("content-length:")[2].split("\r\n")[0] or 0)
+                status, headers, body = await self.answer(head, await reader.readexactly(length))
+                if status is None:
+                    return
+                headers += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                writer.write(f"HTTP/1.1 {status}\r\n{headers}{body}".encode())
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
 
-    def connection_lost(self, error):
-        self.transport = None
-
-    def data_received(self, data):
-        self.buffer += data
-        if self.wanted is None:
-            end = self.buffer.find(b"\r\n\r\n")
-            if end < 0:
-                return
-            head = self.buffer[:end].decode().lower()
-            self.get = head.split()[0] == "get" and head.split()[1]
-            self.wanted = end + 4 + int(head.partition("content-length:")[2].split("\r\n")[0] or 0)
-            self.start, self.auth = end + 4, head.partition("authorization:")[2].split("\r\n")[0].strip()
-        if len(self.buffer) >= self.wanted:
-            body, self.buffer, self.wanted = bytes(self.buffer[self.start:self.wanted]), bytearray(), None
-            self.asked(body)
-
-    def asked(self, body):
-        o = self.options
-        if self.get:
-            models = {"data": [{"id": name} for name in o.models.split(",")]}
-            table = dict(self.stats) if self.get.endswith("stats") else models
-            return self.send(json.dumps(table))
-        if o.status:
-            return self.send(json.dumps({"error": {"message": f"told to say {o.status} to {self.auth}"}}), o.status)
-        if o.key and self.auth != f"bearer {o.key.lower()}":
-            return self.send('{"error": "bad key"}', "401 Unauthorized")
+    async def answer(self, head, body):
+        """A request -> status (None: the connection drops), headers, body."""
+        o, path = self.options, head.split()[1]
+        if o.redirect and "moved" not in path:
+            return "307 Temporary Redirect", f"Location: /moved{path}\r\n", ""
+        if path.endswith("/models"):
+            return "200 OK", "", json.dumps({"data": [{"id": name} for name in o.models.split(",")]})
+        if o.status or o.key.lower() not in head:
+            message = json.dumps({"error": {"message": f"told to say {o.status}: {head}"}})
+            return o.status or "401 Unauthorized", "", message
         content = json.loads(body)["messages"][0]["content"]
-        url, prompt = content[0].get("image_url", {}).get("url", ""), content[-1]["text"]
-        self.stats["requests"] += 1
-        self.stats["now"] += 1
-        self.stats["most_at_once"] = max(self.stats["most_at_once"], self.stats["now"])
-        text, fault = caption(url, prompt), ""
-        if url and random.random() < o.faults:
-            fault = random.choice(FAULTS)
-            self.stats[fault] += 1
-        if url and time.monotonic() < o.ready:
-            fault = "busy"
-        o.ready = o.ready if o.ready or not url else time.monotonic() + o.busy
-        if self.log:
-            self.log.write(json.dumps({"text": text, "fault": fault, "time": time.monotonic()}) + "\n")
-            self.log.flush()
-        if self.stats["requests"] == o.dies_after:
-            os._exit(0)
-        tokens = 10 if o.blind or not url else 200
-        asyncio.get_running_loop().call_later(o.delay, self.answer, text, fault, tokens)
-
-    def answer(self, text, fault, tokens):
-        self.stats["now"] -= 1
-        text = {"empty": "", "refusal": "I'm sorry, but I can't help with that."}.get(fault, text)
-        body = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
-                           "usage": {"prompt_tokens": tokens, "completion_tokens": 12}})
+        url = content[0].get("image_url", {}).get("url", "")
+        text = caption(url, content[-1]["text"])
+        fault = self.fault(text) if url else ""
+        await asyncio.sleep(o.delay)
         if fault == "429":
-            self.send("{}", "429 Too Many Requests", "Retry-After: 0.1\r\n")
-        elif fault == "busy":
-            self.send("{}", "429 Too Many Requests", f"Retry-After: {self.options.busy}\r\n")
-        elif fault == "429 with a date":
-            self.send("{}", "429 Too Many Requests", "Retry-After: Sun, 06 Nov 1994 08:49:37 GMT\r\n")
-        elif fault in ("500", "503"):
-            self.send('{"error": "broken"}', f"{fault} Broken")
-        elif fault == "garbage":
-            self.send("<html>certainly not JSON")
-        elif fault == "truncated":
-            self.send(body, cut=20)
-        elif fault == "not http":
-            self.write(b"\x00\x01\x02\xff\r\n\r\n")
-        elif fault == "drop" and self.transport:
-            self.transport.close()
-        elif fault != "silence":
-            self.send(body)
+            return "429 Too Many Requests", f"Retry-After: {o.busy or 0.1}\r\n", "{}"
+        text = {"empty": "", "refusal": "I'm sorry, but I can't help with that."}.get(fault, text)
+        usage = {"prompt_tokens": 200 if url and not o.blind else 10}
+        body = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage})
+        status = {"500": "500 Broken", "drop": None}.get(fault, "200 OK")
+        return status, "", "certainly not JSON" if fault == "garbage" else body
 
-    def send(self, body, status="200 OK", headers="", cut=0):
-        body = body.encode()
-        head = f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
-        self.write(head.encode() + body[:len(body) - cut])
-        if cut and self.transport:
-            self.transport.close()
-
-    def write(self, data):
-        if self.transport:
-            self.transport.write(data)
+    def fault(self, text):
+        """What is wrong with the answer to this question about a picture, or "" for nothing."""
+        o, now = self.options, time.monotonic()
+        if self.log:
+            print(now, text, file=self.log, flush=True)
+        self.pictures += 1
+        if self.pictures == o.dies_after:
+            os._exit(0)
+        self.busy_until = self.busy_until or now + o.busy
+        if now < self.busy_until:
+            return "429"
+        return random.choice(FAULTS) if random.random() < o.faults else ""
 
 
 async def main():
@@ -118,16 +86,14 @@ async def main():
     p.add_argument("--faults", type=float, default=0.0)
     p.add_argument("--status", help="say this to every question, such as '404 Not Found'")
     p.add_argument("--blind", action="store_true", help="a model that takes no notice of pictures")
-    p.add_argument("--busy", type=float, default=0.0,
-                   help="for so many seconds from the first picture on, say 429 with Retry-After")
-    p.add_argument("--dies-after", type=int, default=0, help="questions")
-    p.add_argument("--key")
+    p.add_argument("--busy", type=float, default=0.0, help="say 429 with Retry-After for so many seconds")
+    p.add_argument("--dies-after", type=int, default=0, help="questions about pictures")
+    p.add_argument("--redirect", action="store_true", help="send every request elsewhere first")
+    p.add_argument("--key", default="")
     p.add_argument("--models", default="tiny")
     p.add_argument("--log")
-    Server.options = p.parse_args()
-    Server.options.ready = 0
-    Server.log = Server.options.log and open(Server.options.log, "a")
-    server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+    endpoint = Endpoint(p.parse_args())
+    server = await asyncio.start_server(endpoint.serve, "127.0.0.1", 0, limit=1 << 22)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

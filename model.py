@@ -13,12 +13,13 @@ Attention masks are boolean, True where a query may look at a key.
 """
 
 import copy
+import json
 import os
 import pickle
 import re
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,41 +260,38 @@ class TextTransformer(nn.Module):
         x = self.ln_pre(x)[None]
         for block in self.blocks:
             x = block(x, mask, plain_causal)
-        x = self.pooler(self.ln_final(x[0])) @ self.proj  # [N, L+C, D]
+        x = self.project(x[0])  # [N, L+C, D]
         summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
         return torch.cat([summary[:, None], x[:, L:]], 1), x[:, :L]
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.pooler(self.ln_final(x)) @ self.proj
 
     def packed(self, tokens: Tensor, total: int, with_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
         """forward without padding: all texts one behind the other. `total` is the number of their tokens, which the
         host must know, as it cannot ask the device without waiting for it. Token embeddings (zeros behind each text)
-        only if asked for.
-
-        D texts more are put behind the N, of such lengths that the total is a multiple of N: so there are few shapes,
-        for torch.compile and the allocator, at the price of half a token a text.
-        """
-        (N, L), C, longest, device = tokens.shape, self.corners, len(self.positional_embedding), tokens.device
-        D = -(-N // max(1, longest - 1))
-        rest = D + -(total + D) % N  # tokens of the D texts, at least one each and at most `longest`
-        length = torch.cat([tokens.argmax(-1) + 1, (rest + torch.arange(D, device=device)) // D])  # [N+D]
-        starts = F.pad(length.cumsum(0), (1, 0))
-        text = torch.arange(N + D, device=device).repeat_interleave(length, output_size=total + rest)  # [T]
-        place = torch.arange(total + rest, device=device) - starts[text]
-        ids = tokens[text.clamp(max=N - 1), place.clamp(max=L - 1)]  # what the D texts say is of no consequence
-        x = self.token_embedding(ids) + F.embedding(place, self.positional_embedding)
+        only if asked for."""
+        N, L = tokens.shape
+        C = self.corners
+        length = tokens.argmax(-1) + 1
+        starts = F.pad(length.cumsum(0), (1, 0))  # [N+1]
+        text = torch.arange(N, device=tokens.device).repeat_interleave(length, output_size=total)  # [T], each token's text
+        place = torch.arange(total, device=tokens.device) - starts[text]  # ... and its place there
+        x = self.token_embedding(tokens[text, place]) + F.embedding(place, self.positional_embedding)
         if C:
-            x = torch.cat([x, self.corner_embedding.repeat_interleave(N + D, 0)])  # [T + C·(N+D), W]
+            x = torch.cat([x, self.corner_embedding.repeat_interleave(N, 0)])  # [T + C·N, W]
         summary = starts[1:] - 1 if self.causal else starts[:-1]
-        packing = Packing(starts.int(), summary, longest, C, self.causal)
+        packing = Packing(starts.int(), summary, len(self.positional_embedding), C, self.causal)
         x = self.ln_pre(x)[None, None]
         for block in self.blocks:
             x = block(x, packing)
-        x, corners = x[0, 0].split([total + rest, C * (N + D)])
-        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N + D))])  # [1+C, N+D, W]
-        summaries = self.pooler(self.ln_final(summaries[:, :N].transpose(0, 1))) @ self.proj  # [N, 1+C, D]
+        x, corners = x[0, 0].split([total, C * N])
+        summaries = torch.cat([x.index_select(0, summary)[None], corners.unflatten(0, (C, N))])  # [1+C, N, W]
+        summaries = self.project(summaries.transpose(0, 1))  # [N, 1+C, D]
         if not with_tokens:
             return summaries, None
-        words = self.pooler(self.ln_final(x[:total])) @ self.proj
-        return summaries, words.new_zeros(N, L, words.shape[1]).index_put((text[:total], place[:total]), words)
+        words = self.project(x)
+        return summaries, words.new_zeros(N, L, words.shape[1]).index_put((text, place), words)
 
 
 def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
@@ -383,30 +381,6 @@ class CLIP(nn.Module):
         back = order.argsort()
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def flops(self, lengths: Tensor) -> float:
-        """Multiplications and additions for the embeddings of an image and its texts, a mean over `lengths` [n,T]:
-        forward, what the model needs and no padding. Biases, norms and the like do not count."""
-        def tower(blocks, width, tokens, pairs):  # pairs of a query and a key
-            total, streams = 0, 1
-            for block in blocks:
-                total += streams * (16 * width ** 2 * tokens + 4 * width * pairs)  # all but the MLP's second layer
-                streams = len(block.proj)
-                total += streams * 8 * width ** 2 * tokens
-            return total
-
-        c, total, side, n = self.config, 0, self.config.image_size, lengths.double()
-        for layer in self.visual.patch_embedding.modules():
-            if isinstance(layer, nn.Conv2d):
-                side //= layer.stride[0]
-                total += 2 * layer.weight.numel() * side ** 2
-        places = len(self.visual.class_embedding) + side ** 2
-        total += tower(self.visual.blocks, c.vision_width, places, places ** 2)
-        total += 2 * c.vision_width * c.embed * places * len(self.visual.blocks[-1].proj)
-        pairs = n * (n + 1) / 2 if self.text.causal else n ** 2
-        total += tower(self.text.blocks, c.text_width, (n + c.corner_tokens).sum() / len(n),
-                       (pairs + c.corner_tokens * n).sum() / len(n))
-        return float(total + 2 * c.text_width * c.embed * n.shape[1] * (1 + c.corner_tokens))
-
     def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
         for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
@@ -432,20 +406,23 @@ def packing_trouble(model: CLIP, device: str) -> str:
     embeddings and gradients agree."""
     if model.config.corner_tokens and not model.config.corner_mask:
         return "corner tokens that see one another are not packed"
-    text, end, place = copy.deepcopy(model.text).to(device), model.config.vocab - 1, torch.arange(model.config.context)
+    text = copy.deepcopy(model.text).to(device)
+    end = model.config.vocab - 1
+    place = torch.arange(model.config.context)
     length = torch.arange(1, 10)[:, None].clamp(max=len(place))
-    tokens = torch.where(place < length - 1, place % end, torch.where(place == length - 1, end, 0)).to(device)
+    tokens = torch.where(place < length - 1, place % end, 0)
+    tokens = tokens.masked_fill(place == length - 1, end).to(device)
     results = []
-    for encode in (lambda: text(tokens)[0], lambda: text.packed(tokens, int(length.sum()))[0]):
+    for encode in (lambda: text(tokens), lambda: text.packed(tokens, int(length.sum()))):
         try:
             with torch.autocast(device.split(":")[0], torch.bfloat16):
-                summaries = normalized(encode())
-            loss = (summaries * torch.linspace(-1, 1, summaries.numel(), device=device).view_as(summaries)).sum()
-            grads = torch.autograd.grad(loss, [*text.blocks.parameters()])
+                summaries = normalized(encode()[0])
+            weights = torch.linspace(-1, 1, summaries.numel(), device=device).view_as(summaries)
+            grads = torch.autograd.grad((summaries * weights).sum(), [*text.blocks.parameters()])
         except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        results.append([summaries.flatten(), torch.cat([g.flatten() for g in grads])])
-    far = max(float((packed - padded).detach().norm() / padded.norm()) for padded, packed in zip(*results))
+        results.append([summaries.detach().flatten(), torch.cat([grad.flatten() for grad in grads])])
+    far = max(float((packed - padded).norm() / padded.norm()) for padded, packed in zip(*results))
     return "" if far < 0.1 else f"packed and padded texts differ by {far:.2g} of their norm"
 
 
@@ -455,33 +432,28 @@ CHOICES = dict(stem=("patch", "conv"), pool=("class", "average"), branch_type=("
 
 
 def check(c: CLIPConfig):
-    """Raises ValueError with one sentence where settings cannot go together."""
-    for name in ("image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth",
-                 "text_heads", "context", "embed", "branches"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(c, name)}")
+    """Raises UserError with one sentence where settings cannot go together."""
+    for name, value in vars(c).items():
+        least = 0 if name in ("corner_tokens", "branch_layers") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if value not in CHOICES.get(name, (value,)):
+            raise UserError(f"no {name} {value!r}: choose from {', '.join(CHOICES[name])}")
     if c.image_size % c.patch:
-        raise ValueError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
-                         f"--image-size")
+        raise UserError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
+                        "--image-size")
     if c.stem == "conv" and c.patch & (c.patch - 1):
-        raise ValueError(f"the convolutional stem halves the resolution, so the patch size must be a power of two, not "
-                         f"{c.patch}: use --stem patch")
+        raise UserError("the convolutional stem halves the resolution, so the patch size must be a power of two, not "
+                        f"{c.patch}: use --stem patch")
     if c.pool == "average" and c.branch_type == "class" and c.branches > 1:
-        raise ValueError(f"{c.branches} class-token branches would all have the same average of the patches: use "
-                         f"--pool class or --branch-type mlp")
-    for width, heads, tower in ((c.vision_width, c.vision_heads, "vision"), (c.text_width, c.text_heads, "text")):
+        raise UserError(f"{c.branches} class-token branches would all have the same average of the patches: use "
+                        "--pool class or --branch-type mlp")
+    for tower, width, heads in (("vision", c.vision_width, c.vision_heads), ("text", c.text_width, c.text_heads)):
         if width % heads:
-            raise ValueError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or "
-                             f"--{tower}-heads")
-    for name, choices in CHOICES.items():
-        if getattr(c, name) not in choices:
-            raise ValueError(f"no {name} {getattr(c, name)!r}: choose from {', '.join(choices)}")
+            raise UserError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or "
+                            f"--{tower}-heads")
     if c.text_style == "bert" and c.text_attention == "causal":
-        raise ValueError("BERT's text encoder sees both ways: add --text-attention bidirectional")
-    if c.branches > 1 and c.branch_type == "mlp" and c.branch_layers == 0:
-        raise ValueError("parallel MLPs need layers to stand in: --branch-layers must be at least 1")
-    if c.corner_tokens < 0 or c.branch_layers < 0:
-        raise ValueError("--corner-tokens and --branch-layers cannot be negative")
+        raise UserError("BERT's text encoder sees both ways: add --text-attention bidirectional")
 
 
 def config_from(settings) -> CLIPConfig:
@@ -513,47 +485,45 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     Holistic CLIP's (several class tokens, or parallel MLPs) or LoTLIP's (timm ViT and BERT).
 
     Sizes are read off the shapes; `overrides` are CLIPConfig's fields that shapes do not tell, above all
-    activation="quickgelu" (OpenAI's weights and those trained on from them) and the numbers of heads. An image_size
-    other than the released one interpolates the position embeddings. Raises ValueError if it is none of these layouts.
+    activation="quickgelu" (OpenAI's weights and those trained on from them) and the numbers of heads. Raises UserError
+    if it is none of these layouts.
     """
     state = {name.removeprefix("module."): value.float() for name, value in state.items()}
     openai = "input_resolution" in state  # OpenAI's files say it in numbers beside the weights
     state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
-    image_size = overrides.pop("image_size", None)
     try:
         if "visual.conv1.weight" in state:
-            settings, state = _read_open_clip(state)
-        elif {"visual.trunk.cls_token", "text.transformer.embeddings.word_embeddings.weight"} <= state.keys():
-            settings, state = _read_lotlip(state, overrides.get("corner_tokens", 2), overrides.get("context"))
+            settings, state = read_open_clip(state)
+        elif "visual.trunk.cls_token" in state:
+            settings, state = read_lotlip(state, overrides.get("corner_tokens", 2), overrides.get("context"))
         else:
-            raise ValueError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
-        patch, vision_width = state["visual.patch_embedding.weight"].shape[-1], len(state["visual.ln_post.weight"])
+            raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
+        patch = state["visual.patch_embedding.weight"].shape[-1]
+        vision_width = len(state["visual.ln_post.weight"])
         text_width, embed = state["text.proj"].shape
     except KeyError as error:
-        raise ValueError(f"{error} is missing: half a checkpoint, or another architecture") from None
+        raise UserError(f"{error} is missing: half a checkpoint, or another architecture") from None
     settings |= dict(
         image_size=patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5), patch=patch,
-        vision_width=vision_width, vision_depth=_count(state, r"visual\.blocks\.(\d+)\."),
+        vision_width=vision_width, vision_depth=count_of(state, r"visual\.blocks\.(\d+)\."),
         vision_heads=vision_width // HEAD_WIDTH.get(vision_width, 64) or 1, text_width=text_width,
-        text_depth=_count(state, r"text\.blocks\.(\d+)\."), text_heads=text_width // 64 or 1,
+        text_depth=count_of(state, r"text\.blocks\.(\d+)\."), text_heads=text_width // 64 or 1,
         context=len(state["text.positional_embedding"]), vocab=len(state["text.token_embedding.weight"]), embed=embed,
         activation="quickgelu" if openai else "gelu")
     model = CLIP(CLIPConfig(**(settings | overrides)))
-    wanted = model.state_dict()
-    wrong = [name for name in wanted.keys() | state.keys()
-             if name not in wanted or name not in state or wanted[name].shape != state[name].shape]
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors are missing, unknown or of another shape than such a model's, among "
-                         f"them {min(wrong)}: half a checkpoint, or another architecture")
-    model.load_state_dict(state)
-    return resized(model, image_size) if image_size else model
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # it lists all tensors that are missing, unknown or of another shape
+        first = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"half a checkpoint, or another architecture: {first}") from None
+    return model
 
 
-def _count(state, pattern) -> int:
+def count_of(state, pattern) -> int:
     return 1 + max((int(found[1]) for found in map(re.compile(pattern).match, state) if found), default=-1)
 
 
-def _read_open_clip(state):
+def read_open_clip(state):
     """State dict in open_clip's names -> settings, state dict in ours."""
     ours = {}
     for name, value in state.items():
@@ -571,11 +541,11 @@ def _read_open_clip(state):
     forked = [name for name in ours if re.match(r"visual\.blocks\.\d+\.proj\.1\.weight", name)]
     if not forked:
         return dict(branches=len(tokens), branch_mask=len(tokens) == 1), ours
-    return dict(branches=_count(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\."), branch_type="mlp",
+    return dict(branches=count_of(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\."), branch_type="mlp",
                 branch_layers=len(forked)), ours
 
 
-def _read_lotlip(state, corners: int, context: int | None):
+def read_lotlip(state, corners: int, context: int | None):
     """State dict of LoTLIP's release -> settings, state dict in our names.
 
     timm's ViT has a bias on its patches and no projection: the bias joins the positions, the projection is an identity.
@@ -596,7 +566,7 @@ def _read_lotlip(state, corners: int, context: int | None):
     ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:end]])
     if corners:
         ours["text.corner_embedding"] = words[len(words) - corners:] + positions[1:1 + corners]
-    for block in range(_count(ours, r"text\.blocks\.(\d+)\.")):
+    for block in range(count_of(ours, r"text\.blocks\.(\d+)\.")):
         for what in ("weight", "bias"):
             parts = [take(f"text.blocks.{block}.attn.{part}.{what}") for part in ("query", "key", "value")]
             ours[f"text.blocks.{block}.attn.qkv.{what}"] = torch.cat(parts)
@@ -610,11 +580,11 @@ def _read_lotlip(state, corners: int, context: int | None):
 
 def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     """State dict in open_clip's names and open_clip's model config, for a model with one branch and no corner tokens
-    (else ValueError). The average of the patches is open_clip's pool_type "avg"."""
+    (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
     if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
-        raise ValueError("open_clip's CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
-                         "text: this model has no place there")
+        raise UserError("open_clip's CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
+                        "text: this model has no place there")
     state = {}
     for name, value in model.state_dict().items():
         for mine, theirs in OPEN_CLIP:
@@ -630,40 +600,48 @@ def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     return state, config
 
 
+def export_open_clip(model: CLIP, file: Path):
+    """Writes the weights in open_clip's names, and open_clip's config of the model beside them, as .json."""
+    state, config = to_open_clip(model)
+    torch.save(state, file)
+    file.with_suffix(".json").write_text(json.dumps(config, indent=1))
+
+
 def resized(model: CLIP, image_size: int) -> CLIP:
     """The model for images of another size: the grid of position embeddings is interpolated (bicubic, antialiased: as
-    in open_clip). Raises ValueError if the size is no multiple of the patch."""
-    if image_size == model.config.image_size:
+    in open_clip). Raises UserError if the size is no multiple of the patch."""
+    c = model.config
+    if image_size == c.image_size:
         return model
-    other, state = CLIP(replace(model.config, image_size=image_size)), model.state_dict()
+    other = CLIP(replace(c, image_size=image_size))
+    state = model.state_dict()
     first, grid = state["visual.positional_embedding"].tensor_split([1])
-    side = model.config.image_size // model.config.patch
-    grid = F.interpolate(grid.view(1, side, side, -1).permute(0, 3, 1, 2), size=(image_size // model.config.patch,) * 2,
-                         mode="bicubic", antialias=True)
-    other.load_state_dict(state | {"visual.positional_embedding": torch.cat([first, grid[0].flatten(1).mT])})
+    side, new_side = c.image_size // c.patch, image_size // c.patch
+    grid = grid.view(1, side, side, -1).permute(0, 3, 1, 2)  # [1, W, side, side]
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", antialias=True)
+    state["visual.positional_embedding"] = torch.cat([first, grid[0].flatten(1).mT])
+    other.load_state_dict(state)
     return other.train(model.training)
 
 
 # ---- files of weights ------------------------------------------------------------------------------------------------
 
 def checkpoints(folder: Path) -> list[Path]:
-    """checkpoint.pt, the newest, checkpoint-1.pt, the one before, and so on, as far as they exist."""
-    return sorted(folder.glob("checkpoint*.pt"), key=lambda path: int("0" + "".join(filter(str.isdigit, path.stem))))
+    """checkpoint.pt, the newest, and checkpoint-1.pt, the one before, as far as they exist."""
+    return [path for path in (folder / "checkpoint.pt", folder / "checkpoint-1.pt") if path.is_file()]
 
 
 def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
     """torch.save that leaves either the old file or the whole new one, whatever happens in between, even to the power;
-    the `keep` - 1 files before it are kept under numbers. Where the disk fails: says so in a line and returns False."""
+    with keep=2 the file before it stays as NAME-1. Where the disk fails: says so in a line and returns False."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep))]
-        for newer, older in reversed(list(zip(names, names[1:]))):
-            if newer.exists():
-                os.replace(newer, older)
+        if keep > 1 and path.exists():
+            os.replace(path, path.with_stem(f"{path.stem}-1"))
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)  # a rename lasts once its folder is on the disk
         os.fsync(folder)
@@ -679,20 +657,43 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         return False
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint written by this script. Raises UserError if it is missing, cut off or something else."""
+def read_checkpoint(path: Path) -> dict:
+    """What a file of weights holds: a state dict, or of our own runs "settings", "model" and more. A pickle that could
+    run code is refused. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+                if archive.testzip():
+                    raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
-        content["settings"], content["model"]
-        return content
+    except ImportError:
+        raise UserError(f"to read {path}: pip install safetensors") from None
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: name a run's folder or its checkpoint.pt") from None
+        raise UserError(f"no checkpoint {path}: name a run's folder or a file of weights") from None
     except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        raise UserError(f"{path} is not a whole checkpoint of this project ({type(error).__name__}): take another "
-                        "one") from None
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
+                            "torch.jit.load(FILE).state_dict() with torch.save and name that file") from None
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
+            raise UserError(f"{path} is refused: it is not only tensors, and reading such a pickle can run any code; "
+                            "take a file that torch.load(..., weights_only=True) reads") from None
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+        if "settings" in content or content and all(isinstance(value, Tensor) for value in content.values()):
+            return content
+    raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint written by train.py. Raises UserError if it is missing, cut off or something else."""
+    content = read_checkpoint(path)
+    if "settings" not in content:
+        raise UserError(f"{path} is not a checkpoint of train.py: name a run's folder")
+    return content
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -712,67 +713,64 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def trained(path: Path, content: dict) -> CLIP:
-    """The model of a checkpoint of this project: the averaged weights where there are any."""
-    known = CLIPConfig.__dataclass_fields__
+def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
+    """A run's folder, its checkpoint.pt or best.pt, or somebody else's file -> model, settings (a run's own, else those
+    of the shapes). Raises UserError."""
+    if path.is_dir():
+        path = (checkpoints(path) or [path / "checkpoint.pt"])[0]
+    content = read_checkpoint(path)
+    if "settings" in content:
+        return load_run(path, content), content["settings"]
     try:
-        clip = CLIP(CLIPConfig(**{name: value for name, value in content["settings"].items() if name in known}))
+        clip = load_released(path, content, activation)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tokenizer = str(path.with_name("vocab.txt")) if clip.config.text_style == "bert" else "clip"
+    return clip, asdict(clip.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+
+
+def load_run(path: Path, content: dict) -> CLIP:
+    """The model of a checkpoint of train.py."""
+    known = CLIPConfig.__dataclass_fields__
+    config = CLIPConfig(**{name: value for name, value in content["settings"].items() if name in known})
+    clip = CLIP(config)
+    try:
         clip.load_state_dict(content["model"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"{path}: weights and settings do not fit ({str(error).splitlines()[0]})") from None
     with torch.no_grad():
-        for p, average in zip(clip.parameters(), content.get("average") or []):  # of runs that kept an average
+        for p, average in zip(clip.parameters(), content.get("average") or []):  # older runs could keep an average
             p.copy_(average)
     return clip
 
 
-def read_checkpoint(path: Path) -> dict:
-    """What a file of weights holds. A pickle that could run code is refused. Raises UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"to read {path}: pip install safetensors") from None
-    except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        if "TorchScript" in str(error):
-            raise UserError(f"{path} is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
-                            "torch.jit.load(FILE).state_dict() with torch.save and name that file") from None
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error).upper():
-            raise UserError(f"{path} is refused: it is not only tensors, and reading such a pickle can run any code; "
-                            "take a file that torch.load(..., weights_only=True) reads") from None
-        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    ours = {"settings", "model"} <= content.keys()
-    if not ours and not (content and all(isinstance(x, Tensor) for x in content.values())):
-        raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
-    return content
-
-
-def released(path: Path, state: dict, activation: str | None) -> CLIP:
+def load_released(path: Path, state: dict, activation: str | None) -> CLIP:
     """The model of somebody else's checkpoint. What its shapes do not tell stands in open_clip's JSON beside it, if at
     all: the file's own name with .json, or open_clip_config.json."""
-    beside = [p for p in (path.with_suffix(".json"), path.with_name("open_clip_config.json")) if p.is_file()]
     told, why = {}, "by its weights and what is usual; OpenAI's, MetaCLIP's and DFN's want --activation quickgelu"
-    if beside:
-        config, why = read_json(beside[0]), f"by {beside[0].name}"
-        if not np.allclose(config.get("preprocess_cfg", {}).get("mean", MEAN), MEAN, atol=1e-3):
-            raise UserError(f"{beside[0]}: this model normalises pictures by other numbers than CLIP's")
-        config = config.get("model_cfg", config)
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
-                    pool="average" if vision.get("pool_type") == "avg" else "class")
-        if "width" in vision and "width" in text:
-            told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
+    for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
+        if beside.is_file():
+            told, why = told_by_json(read_json(beside)), f"by {beside.name}"
     if activation:
-        told, why = told | dict(activation=activation), "by --activation"
-    try:
-        clip = from_state_dict(state, **told)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        told["activation"] = activation
+        why = "by --activation"
+    clip = from_state_dict(state, **told)
     print(f"{path.name}: activation {clip.config.activation} ({why})")
     return clip
+
+
+def told_by_json(config: dict) -> dict:
+    """Fields of CLIPConfig that open_clip's JSON tells."""
+    mean = config.get("preprocess_cfg", {}).get("mean", MEAN)
+    if not np.allclose(mean, MEAN, atol=1e-3):
+        raise UserError("this model normalises pictures by other numbers than CLIP's")
+    config = config.get("model_cfg", config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
+                pool="average" if vision.get("pool_type") == "avg" else "class")
+    if "width" in vision and "width" in text:
+        told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
+    return told
 
 
 def check_device(device: str):

@@ -1,0 +1,158 @@
+"""Rows are flags that train, claims compare rows in measures that there are, intervals are Student's; what is done is
+kept and passed over; a signal or a failure ends the command in a sentence and leaves no process."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import claims
+import train
+from data import UserError
+
+NANO = "--size nano --batch 16 --workers 0 --device cpu"
+
+
+def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path):
+    runs = claims.list_runs(tmp_path, list(claims.ROWS), 2, 1000)
+    for row, of_row in runs.items():
+        settings = [train.resolve(train.parse_flags(["--device", "cpu", *run.flags])) for run in of_row]
+        train.build(settings[0])
+        assert [s.seed for s in settings] == [0, 1]
+        assert settings[0].images == 1000 * claims.TIMES.get(row, 1)
+    assert len({run.folder for of_row in runs.values() for run in of_row}) == 2 * len(claims.ROWS)
+
+    in_tables = set()
+    for rows, measures, compared in claims.CLAIMS.values():
+        in_tables |= set(rows)
+        assert set(measures) <= claims.MEASURES.keys()
+        for _, better, than in compared:
+            assert {better, than} <= set(rows)
+    assert in_tables == claims.ROWS.keys()
+    assert {*claims.READERS, *claims.BRANCHED} <= claims.ROWS.keys()
+
+
+def test_intervals_are_students_over_the_paired_differences():
+    stats = pytest.importorskip("scipy.stats")
+    differences = np.random.default_rng(0).normal(size=7)
+    for n in range(2, 8):
+        some = differences[:n]
+        low, high = stats.t.interval(0.95, n - 1, some.mean(), stats.sem(some))
+        assert claims.interval(some) == pytest.approx((high - low) / 2, rel=1e-3)
+    assert claims.interval(differences[:1]) == np.inf
+
+
+def test_runs_are_trained_measured_and_when_done_passed_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "COMMON", NANO)
+    command = [str(tmp_path), "--rows", "raw (CLIP)", "M2M, 5 MLPs", "--seeds", "1", "--jobs", "2"]
+    claims.main([*command, "--train-images", "64"])
+    written = (tmp_path / "claims.md").read_text()
+    assert "### Holistic CLIP" in written and "| raw, long, 1 corner |" not in written
+    assert written in capsys.readouterr().out
+    # without two rows to compare there is no figure of claims
+    assert {path.name for path in tmp_path.glob("*.png")} == {"reading.png", "branches.png"}
+
+    # again: nothing is started; and what was trained with other flags is not taken for the same
+    monkeypatch.setattr(subprocess, "Popen", None)
+    claims.main([*command, "--train-images", "64"])
+    assert (tmp_path / "claims.md").read_text() == written
+    with pytest.raises(UserError, match="trained with other flags"):
+        claims.main([*command, "--train-images", "128"])
+
+    # an evaluation that was cut short is no evaluation
+    monkeypatch.undo()
+    monkeypatch.setattr(claims, "COMMON", NANO)
+    (tmp_path / "raw-CLIP-0" / "evaluation.json").write_text('{"metrics": ')
+    claims.main([*command, "--train-images", "64"])
+    assert (tmp_path / "claims.md").read_text() == written
+
+
+def pretend(run):
+    """A result in which the second seed is 2 above the first, and the short texts of `long alone` are 50 below all."""
+    value = 60.0 + 2 * int(run.folder[-1])
+    metrics = {name: dict(value=value, chance=7.0) for names in claims.MEASURES.values() for name in names}
+    if run.row == "long alone":
+        metrics["short T2I R@1"] = metrics["short I2T R@1"] = dict(value=value - 50, chance=7.0)
+    reading = dict(length=[[1, value, value, 1.0], [2, value, value, 1.0]], place=[[1, value], [2, value]])
+    branches = dict(matrix=[[value, 0.0], [0.0, 1.0]], perspectives=["raw", "long"])
+    return dict(metrics=metrics, reading=reading, specialisation=branches)
+
+
+def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.Run, "result", pretend)
+    for seeds in (1, 2):  # of a single seed the intervals have no end
+        claims.main([str(tmp_path), "--seeds", str(seeds)])
+        for figure in ("claims", "localisation", "reading", "branches"):
+            assert Image.open(tmp_path / f"{figure}.png").size[0] > 600
+    written = (tmp_path / "claims.md").read_text()
+    assert "28 rows × 2 seeds, 3416 minutes" in written
+    assert "| raw (CLIP) | 61.0 ± 1.4 | 61.0 ± 1.4 |" in written
+    assert "| long alone | 11.0 ± 1.4 | 61.0 ± 1.4 |" in written
+    assert "| chance | 7.0 ± 0.0 |" in written
+    assert "*long alone* less *raw (CLIP)* | **-50.0** ± 0.0 | +0.0 ± 0.0 |" in written
+
+
+def test_a_row_that_fails_ends_in_a_sentence_with_the_last_words_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "COMMON", NANO + " --accumulate 5")
+    with pytest.raises(UserError, match="raw-CLIP-0 ended with code 1 .*--batch 16.*the same command goes on"):
+        claims.main([str(tmp_path), "--rows", "raw (CLIP)", "--seeds", "1"])
+
+
+def test_what_makes_no_sense_is_refused(tmp_path):
+    for flags in (["--seeds", "0"], ["--jobs", "-1"], ["--train-images", "0"], ["--rows", "no such row"]):
+        with pytest.raises(UserError):
+            claims.main([str(tmp_path), *flags])
+
+
+def test_runs_are_dealt_over_the_gpus_that_are_visible(tmp_path, monkeypatch):
+    started = []
+
+    def popen(command, env, **_):
+        started.append((command[command.index("--row") + 1], env["CUDA_VISIBLE_DEVICES"]))
+        # the first run lasts until all have been started
+        return SimpleNamespace(poll=lambda: 0 if env["CUDA_VISIBLE_DEVICES"] == "5" or len(started) == 3 else None)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(claims.Run, "result", lambda run: {} if run.process else None)
+    runs = claims.list_runs(tmp_path, ["O2O", "O2M", "long alone"], 1, 1000)
+    claims.train_runs([of_row[0] for of_row in runs.values()], 2)
+    assert started == [("O2O", "3"), ("O2M", "5"), ("long alone", "5")]
+
+
+def wait_until(condition):
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not come true")
+
+
+def processes_of(folder):
+    return subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="no pgrep here")
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT], [signal.SIGKILL]])
+def test_a_signal_ends_the_command_saves_the_runs_and_leaves_no_process(signals, tmp_path):
+    log = tmp_path / "raw-CLIP-0.log"
+    command = [sys.executable, claims.__file__, str(tmp_path), "--rows", "raw (CLIP)", "raw, whole long", "--jobs", "2",
+               "--seeds", "1", "--train-images", "10_000_000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: log.exists() and "1/" in log.read_text())
+    for number in signals:
+        os.kill(process.pid, number)
+    printed = process.communicate(timeout=60)[0]
+    wait_until(lambda: not processes_of(tmp_path))
+    assert list(tmp_path.glob("raw-CLIP-0/checkpoint*"))
+    if signals != [signal.SIGKILL]:
+        assert process.returncode == 130
+        assert printed.splitlines() == ["stopped: what is done is kept, and the same command goes on"]

@@ -7,11 +7,9 @@
     records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
     python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
-    python data.py --train-bpe assets/scenes.tiktoken    how the small vocabulary of the scenes was made
 """
 
 import argparse
-import base64
 import csv
 import functools
 import gc
@@ -19,7 +17,6 @@ import glob
 import gzip
 import hashlib
 import html
-import http.client
 import importlib.util
 import io
 import json
@@ -28,14 +25,12 @@ import os
 import random
 import re
 import signal
-import struct
 import sys
 import tarfile
-import tempfile
+import textwrap
 import urllib.parse
-import urllib.request
 import warnings
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -47,9 +42,10 @@ import regex  # tiktoken's own dependency: CLIP's word pattern needs \p{L}, whic
 import tiktoken
 import torch
 from PIL import Image, ImageOps
+from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
-from scenes import KINDS, PERSPECTIVES, Scenes
+from scenes import PERSPECTIVES, Scenes
 
 
 class UserError(Exception):
@@ -94,8 +90,6 @@ def read_json(path: Path):
 
 SCENES_VOCABULARY = Path(__file__).parent / "assets" / "scenes.tiktoken"
 CLIP_VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-CLIP_URL = f"https://github.com/openai/CLIP/raw/main/clip/{CLIP_VOCABULARY}"
-CLIP_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CLIP_MERGES = 49152 - 256 - 2  # the file lists more; CLIP uses the first 48,894
 
 SOT, EOT = "<start_of_text>", "<end_of_text>"  # open_clip reads these two as special inside a caption as well; so do we
@@ -214,26 +208,18 @@ def find_ftfy():
 
 
 def find_clip_vocabulary():
-    """Path of CLIP's vocabulary: in an installed open_clip or clip (not imported), in the cache, or downloaded."""
+    """Path of CLIP's vocabulary: in an installed open_clip or clip (not imported), or in the cache. Raises UserError."""
     cached = Path.home() / ".cache" / "clip" / CLIP_VOCABULARY
-    packages = [importlib.util.find_spec(package) for package in ("open_clip", "clip")]
-    folders = [folder for spec in packages if spec for folder in spec.submodule_search_locations or []]
-    for path in [*(Path(folder) / CLIP_VOCABULARY for folder in folders), cached]:
+    paths = [cached]
+    for package in ("open_clip", "clip"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:
+            paths.append(Path(spec.submodule_search_locations[0]) / CLIP_VOCABULARY)
+    for path in paths:
         if path.is_file():
             return path
-    try:
-        with urllib.request.urlopen(CLIP_URL, timeout=20) as response:
-            content = response.read()
-        if hashlib.sha256(content).hexdigest() != CLIP_SHA256:
-            raise OSError("what came back is another file, by its SHA-256")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, cached)  # whole or not at all, also when several processes download at once
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"CLIP's vocabulary cannot be downloaded ({error}): pip install open_clip_torch, or put "
-                        f"{CLIP_URL} at {cached}, or choose --tokenizer scenes") from None
-    return cached
+    raise UserError(f"CLIP's vocabulary is not here: pip install open_clip_torch, or put {CLIP_VOCABULARY} of OpenAI's CLIP "
+                    f"at {cached}, or choose --tokenizer scenes")
 
 
 def read_clip_ranks(path):
@@ -248,13 +234,16 @@ def read_clip_ranks(path):
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
     def token(symbol):
-        return bytes(byte_of[c] for c in symbol.removesuffix("</w>")) + b" " * symbol.endswith("</w>")
+        content = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
+        return content + b" " if symbol.endswith("</w>") else content
 
+    tokens = [bytes([byte]) for byte in byte_of.values()]
+    tokens += [byte + b" " for byte in tokens]
     try:
-        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")[1:1 + CLIP_MERGES]
-        merges = [token(left) + token(right) for left, right in (line.split() for line in lines if line)]
-        tokens = [bytes([byte]) for byte in byte_of.values()]
-        tokens += [byte + b" " for byte in tokens] + merges
+        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+        for line in filter(None, lines[1:1 + CLIP_MERGES]):
+            left, right = line.split()
+            tokens.append(token(left) + token(right))
         if len(set(tokens)) < len(tokens):
             raise ValueError("a merge is listed twice")
     except FileNotFoundError:
@@ -265,67 +254,15 @@ def read_clip_ranks(path):
 
 
 def read_tiktoken(path):
-    """A .tiktoken file (a line: base64 token, space, rank) -> {token: rank}; all single bytes must be there."""
+    """A .tiktoken file (a line: base64 token, space, rank) -> {token: rank}."""
     try:
-        pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer file {path}: check --tokenizer, or make it with train_bpe") from None
+        ranks = load_tiktoken_bpe(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a .tiktoken file ({error}): its lines are 'base64-token rank'") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError(f"{path} is not a .tiktoken file ({error}): check --tokenizer") from None
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path} is incomplete: it needs all 256 single bytes, and ranks from 0 without gaps")
     return ranks
-
-
-def save_tiktoken(path, ranks):
-    """Writes {token: rank} in tiktoken's file format, in the order of rank."""
-    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in sorted(ranks, key=ranks.get)]
-    Path(path).write_bytes(b"".join(lines))
-
-
-def train_bpe(texts, vocab_size):
-    """Byte-pair encoding learned from texts -> {token: rank}, of vocab_size - 2 tokens (start and end come on top), or
-    fewer when every word has become one token. Deterministic: of equally frequent pairs, the least in byte order.
-
-    A pair is known by the bytes it joins, as tiktoken knows it, so that no token can be learned twice (a|bc and ab|c).
-    """
-    if vocab_size < 258:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes, start and end make 258")
-    counts = Counter(word for text in texts for word in split_words(clean_text(text)))
-    counts = {word.encode(errors="replace"): count for word, count in counts.items()}
-    parts = {word: [bytes([byte]) for byte in word] for word in counts}
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pairs = Counter()
-    for word, count in counts.items():
-        add_pairs(pairs, parts[word], count)
-
-    while len(ranks) < vocab_size - 2:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None:
-            break
-        ranks[best] = len(ranks)
-        for word in [word for word in counts if best in word]:
-            add_pairs(pairs, parts[word], -counts[word])
-            parts[word] = merge(parts[word], ranks)
-            add_pairs(pairs, parts[word], counts[word])
-        pairs = +pairs  # drops the pairs that are no more
-    return ranks
-
-
-def add_pairs(pairs, parts, count):
-    for left, right in pairwise(parts):
-        pairs[left + right] += count
-
-
-def merge(parts, ranks):
-    """Merges neighbours while the two together are a token: lowest rank first, leftmost first."""
-    while True:
-        ready = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
-        if not ready:
-            return parts
-        _, i = min(ready)
-        parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2:]]
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
@@ -445,13 +382,16 @@ def crop_box(width, height, least=1.0, rng=None):
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
     for _ in range(10):
-        area, aspect = width * height * rng.uniform(least, 1), math.exp(rng.uniform(-1, 1) * math.log(ASPECT))
+        area = width * height * rng.uniform(least, 1)
+        aspect = math.exp(rng.uniform(-1, 1) * math.log(ASPECT))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
             break
     else:
-        w, h = min(width, height / ASPECT), min(height, width / ASPECT)
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        w = min(width, height / ASPECT)
+        h = min(height, width / ASPECT)
+    left = rng.uniform(0, width - w)
+    top = rng.uniform(0, height - h)
     return left, top, left + w, top + h
 
 
@@ -489,7 +429,7 @@ class Captions:
         if not self.boxes:
             return self
         left, top, right, bottom = crop
-        kept = []
+        long, boxes = [], []
         for sentence, box in zip(self.long, self.boxes):
             if box:
                 x0, y0, x1, y1 = box
@@ -498,8 +438,10 @@ class Captions:
                 w, h = right - left, bottom - top
                 box = (max((x0 - left) / w, 0), max((y0 - top) / h, 0),
                        min((x1 - left) / w, 1), min((y1 - top) / h, 1))
-            kept.append((sentence, box))
-        long, boxes = map(list, zip(*kept)) if kept else (self.long, [])
+            long.append(sentence)
+            boxes.append(box)
+        if not long:
+            return replace(self, boxes=[])
         return replace(self, long=long, boxes=boxes)
 
 
@@ -527,52 +469,88 @@ def all_fields(row: dict) -> dict:
     return row | recaptioned(row)
 
 
+LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged file
+
+
 def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     """A row of a data file -> its texts, found by the names in `fields`. A text may be a string or a list of its
     sentences, and of a long caption a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}.
     Raises BadSample, with `name` in its detail, if there is no text or a box is none."""
     row = all_fields(row)
-    found = {kind: [texts for field in names if (texts := clean_field(row.get(field)))]
-             for kind, names in fields.items()}
+    found = {}  # kind: the texts of each field that has some
+    for kind, names in fields.items():
+        texts = [clean_field(row.get(field)) for field in names]
+        found[kind] = [of_field for of_field in texts if of_field]
     listed = found["caption"][0] if found["caption"] else []
-    anything = [*found["raw"], listed[:1], *found["short"], *(texts[:1] for kind in found.values() for texts in kind)]
-    raw = " ".join(next(filter(None, anything), []))
+    raw = find_raw(found, listed)
     if not raw:
         raise BadSample("no caption", name or str(row.get("image", row.get("key", ""))))
-    long = [part for field in fields["long"] for part in with_boxes(row.get(field), name)]
-    long = long or [(text, None) for text in listed[1:] or listed or [raw]]
-    long = [(sentence, box) for text, box in long for sentence in split_sentences(text)] or [(raw, None)]
-    sentences, boxes = map(list, zip(*long))
-    perspectives = [" ".join(found[kind][0]) for kind in PERSPECTIVES if kind != "raw" and found[kind]] or listed[1:]
-    return Captions(raw, [" ".join(texts) for texts in found["short"]], sentences, [raw, *perspectives],
-                    boxes if any(boxes) else [])
+
+    placed = []
+    for name_of_field in fields["long"]:
+        placed += with_boxes(row.get(name_of_field), name)
+    if not placed:
+        placed = [(text, None) for text in listed[1:] or listed or [raw]]
+    long, boxes = [], []
+    for text, box in placed:
+        for sentence in split_sentences(text):
+            long.append(sentence)
+            boxes.append(box)
+    if not long:
+        long, boxes = [raw], [None]
+
+    perspectives = []
+    for kind in PERSPECTIVES:
+        if kind != "raw" and found[kind]:
+            perspectives.append(" ".join(found[kind][0]))
+    short = [" ".join(texts) for texts in found["short"]]
+    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes if any(boxes) else [])
 
 
-LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged file
+def find_raw(found: dict, listed: list[str]) -> str:
+    """The raw caption, or what comes nearest to it: the first of a list, a short one, the first of anything."""
+    candidates = [*found["raw"], listed[:1], *found["short"]]
+    for kind in found.values():
+        candidates += [texts[:1] for texts in kind]
+    for texts in candidates:
+        if texts:
+            return " ".join(texts)
+    return ""
 
 
 def clean_field(value) -> list[str]:
-    texts = value if isinstance(value, list) else [value]
-    texts = [part.get("text") if isinstance(part, dict) and "box" in part else part for part in texts]
-    return [t.strip()[:LONGEST_TEXT] for t in texts if isinstance(t, str) and t.strip()]
+    """The texts of a field, a string or a list, stripped; what is no text goes."""
+    texts = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, dict) and "box" in part:
+            part = part.get("text")
+        if isinstance(part, str) and part.strip():
+            texts.append(part.strip()[:LONGEST_TEXT])
+    return texts
 
 
 def with_boxes(value, name) -> list[tuple[str, tuple | None]]:
     """clean_field, each text with its box, or None. Raises BadSample."""
-    found = []
+    placed = []
     for part in value if isinstance(value, list) else [value]:
         box = part.get("box") if isinstance(part, dict) else None
-        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-        if box is not None and not (numbers and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
-        found += [(text, box and tuple(box)) for text in clean_field([part])]
-    return found
+        if box is not None:
+            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
+            if not (numbers and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+                raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
+            box = tuple(box)
+        placed += [(text, box) for text in clean_field([part])]
+    return placed
 
 
 def text_slots(s) -> list[str]:
     """The kind of text in each of the T slots, from the settings: "raw", "sub" (sub-caption), "long", "perspective"."""
-    sub = ["sub"] * s.sub_captions if s.sampling != "whole" else ["long"] * min(s.sub_captions, 1)
-    return ["raw"] * s.raw_caption + sub + ["long"] * s.long_texts + ["perspective"] * s.perspectives
+    slots = ["raw"] if s.raw_caption else []
+    if s.sampling == "whole":
+        slots += ["long"] * min(s.sub_captions, 1)
+    else:
+        slots += ["sub"] * s.sub_captions
+    return slots + ["long"] * s.long_texts + ["perspective"] * s.perspectives
 
 
 def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | None]]:
@@ -582,49 +560,51 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     slot of its own, and, in the share `whole_caption` of the draws, all sentences as one text: without replacement
     while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
     """
-    def anywhere(texts):
-        return [(text, None) for text in texts]
-
-    pool = [*zip(c.long, c.boxes)] if c.boxes else anywhere(c.long)
-    pool += anywhere(c.short * s.short_caption + [c.raw] * (not s.raw_caption))
+    slots = text_slots(s)
+    pool = list(zip(c.long, c.boxes or [None] * len(c.long)))
+    if s.short_caption:
+        pool += [(text, None) for text in c.short]
+    if not s.raw_caption:
+        pool.append((c.raw, None))
     if rng.random() < s.whole_caption:
-        pool += anywhere([" ".join(c.long)])
+        pool.append((" ".join(c.long), None))
 
-    def sub(k):
-        if s.sampling == "first":  # the ablation: the same K texts every time
-            return [pool[i % len(pool)] for i in range(k)]
-        return rng.sample(pool, min(k, len(pool))) + rng.choices(pool, k=max(0, k - len(pool)))
-
-    def long():
+    texts = [(c.raw, None)] * slots.count("raw") + draw_sub_captions(pool, slots.count("sub"), s.sampling, rng)
+    for _ in range(slots.count("long")):
         n = s.long_sentences or len(c.long)
         start = rng.randrange(max(len(c.long) - n, 0) + 1)
-        return " ".join(c.long[start:start + n])
-
-    slots = text_slots(s)
-    texts = anywhere([c.raw] * slots.count("raw")) + sub(slots.count("sub"))
-    texts += anywhere(long() for _ in range(slots.count("long")))
+        texts.append((" ".join(c.long[start:start + n]), None))
     perspectives = c.perspectives[:slots.count("perspective")]
-    return texts + anywhere(perspectives) + sub(slots.count("perspective") - len(perspectives))
+    lacking = slots.count("perspective") - len(perspectives)
+    texts += [(text, None) for text in perspectives]
+    return texts + draw_sub_captions(pool, lacking, s.sampling, rng)
+
+
+def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> list:
+    if sampling == "first":  # the ablation: the same k texts every time
+        return [pool[i % len(pool)] for i in range(k)]
+    drawn = rng.sample(pool, min(k, len(pool)))
+    return drawn + rng.choices(pool, k=max(0, k - len(pool)))
 
 
 def patches_of(boxes, side: int) -> torch.Tensor:
     """Which of side · side patches, row by row, each box overlaps; of None all: T boxes -> bool [T, side²]."""
-    edges = torch.tensor([box or (0, 0, 1, 1) for box in boxes], dtype=torch.float64)[:, None] * side  # [T, 1, 4]
-    first, behind, place = edges[..., :2].floor(), edges[..., 2:].ceil(), torch.arange(side)
-    x, y = ((first[..., k] <= place) & (place < behind[..., k]) for k in (0, 1))  # [T, side]
+    whole = [box or (0, 0, 1, 1) for box in boxes]
+    edges = torch.tensor(whole, dtype=torch.float64)[:, None] * side  # [T, 1, 4]
+    first, behind = edges[..., :2].floor(), edges[..., 2:].ceil()
+    place = torch.arange(side)
+    x = (first[..., 0] <= place) & (place < behind[..., 0])  # [T, side]
+    y = (first[..., 1] <= place) & (place < behind[..., 1])
     return (y[:, :, None] & x[:, None]).flatten(1)
 
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
 
 # A sample is a span of bytes in a file: of a tar the members with its key, of a CSV its row, of JSON lines its line.
-# All that stays in memory is one SPAN a sample, in files under ~/.cache that are mapped, so that the workers and the
-# ranks of a machine share one copy; the span is read and parsed when the sample is wanted. So any sample is reached at
-# once: the order is free, the same for any number of workers, and a run goes on where it was. (webdataset streams a tar
-# from its start; its order depends on the number of workers, and it cannot go on in mid-epoch.)
+# All that stays in memory is one SPAN a sample, mapped from a file under ~/.cache, so that the workers and the ranks of
+# a machine share one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once.
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
-INDEX_VERSION = 2  # of the indices kept: raise it when a scan_ function changes
-LARGE = 1 << 24  # bytes of files that are scanned in several processes
+INDEX_VERSION = 3  # of the indices kept: raise it when a scan_ function changes
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
 
 
@@ -640,7 +620,8 @@ class BadCount(dict):
 
     def __init__(self, details=(), counts=(), seen=0):
         super().__init__(details)
-        self.counts, self.seen = Counter(counts), seen
+        self.counts = Counter(counts)
+        self.seen = seen
 
     def add(self, bad: BadSample):
         self.counts[bad.reason] += 1
@@ -663,34 +644,37 @@ class BadCount(dict):
         return self.counts.total()
 
     def report(self) -> str:
-        return "; ".join(f"{n} × {reason}: {', '.join(self[reason][:3])}{' ...' if n > 3 else ''}"
-                         for reason, n in self.counts.most_common())
+        parts = []
+        for reason, n in self.counts.most_common():
+            more = " ..." if n > 3 else ""
+            parts.append(f"{n} × {reason}: {', '.join(self[reason][:3])}{more}")
+        return "; ".join(parts)
 
-    def over(self, share: float, total: int | None = None, seen: int | None = None) -> bool:
-        """Whether more than this share is bad, of at least 200 seen; `total` and `seen` may be those of all ranks."""
-        total, seen = self.total if total is None else total, self.seen if seen is None else seen
+    def over(self, share: float, total: int, seen: int) -> bool:
+        """Whether more than this share is bad, of at least 200 seen; total and seen may be those of all ranks."""
         return seen >= 200 and total > share * seen
 
     def check(self, share: float):
         """Raises UserError where that is so."""
-        if self.over(share):
+        if self.over(share, self.total, self.seen):
             raise UserError(f"{self.total} of {self.seen} samples are bad, over --max-bad {share:g}: mend the data or "
                             f"raise the limit ({self.report()})")
 
 
 def hashed(key: str | bytes) -> int:
-    key = key if isinstance(key, bytes) else key.encode(errors="surrogatepass")
+    if isinstance(key, str):
+        key = key.encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def parse_json(content: bytes, name: str) -> dict:
     try:
         row = json.loads(content.decode("utf-8-sig", errors="replace"))
-        if isinstance(row, dict):
-            return row
     except (ValueError, RecursionError):
-        pass
-    raise BadSample("JSON does not parse", name)
+        row = None
+    if not isinstance(row, dict):
+        raise BadSample("JSON does not parse", name)
+    return row
 
 
 IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "path", "url", "image_url")
@@ -699,7 +683,8 @@ IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "p
 def image_field(row: dict, otherwise: str | None = None) -> str:
     """The path or URL of a row's image: under the first of the usual names, else under `otherwise`."""
     by_name = {name.lower(): value for name, value in reversed(row.items())}
-    image = next((by_name[name] for name in IMAGE_FIELDS if name in by_name), row.get(otherwise))
+    names = [name for name in IMAGE_FIELDS if name in by_name]
+    image = by_name[names[0]] if names else row.get(otherwise)
     if not isinstance(image, str) or not image.strip():
         raise BadSample("no image named", str(row.get("key", ""))[:80])
     return image.strip()
@@ -713,113 +698,87 @@ def row_key(row: dict, otherwise: str | None = None) -> str:
 # Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
 # with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
 
-Member = namedtuple("Member", "key extension start data size")  # bytes: where its headers and its content begin
+def split_name(name: str) -> tuple[str, str]:
+    """"./a/b.seg.JSON" -> ("a/b", "seg.json"): the key ends at the first dot of the file's name."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
 
 
-def tar_members(read, end):
-    """A Member for every file in a tar of `end` bytes.
-
-    `read(offset, n)` gives bytes. Headers are parsed by the standard library's TarInfo, one by one, because its TarFile
-    and webdataset both give up a shard at the first damaged header: here the key is None, the extension says what is
-    wrong, and the next whole header is looked for. The key is the name, with its folder, up to the first dot.
-    """
-    at, start, name, last = 0, None, None, 0
-    while at < end:
-        block = read(at, 512)
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            if info.size < 0:
-                raise tarfile.InvalidHeaderError
-        except tarfile.HeaderError:
-            following = next_header(read, at + 512, end)
-            if following is None and block.count(0) == 512:  # the mark of the end
-                return
-            yield Member(None, "tar damaged", at, at, 0)
-            if following is None:
-                return
-            at, start, name = following, None, None
-            continue
-        start, data = at if start is None else start, at + 512
-        at = data + (info.size + 511) // 512 * 512 * (info.isreg() or info.type in b"LxgK")
-        if info.type == tarfile.GNUTYPE_LONGNAME:
-            name = read(data, min(info.size, 1 << 16)).rstrip(b"\0")
-        elif info.type == tarfile.XHDTYPE:
-            path = re.search(rb"(?:^|\n)\d+ path=(.*?)\n\d*", read(data, min(info.size, 1 << 16)), re.S)
-            name = path[1] if path else name
-        elif info.type not in b"gK":
-            full = (os.fsdecode(name) if name else info.name).removeprefix("./")
-            folder, slash, base = full.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if info.isreg() and stem:  # a name that begins with a dot is a system's own
-                yield Member(folder + slash + stem, extension.lower(), start, data, info.size)
-            start, name, last = None, None, data + info.size
-    if last <= end:
-        yield Member(None, "tar cut off", at, at, 0)
+def tar_members(file):
+    """(key, extension, TarInfo, where its header should begin) of every file in a tar. `ignore_zeros` goes on behind a
+    damaged header."""
+    expected = 0
+    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
+        for member in tar:
+            key, extension = split_name(member.name)
+            if member.isreg() and not os.path.basename(member.name).startswith("."):  # a dot: a system's own
+                yield key, extension, member, expected
+            size = member.size if member.isreg() else 0
+            expected = member.offset_data + padded(size)
 
 
-def next_header(read, at, end):
-    """The next offset, in steps of 512 bytes, that holds a tar header, or None."""
-    while at < end:
-        piece = read(at, 1 << 20)
-        for place in range(0, len(piece), 512) if b"ustar" in piece else ():
-            if piece[place + 257:place + 262] == b"ustar":
-                try:
-                    tarfile.TarInfo.frombuf(piece[place:place + 512], "utf-8", "surrogateescape")
-                    return at + place
-                except tarfile.HeaderError:
-                    pass
-        at += 1 << 20
-    return None
+def padded(size: int) -> int:
+    return (size + 511) // 512 * 512
 
 
 def scan_tar(path):
-    def sample():
-        key, start, stop = group[0].key, group[0].start, group[-1].data + group[-1].size
-        if key is None:
-            return BadSample(group[0].extension, f"{path.name} at byte {start}")
-        if stop > end:
-            return BadSample("tar cut off", f"{path.name} in {key}")
-        if not any(member.extension in SUFFIXES for member in group):
-            there = " .".join(member.extension for member in group[:3])
-            return BadSample("no image", f"{path.name}/{key} with .{there}")  # of a.b.jpg the key is a
-        return start, stop - start, key, key
-
+    """A sample is a run of members with one key, from the header of the first to the end of the last."""
+    runs = []  # [key, start, stop, extensions]
+    bad = []
     with open(path, "rb") as file:
-        descriptor, end, group = file.fileno(), os.fstat(file.fileno()).st_size, []
-        for member in tar_members(lambda offset, n: os.pread(descriptor, n, offset), end):
-            if group and (member.key != group[0].key or any(member.extension == other.extension for other in group)):
-                yield sample()
-                group = []
-            group.append(member)
-        if group:
-            yield sample()
+        with suppress(tarfile.TarError, OSError, ValueError):  # raised where a tar is cut off
+            for key, extension, member, expected in tar_members(file):
+                gap = member.offset > expected
+                if gap:
+                    bad.append(BadSample("tar damaged", f"{path.name} at byte {expected}"))
+                if gap or not runs or runs[-1][0] != key or extension in runs[-1][3]:
+                    runs.append([key, member.offset, 0, []])
+                runs[-1][2] = member.offset_data + member.size
+                runs[-1][3].append(extension)
+        end = padded(runs[-1][2]) if runs else 0
+        file.seek(end)
+        rest = file.read(1 << 20)
+        if any(rest) or not rest:  # a whole tar ends in zeros
+            bad.append(BadSample("tar cut off", f"{path.name} at byte {end}"))
+        if runs and runs[-1][2] > file.seek(0, os.SEEK_END):
+            runs.pop()
+    for key, start, stop, extensions in runs:
+        if any(extension in SUFFIXES for extension in extensions):
+            yield start, stop - start, key, key
+        else:
+            yield BadSample("no image", f"{path.name}/{key} with .{' .'.join(extensions[:3])}")
+    yield from bad
 
 
 def parse_tar(content, records, n):
-    file = records.files[n]
-    key, image, text, row = "", None, {}, {}
-    for key_found, extension, _, data, size in tar_members(lambda offset, n: content[offset:offset + n], len(content)):
+    where = records.files[n].name
+    name, image, text, row = "", None, {}, {}
+    for key, extension, member, _ in tar_members(io.BytesIO(content + bytes(1024))):
+        part = content[member.offset_data:member.offset_data + member.size]
         if extension in SUFFIXES and image is None:
-            key, image = key_found, content[data:data + size]
+            name, image = key, part
         elif extension == "txt":
-            text = {"caption": content[data:data + size].decode("utf-8-sig", errors="replace")}
+            text = {"caption": part.decode("utf-8-sig", errors="replace")}
         elif extension == "json":
-            row = parse_json(content[data:data + size], f"{file.name}/{key_found}.json")
+            row = parse_json(part, f"{where}/{key}.json")
     if image is None:
-        raise BadSample("no image", f"{file.name}/{key}")
-    return Record(key, image, text | {name: value for name, value in row.items() if value})
+        raise BadSample("no image", f"{where}/{name}")
+    told = {field: value for field, value in row.items() if value}
+    return Record(name, image, text | told)
 
 
 def scan_lines(path):
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+            where = f"{path.name} line {number}"
             if line.strip():
-                where = f"{path.name} line {number}"
                 try:
                     row = parse_json(line, where)
                     key = row_key(row)
-                    yield start, len(line), key, key if row.get("key") == key else line  # a picture may have several
+                    identity = key if row.get("key") == key else line  # a picture may have several lines
+                    yield start, len(line), key, identity
                 except BadSample as bad:
                     torn = bad.reason == "JSON does not parse" and not line.endswith(b"\n")
                     yield BadSample("last line torn" if torn else bad.reason, where)
@@ -853,23 +812,27 @@ def csv_cells(lines, path, strict=False):
 @functools.cache
 def csv_names(path, _stamp):
     with open(path, "rb") as file:
-        return [name.strip(" \ufeff") for name in csv_row(file, path)[0] or [""]]
+        cells, _ = csv_row(file, path)
+    return [name.strip(" \ufeff") for name in cells or [""]]
 
 
 def scan_csv(path):
     """The csv module finds where a row ends, since a quoted cell may hold line breaks. A quote that is never closed
-    swallows the rows below it, until something is not strictly CSV: then only the first line is given up."""
+    swallows the rows below it; then only its first line is given up."""
     names = csv_names(path, stamp(path))
     with open(path, "rb") as file:
-        lines = csv_row(file, path)[1]  # the header
+        _, lines = csv_row(file, path)  # the header
         start, number = sum(map(len, lines)), len(lines) + 1
-        while (found := csv_row(file, path))[1]:
-            cells, lines = found
+        while True:
+            cells, lines = csv_row(file, path)
+            if not lines:
+                return
             if cells is None or len(cells) != len(names) and len(lines) > 1:
                 lines = lines[:1]
                 file.seek(start + len(lines[0]))
-                even = lines[0].count(b'"') % 2 == 0  # quotes within quotes, as some write them
-                cells = even and csv_cells([lines[0].decode(errors="replace")], path)
+                cells = None
+                if lines[0].count(b'"') % 2 == 0:  # quotes within quotes, as some write them
+                    cells = csv_cells([lines[0].decode(errors="replace")], path)
             content, where = b"".join(lines), f"{path.name} line {number}"
             if content.strip():
                 try:
@@ -879,7 +842,8 @@ def scan_csv(path):
                     yield start, len(content), key, key if "key" in names else content
                 except BadSample as bad:
                     yield BadSample(bad.reason, where)
-            start, number = start + len(content), number + len(lines)
+            start += len(content)
+            number += len(lines)
 
 
 def parse_csv(content, records, n):
@@ -898,18 +862,22 @@ def scan_folder(folder):
         start += len(name)
 
 
-def list_folder(folder):
-    names = (os.path.relpath(os.path.join(at, name), folder) for at, _, files in os.walk(folder) for name in files
-             if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."))
-    return sorted(map(os.fsencode, names))
+def list_folder(folder) -> list[bytes]:
+    names = []
+    for at, _, files in os.walk(folder):
+        for name in files:
+            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
+                names.append(os.fsencode(os.path.relpath(os.path.join(at, name), folder)))
+    return sorted(names)
 
 
 def parse_folder(content, records, n):
     path, row = records.files[n] / os.fsdecode(content), {}
-    with suppress(FileNotFoundError):
-        row = {"caption": path.with_suffix(".txt").read_bytes().decode("utf-8-sig", errors="replace")}
-    with suppress(FileNotFoundError):
-        row |= parse_json(path.with_suffix(".json").read_bytes(), str(path.with_suffix(".json")))
+    text, data = path.with_suffix(".txt"), path.with_suffix(".json")
+    if text.exists():
+        row = {"caption": text.read_bytes().decode("utf-8-sig", errors="replace")}
+    if data.exists():
+        row |= parse_json(data.read_bytes(), str(data))
     return Record(os.fsdecode(content).rpartition(".")[0], path, row)
 
 
@@ -923,30 +891,31 @@ def captions_path(file: Path) -> Path:
 
 
 def expand(pattern: str) -> list[str]:
-    """{00000..00331} and {a,b}, as a shell expands them."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
+    """shard-{00000..00331}.tar -> the 332 names, as a shell expands it."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces:
         return [pattern]
-    first, _, last = braces[1].partition("..")
-    counted = first.isdigit() and last.isdigit()
-    inside = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if counted else braces[1].split(",")
-    return [text for part in inside for text in expand(pattern[:braces.start()] + part + pattern[braces.end():])]
+    texts = []
+    for number in range(int(braces[1]), int(braces[2]) + 1):
+        texts += expand(pattern[:braces.start()] + str(number).zfill(len(braces[1])) + pattern[braces.end():])
+    return texts
 
 
 def find_files(pattern: str) -> list[Path]:
     """The files, all of one format, that one path of --data stands for. Raises UserError."""
+    takes = "--data takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern stands for files of one format"
     if os.path.isdir(pattern):
         return sorted(Path(pattern).glob("*.tar")) or [Path(pattern)]
-    names = [pattern] if os.path.exists(pattern) else expand(pattern)
-    files = [Path(name) for text in names for name in (sorted(glob.glob(text)) if glob.has_magic(text) else [text])]
+    files = []
+    for text in expand(pattern):
+        names = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        files += map(Path, names)
     gone = [file for file in files if not file.is_file()]
     if gone or not files:
-        raise UserError(f"no file {gone[0] if gone else pattern}" + f" (nor {len(gone) - 1} more)" * (len(gone) > 1) +
-                        ": --data takes 'scenes', .tar shards, .jsonl, .csv or a folder")
-    other = [file for file in files if file.suffix not in READERS or file.suffix != files[0].suffix]
-    if other:
-        raise UserError(f"--data {other[0]}: it takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern "
-                        "stands for files of one format")
+        raise UserError(f"no file {gone[0] if gone else pattern}: {takes}")
+    for file in files:
+        if file.suffix not in READERS or file.suffix != files[0].suffix:
+            raise UserError(f"--data {file}: {takes}")
     return files
 
 
@@ -955,90 +924,77 @@ def stamp(file: Path) -> tuple[int, int]:
     return file.stat().st_size, file.stat().st_mtime_ns
 
 
-def index_path(file: Path) -> Path:
-    """Where the index of a file is kept; another once the file has changed."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    name = "-".join(f"{x:x}" for x in (hashed(str(file.resolve())), *stamp(file), INDEX_VERSION))
-    return Path(os.environ.get("MINILIP_CACHE") or Path(cache, "minilip"), name)
-
-
-def load_index(file: Path):
-    """-> (spans, BadCount), the spans mapped; None if no whole index is kept."""
+def index_of(file: Path):
+    """(spans, BadCount) of a file, the spans mapped from the index kept under ~/.cache, which has another name once the
+    file has changed. A folder has no index: its time does not tell what has changed below it."""
+    if not file.is_file():
+        return scan(file)
+    cache = os.environ.get("MINILIP_CACHE") or Path.home() / ".cache" / "minilip"
+    size, time = stamp(file)
+    path = Path(cache, f"{hashed(str(file.resolve())):x}-{size:x}-{time:x}-{INDEX_VERSION}")
     try:
-        path = index_path(file)
         with open(path, "rb") as kept:
             head = kept.readline()
         n, *bad = json.loads(head)
-        if path.stat().st_size == len(head) + n * SPAN.itemsize:
-            return (np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)), BadCount(*bad)
+        spans = np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)
+        return spans, BadCount(*bad)
     except (OSError, ValueError, TypeError):
-        return None
+        spans, bad = scan(file)
+        with suppress(OSError):  # where it cannot be written, it is not kept
+            keep_index(path, json.dumps([len(spans), *bad.plain()]).encode() + b"\n" + spans.tobytes())
+        return spans, bad
 
 
-def make_index(file: Path):
-    """Scans a file and keeps its index. -> None, or (spans, BadCount) where it cannot be kept or the file goes on
-    changing."""
-    if load_index(file):
-        return None  # another process was faster
-    path, spans, bad, known = index_path(file), bytearray(), BadCount(), set()
+def scan(file: Path):
+    """The spans of all samples of a file, and what had to be left out; a sidecar's spans are sorted by key."""
+    spans, bad, known = [], BadCount(), set()
     sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
+    scan_format, _ = READERS[file.suffix if file.is_file() else ""]
     try:
-        for found in READERS[file.suffix if file.is_file() else ""][0](file):
+        for found in scan_format(file):
             bad.seen += 1
             if isinstance(found, BadSample):
                 bad.add(found)
                 continue
             start, length, key, identity = found
+            identity = hashed(identity)
             if length > LONGEST:
                 bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
-            elif (identity := hashed(identity)) in known and not sidecar:
+            elif identity in known and not sidecar:
                 bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
             else:
                 known.add(identity)
-                spans += struct.pack("<QIQ", start, length, hashed(key))  # a SPAN
+                spans.append((start, length, hashed(key)))
     except OSError as error:
         bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
-    spans = np.frombuffer(spans, SPAN)
+    spans = np.array(spans, SPAN)
     if sidecar:
-        spans.sort(order="key", kind="stable")  # its lines are looked up by key
-    if file.is_file():  # the time of a folder does not tell whether what is below it has changed
-        keep_index(path, json.dumps([len(spans), *bad.plain()]).encode() + b"\n" + spans.tobytes())
-    return None if load_index(file) else (spans, bad)
+        spans.sort(order="key", kind="stable")
+    return spans, bad
 
 
 def keep_index(path: Path, content: bytes):
-    """Whole or not at all, in place of older ones of the same file; where it cannot be written, it is not kept."""
+    """Writes the index, whole or not at all, in place of older ones of the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
-            if old != path:
-                old.unlink(missing_ok=True)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
+        if old != path:
+            old.unlink(missing_ok=True)
 
 
 def read_indices(files: list[Path]) -> list:
-    """(spans, BadCount) of every file; those not known yet are scanned, in parallel where that takes long."""
-    new = [file for file in files if not load_index(file)]
-    start = len(new) * int(os.environ.get("LOCAL_RANK", 0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    new = new[start:] + new[:start]  # the ranks of a machine begin at different files, and meet what others have done
-    progress = functools.partial(tqdm, desc="indexing", total=len(new), unit="file", delay=2, leave=False)
-    if sum(file.stat().st_size for file in new) <= LARGE:
-        made = dict(zip(new, map(make_index, progress(new))))
-    else:  # in other processes even if it is one file, so that what scanning takes of memory is given back
-        processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        with ProcessPoolExecutor(min(processes, len(new))) as pool:
-            made = dict(zip(new, progress(pool.map(make_index, new))))
-    return [made.get(file) or index_of(file) for file in files]
-
-
-def index_of(file):
-    """The index of a file that another process may be writing to: what is kept may be outdated before it is read."""
-    return load_index(file) or make_index(file) or index_of(file)
+    """index_of every file, in parallel where that takes long."""
+    if sum(file.stat().st_size for file in files) < 1 << 24:
+        return [index_of(file) for file in files]
+    processes = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ProcessPoolExecutor(processes) as pool:  # in other processes, so what scanning takes of memory is given back
+        indices = pool.map(index_of, files)
+        return list(tqdm(indices, "indexing", len(files), unit="file", delay=2, leave=False))
 
 
 @functools.lru_cache(maxsize=512)
@@ -1047,23 +1003,11 @@ def opened(file, _stamp):
 
 
 def read_span(file: Path, stamp: tuple, start: int, length: int) -> bytes:
-    """By pread, which moves no position: so processes forked from this one may share an open file."""
+    """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
     content = os.pread(opened(file, stamp).fileno(), length, start)
     if len(content) < length:
         raise BadSample("file cut off", f"{file} at byte {start}")
     return content
-
-
-AHEAD = 1 << 22  # bytes of a shard that are asked for at once
-
-
-@functools.lru_cache(maxsize=1024)
-def ask_for(file, stamp, piece):
-    """Has the system read a piece of a file in one go, whose samples will be wanted one by one before long: from disk
-    they come two to three times as fast."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        with suppress(OSError):
-            os.posix_fadvise(opened(file, stamp).fileno(), piece * AHEAD, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 class Records:
@@ -1075,37 +1019,33 @@ class Records:
     """
 
     def __init__(self, path: str, image_root: str | None = None):
-        self.path, self.root = str(path), Path(image_root) if image_root else None
-        self.files, self.bad = find_files(self.path), BadCount()
-        _, self.parse = READERS[self.files[0].suffix if self.files[0].is_file() else ""]
-        self.stamps, self.spans = [stamp(file) for file in self.files], []
+        self.path = str(path)
+        self.root = Path(image_root) if image_root else None
+        self.files = find_files(self.path)
+        self.stamps = [stamp(file) for file in self.files]
+        self.is_folder = self.files[0].is_dir()
+        self.listing = b"".join(list_folder(self.files[0])) if self.is_folder else None
+        _, self.parse = READERS["" if self.is_folder else self.files[0].suffix]
+        self.bad = BadCount()
+        self.spans = []
         for spans, bad in read_indices(self.files):
             self.spans.append(spans)
             self.bad.merge(bad)
         self.first = np.cumsum([0, *map(len, self.spans)])  # the number of each file's first sample, and that of all
-        self.listing = b"".join(list_folder(self.files[0])) if self.parse is parse_folder else None
-        there = {n: path for n, path in enumerate(map(captions_path, self.files)) if path.is_file()}
         self.sidecars = {}  # number of a file -> path, stamp and spans of its new captions
-        for (n, sidecar), (spans, bad) in zip(there.items(), read_indices(list(there.values()))):
-            self.sidecars[n] = sidecar, stamp(sidecar), spans
-            bad.seen = 0  # no samples, but what is said of them
-            self.bad.merge(bad)
+        for n, file in enumerate(self.files):
+            sidecar = captions_path(file)
+            if sidecar.is_file():
+                spans, bad = index_of(sidecar)
+                self.sidecars[n] = sidecar, stamp(sidecar), spans
+                bad.seen = 0  # no samples, but what is said of them
+                self.bad.merge(bad)
 
     def __len__(self):
         return int(self.first[-1])
 
     def file_of(self, i: int) -> int:
         return int(np.searchsorted(self.first, i, "right")) - 1
-
-    def _span(self, i: int) -> tuple[int, int, int, int]:
-        """Of sample i: the number of its file, where in it the sample starts, its length, the hash of its key."""
-        n = self.file_of(i)
-        return n, *self.spans[n][i - self.first[n]].tolist()
-
-    def ask_around(self, i: int):
-        """Asks for the piece of the file that sample i lies in."""
-        n, start, *_ = self._span(i)
-        ask_for(self.files[n], self.stamps[n], start // AHEAD)
 
     def locate(self, n: int, image: str) -> Path:
         """The image that a row of file n names: below the root; of a URL the last part counts."""
@@ -1114,11 +1054,11 @@ class Records:
 
     def name(self, i: int) -> str:
         """Of a sample, for a message, whatever is wrong with it."""
-        n, start, *_ = self._span(i)
+        n = self.file_of(i)
         try:
             return f"{self.files[n].name}: {self[i].key}"
         except BadSample:
-            return f"{self.files[n].name} at byte {start}"
+            return f"{self.files[n].name}, sample {i - self.first[n]}"
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
@@ -1127,25 +1067,30 @@ class Records:
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        n, start, length, key = self._span(i)
+        n = self.file_of(i)
+        start, length, key = self.spans[n][i - self.first[n]].tolist()
         file = self.files[n]
         try:
-            content = (read_span(file, self.stamps[n], start, length) if self.listing is None
-                       else self.listing[start:start + length])
+            if self.is_folder:
+                content = self.listing[start:start + length]
+            else:
+                content = read_span(file, self.stamps[n], start, length)
             record = self.parse(content, self, n)
             if n in self.sidecars:
-                record.row["captions"] = recaptioned(record.row) | self._new_captions(n, key)
+                record.row["captions"] = recaptioned(record.row) | self.new_captions(n, key)
         except OSError as error:
             raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         return record
 
-    def _new_captions(self, n: int, key: int) -> dict:
+    def new_captions(self, n: int, key: int) -> dict:
         """What the lines of file n's sidecar say of a key, given by its hash; of two that name a field the later."""
         path, stamp, spans = self.sidecars[n]
-        first, last = (np.searchsorted(spans["key"], np.uint64(key), side) for side in ("left", "right"))
+        first = np.searchsorted(spans["key"], np.uint64(key), "left")
+        last = np.searchsorted(spans["key"], np.uint64(key), "right")
         found = {}
         for start, length, _ in spans[first:last].tolist():
-            found |= recaptioned(parse_json(read_span(path, stamp, start, length), path.name))
+            line = read_span(path, stamp, start, length)
+            found |= recaptioned(parse_json(line, path.name))
         return found
 
 
@@ -1162,7 +1107,8 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache  # to bring numbers to a GPU anew at every step would be to wait for it
 def mean_and_deviation(device):
-    return [255 * torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD)]
+    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+    return 255 * mean.view(3, 1, 1), 255 * std.view(3, 1, 1)
 
 
 # A dataset: len; name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
@@ -1172,7 +1118,10 @@ class SceneImages:
     """Embedded scenes. Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
 
     def __init__(self, split: str, n: int, size: int, kinds: int):
-        self.scenes, self.train, self.size, self.bad = Scenes(split, n, size, kinds), split == "train", size, BadCount()
+        self.scenes = Scenes(split, n, size, kinds)
+        self.train = split == "train"
+        self.size = size
+        self.bad = BadCount()
 
     def __len__(self):
         return len(self.scenes)
@@ -1199,7 +1148,6 @@ class SceneImages:
         return rng.permutation(len(self))
 
 
-CACHE = 512 << 20  # bytes of decoded pictures that a data-loading process may keep
 HELD_OUT = 5000  # samples held out for validation, or a tenth where that is less
 
 
@@ -1212,46 +1160,36 @@ class Pictures:
     """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
     def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.8, fields: dict = FIELDS):
-        self.records, self.size, self.train, self.fields, self.crop = records, size, part == "train", fields, crop
-        self.bad, self.by_shard = records.bad, records.parse is parse_tar and len(records.files) > 1
-        held_out = records.keys() < np.uint64(min(0.1, HELD_OUT / max(1, len(records))) * 2**64)
-        wanted = {"train": ~held_out, "validation": held_out, "all": np.ones(len(records), bool)}[part]
+        self.records, self.size, self.crop, self.fields = records, size, crop, fields
+        self.train = part == "train"
+        self.bad = records.bad
+        self.by_shard = records.parse is parse_tar and len(records.files) > 1
+        share = min(0.1, HELD_OUT / max(1, len(records)))
+        wanted = np.ones(len(records), bool)
+        if part != "all":
+            wanted = (records.keys() < np.uint64(share * 2**64)) == (part == "validation")
         self.rows = np.flatnonzero(wanted).astype(np.int32 if len(records) < 2**31 else np.int64)
-        self.cache = {} if len(self) * 3 * (2 * size) ** 2 < CACHE else None  # a small set is decoded once
-        self._try_a_few(part)
-        if self.train:
-            self._name_missing_fields()
+        self.try_a_few(part)
 
-    def _name_missing_fields(self):
-        """A mistyped name in --caption-fields would otherwise cost its texts without a word."""
-        named = {name for kind, names in self.fields.items() for name in names
-                 if names not in (FIELDS[kind], FIELDS[kind] + DENSE)}
-        for i in spread(len(self), 8) if named else ():
-            with suppress(BadSample):
-                named.difference_update(all_fields(self.records[int(self.rows[i])].row))
-        if named and os.environ.get("RANK", "0") == "0":
-            print(f"--caption-fields: none of the samples looked at in {self.records.path} has "
-                  f"{' or '.join(sorted(named))}", flush=True)
-
-    def _try_a_few(self, part):
-        """A wrong image root or name of a field shows at once: not one of some samples can be used."""
-        if not len(self.records) and not self.bad:
-            raise UserError(f"--data {self.records.path} is empty: it takes 'scenes', .tar shards, .jsonl, .csv with a "
-                            "header, or a folder that holds shards or pictures")
-        if len(self.records) and not len(self):
-            raise UserError(f"--data {self.records.path}: none of its {len(self.records)} samples falls to {part}: "
-                            "take more data, or --eval-images 0")
+    def try_a_few(self, part):
+        """A wrong image root or name of a field shows at once: not one of some samples can be used, or none has it."""
+        named = {name for names in self.fields.values() for name in names}
+        missing = named - {name for names in FIELDS.values() for name in names} - set(DENSE)
         failed = BadCount()
-        for i in spread(len(self), 8):
+        chosen = spread(len(self), 8)
+        for i in chosen:
             try:
                 self[i]
-                return
+                missing -= all_fields(self.records[int(self.rows[i])].row).keys()
             except BadSample as bad:
                 failed.add(bad)
-        tried = f", none of {failed.total} tried ({failed.report()})" if failed else ""
-        left_out = f" (left out: {self.bad.report()})" if self.bad else ""
-        raise UserError(f"--data {self.records.path} has no usable sample for {part}{tried}{left_out}: check "
-                        "--image-root and --caption-fields, or look at it with python data.py --look")
+        if failed.total == len(chosen):  # or there is no sample at all
+            self.bad.merge(failed)
+            raise UserError(f"--data {self.records.path} has no usable sample for {part} ({self.bad.report() or 'it is empty'}):"
+                            " check --image-root and --caption-fields, or look at it with python data.py --look")
+        if missing and self.train:
+            names = " or ".join(sorted(missing))
+            say_once(f"--caption-fields: none of the samples looked at in {self.records.path} has {names}")
 
     def __len__(self):
         return len(self.rows)
@@ -1261,27 +1199,17 @@ class Pictures:
 
     def __getitem__(self, i, rng=None):
         number = int(self.rows[i])
-        if self.train and self.by_shard:
-            self.records.ask_around(number)
         record = self.records[number]
         name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
-        picture = self._picture(i, record.image, name)
-        (w, h), box = picture.size, crop_box(*picture.size, *((self.crop, rng) if self.train else ()))
+        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECT)) if self.train else self.size
+        picture = load_image(record.image, enough, name=name)  # decoded just large enough for the least crop
+        width, height = picture.size
+        box = crop_box(width, height, self.crop, rng) if self.train else crop_box(width, height)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-        captions = captions.within((box[0] / w, box[1] / h, box[2] / w, box[3] / h))
+        left, top, right, bottom = box
+        captions = captions.within((left / width, top / height, right / width, bottom / height))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), captions
-
-    def _picture(self, i, source, name):
-        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECT)) if self.train else self.size  # for the least crop
-        if self.cache is None:
-            return load_image(source, enough, name=name)
-        if i not in self.cache:
-            picture = load_image(source, 2 * self.size, name=name)
-            shrink = max(1, min(picture.size) / (2 * self.size))
-            size = [max(1, round(x / shrink)) for x in picture.size]
-            self.cache[i] = picture if shrink == 1 else picture.resize(size, Image.Resampling.BICUBIC)
-        return self.cache[i]
 
     def order(self, rng, window):
         """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
@@ -1418,27 +1346,26 @@ class TrainingTexts(torch.utils.data.Dataset):
     box [T,P] (bool), else None, and the BadSamples met: in the place of a bad sample stands another, at random.
 
     All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
-    a restart. `at` [workers, 2], shared by the processes, holds what each worker is reading.
+    a restart.
     """
 
     def __init__(self, dataset, tokenizer, settings):
         self.dataset, self.tokenizer, self.settings = dataset, tokenizer, settings
-        self.at = torch.full((max(1, settings.workers), 2), -1).share_memory_()
 
     def __getitem__(self, where):
-        epoch, index = where
-        worker = torch.utils.data.get_worker_info()
-        self.at[worker.id if worker else 0] = torch.tensor(where)
         s, bad = self.settings, []
-        for attempt in range(ATTEMPTS):
-            rng = random.Random(f"{s.seed} {epoch} {index} {attempt}" if attempt else f"{s.seed} {epoch} {index}")
+        epoch, index = where
+        rng = random.Random(f"{s.seed} {epoch} {index}")
+        while True:
             try:
-                image, captions = self.dataset.__getitem__(rng.randrange(len(self.dataset)) if attempt else index, rng)
+                image, captions = self.dataset.__getitem__(index, rng)
                 break
             except BadSample as problem:
                 bad.append(problem)
-        else:
-            raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {bad[-1]}")
+                if len(bad) == ATTEMPTS:
+                    raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {problem}") from None
+                rng = random.Random(f"{s.seed} {epoch} {where[1]} {len(bad)}")
+                index = rng.randrange(len(self.dataset))
         texts, boxes = zip(*draw_texts(captions, s, rng))
         allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
         return image, self.tokenizer(texts, s.context), allowed, bad
@@ -1469,22 +1396,28 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
         samples, batch_sampler=local_batches(order, settings.batch, first, last, rank, world), collate_fn=collate,
         num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
         pin_memory=torch.cuda.is_available())
-    return watched(loader, samples)
+    return watched(loader)
 
 
-def watched(loader, samples):
-    """The loader's batches; a worker's death becomes one sentence that names the samples at hand."""
+def watched(loader):
+    """The loader's batches; what goes wrong in a worker, even its death, becomes one sentence."""
     batches = iter(loader)
-    if samples.settings.workers:  # else PyTorch raises from a signal handler, anywhere in the main program
+    if loader.num_workers:  # else PyTorch raises from a signal handler, anywhere in the main program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
+    except UserError as error:
+        raise one_sentence(error) from None
     except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker was about to hand over a batch
         if "DataLoader worker (pid" not in str(error) and (isinstance(error, RuntimeError) or "Caught" in str(error)):
             raise
-        at = [samples.dataset.name(index) for _, index in samples.at.tolist() if index >= 0]
-        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}) while they were reading "
-                        f"{', '.join(at)}: if memory ran out, lower --workers; else look at these samples") from None
+        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}): if memory ran out, lower --workers; "
+                        "else look at the data with python data.py --look") from None
+
+
+def one_sentence(error: UserError) -> UserError:
+    """From a worker an error arrives with a page of traceback, whose last line it is."""
+    return UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: "))
 
 
 # ---- a look at data --------------------------------------------------------------------------------------------------
@@ -1493,95 +1426,82 @@ def look(path, image_root, fields, tokenizer, n, sheet):
     """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
     if path == "scenes":
         raise UserError("scenes are drawn, not read: look at them with python scenes.py --sheet scenes.png")
-    records, bad, shown, names = Records(path, image_root), BadCount(), [], Counter()
-    print(f"{path}: {len(records.files)} file{'s' * (len(records.files) > 1)}, {len(records):,} samples"
-          + (f"; left out: {records.bad.report()}" if records.bad else ""))
-    sizes, lengths = [], {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
+    records = Records(path, image_root)
+    left_out = f"; left out: {records.bad.report()}" if records.bad else ""
+    print(f"{path}: files {len(records.files)}, samples {len(records):,}{left_out}")
+    bad, names, shown, sizes = BadCount(), Counter(), [], []
+    lengths = {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
     for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
         try:
             record = records[i]
             names.update(name for name, value in all_fields(record.row).items() if value)
-            c, picture = read_captions(record.row, fields, record.key), load_image(record.image, name=record.key)
+            c = read_captions(record.row, fields, record.key)
+            picture = load_image(record.image, name=record.key)
         except BadSample as error:
             bad.add(error)
             continue
         sizes.append(picture.size)
-        for found, texts in zip(lengths.values(), ([c.raw], c.short, c.long, [" ".join(c.long)])):
-            found += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+        for kind, texts in zip(lengths, ([c.raw], c.short, c.long, [" ".join(c.long)])):
+            lengths[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
         if len(shown) < 24:
             picture.thumbnail((256, 256))
-            shown.append((record.key, picture, c))
+            short = [f"SHORT {text}" for text in c.short]
+            shown.append((picture, [record.key[-44:], f"RAW {c.raw}", *short, "LONG " + " | ".join(c.long)]))
     print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
-    if names:
-        print("fields: " + ", ".join(f"{name} {count:,}" for name, count in names.most_common()))
+    print("fields: " + ", ".join(f"{name} {count:,}" for name, count in names.most_common()))
     if sizes:
         print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
     for kind, found in lengths.items():
         if found:
             histogram(kind, np.array(found))
     if sheet and shown:
-        try:
-            contact_sheet(sheet, shown)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--sheet {sheet} cannot be written: {error}") from None
+        contact_sheet(sheet, shown)
         print(f"\nwrote {sheet}")
 
 
 def histogram(kind, lengths):
     print(f"\n{kind}: {len(lengths):,}, tokens: mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, "
           f"99% up to {np.quantile(lengths, 0.99):.0f}, over 77: {100 * (lengths > 77).mean():.1f}%")
-    width = lengths.max() // 12 + 1
-    counts = np.bincount(lengths // width)
-    for i in range(lengths.min() // width, len(counts)):
-        bar = "█" * math.ceil(50 * counts[i] / counts.max())
-        print(f"{i * width:6} - {(i + 1) * width - 1:4} {bar:50} {counts[i]}")
+    counts, edges = np.histogram(lengths, bins=12)
+    for count, low, high in zip(counts, edges, edges[1:]):
+        print(f"{low:6.0f} - {high:4.0f} {'█' * math.ceil(50 * count / counts.max()):50} {count}")
 
 
-def contact_sheet(path, shown):
-    """Draws (key, picture, Captions) triples into a picture file, three in a row."""
-    import textwrap
-    import matplotlib.pyplot as plt
+def contact_sheet(path, shown: list[tuple]):
+    """Draws (picture, texts) pairs into a picture file, three in a row."""
+    from matplotlib.figure import Figure  # here, because it takes a second to import
     rows = math.ceil(len(shown) / 3)
-    figure, axes = plt.subplots(rows, 6, figsize=(19, 2.5 * rows), width_ratios=(1, 1.6) * 3, squeeze=False)
+    figure = Figure((19, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 6, width_ratios=(1, 1.6) * 3, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for (key, picture, c), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
+    for (picture, texts), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
         left.imshow(picture)
-        texts = [key[-44:], f"RAW {c.raw}", *(f"SHORT {text}" for text in c.short), "LONG " + " | ".join(c.long)]
-        lines = [line for text in texts for line in textwrap.wrap(text, 46)]
-        text = "\n".join(lines[:12] + ["..."] * (len(lines) > 12))
+        text = "\n".join(textwrap.fill(text, 46, max_lines=6) for text in texts)
         right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=80)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sheet {path} cannot be written: {error}") from None
 
 
-def learn_vocabulary(path, size):
-    scenes = Scenes("train", n=20_000, kinds=len(KINDS))
-    captions = [scenes.scene(i).captions for i in range(len(scenes))]
-    ranks = train_bpe((t for c in captions for text in c.values() for t in clean_field(text)), size)
-    Path(path).parent.mkdir(exist_ok=True)
-    save_tiktoken(path, ranks)
-    print(f"{len(ranks)} tokens in {path}")
-
-
-if __name__ == "__main__":
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--look", metavar="DATA", help="print counts, bad samples and lengths of captions")
-    task.add_argument("--train-bpe", metavar="FILE", help="learn the scenes' vocabulary, in tiktoken's format")
+    parser.add_argument("--look", metavar="DATA", required=True, help="print counts, bad samples, lengths of captions")
     parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
     parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
     parser.add_argument("--image-root", help="where the image paths in .csv and .jsonl begin")
     parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
     parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
-    parser.add_argument("--vocab", type=int, default=1024, help="size of the vocabulary to learn")
+    options = parser.parse_args()
+    if options.look_images < 1:
+        raise UserError(f"--look-images must be at least 1, not {options.look_images}")
+    look(options.look, options.image_root, read_fields(options.caption_fields), load_tokenizer(options.tokenizer),
+         options.look_images, options.sheet)
+
+
+if __name__ == "__main__":
     try:
-        options = parser.parse_args()
-        if options.train_bpe:
-            learn_vocabulary(options.train_bpe, options.vocab)
-        else:
-            look(options.look, options.image_root, read_fields(options.caption_fields),
-                 load_tokenizer(options.tokenizer), options.look_images, options.sheet)
+        main()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -452,6 +452,8 @@ def check(c: CLIPConfig):
         if width % heads:
             raise UserError(f"the {tower} width {width} does not divide into {heads} heads: change --{tower}-width or "
                             f"--{tower}-heads")
+    if c.branches > 1 and c.branch_type == "mlp" and c.branch_layers == 0:
+        raise UserError("parallel MLPs need layers to stand in: --branch-layers must be at least 1")
     if c.text_style == "bert" and c.text_attention == "causal":
         raise UserError("BERT's text encoder sees both ways: add --text-attention bidirectional")
 
@@ -683,7 +685,7 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}): take another one") from None
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-        if "settings" in content or content and all(isinstance(value, Tensor) for value in content.values()):
+        if {"settings", "model"} <= content.keys() or content and all(isinstance(value, Tensor) for value in content.values()):
             return content
     raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
 

@@ -1,6 +1,5 @@
 """The towers are open_clip's CLIP where they should be, and the parts the papers add see, share and branch as they
 define."""
-import dataclasses
 import itertools
 import math
 
@@ -10,12 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP as OpenCLIP
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 import train
-from data import text_slots
+from data import UserError, text_slots
 from model import CLIP, CLIPConfig, class_token_mask, from_state_dict, text_mask, to_open_clip
 
 SMALL = dict(image_size=16, patch=4, vision_width=16, vision_depth=2, vision_heads=2, text_width=16, text_depth=2,
@@ -128,12 +125,12 @@ def test_a_state_dict_goes_to_open_clips_names_and_back_with_nothing_lost(shape)
 @pytest.mark.parametrize("settings", [dict(branches=2), dict(corner_tokens=1), dict(text_attention="bidirectional"),
                                       dict(stem="conv")])
 def test_what_clip_does_not_have_is_not_written_in_its_names(settings):
-    with pytest.raises(ValueError, match="open_clip.s CLIP has .*one branch, no corner tokens and causal text: this"):
+    with pytest.raises(UserError, match="open_clip.s CLIP has .*one branch, no corner tokens and causal text: this"):
         to_open_clip(CLIP(CLIPConfig(**SMALL, **settings)))
 
 
 def test_a_foreign_state_dict_is_refused():
-    with pytest.raises(ValueError, match="not the state dict of an open_clip ViT"):
+    with pytest.raises(UserError, match="not the state dict of an open_clip ViT"):
         from_state_dict({"conv1.weight": torch.zeros(1)})
 
 
@@ -332,20 +329,6 @@ def test_packed_texts_have_the_embeddings_and_gradients_of_padded_ones(width, le
         assert all(same(a, b, 1e-5 + 1e-5 * float(b.abs().max())) for a, b in zip(packed, results[0], strict=True))
 
 
-def test_packed_texts_come_in_few_shapes(monkeypatch):
-    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
-    model, rows = small(context=77), []
-    model.layout = "packed"
-    model.text.blocks[0].register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[2]))
-    used = []
-    for seed in range(20):
-        lengths = np.random.default_rng(seed).lognormal(math.log(24), 0.395, 512).round().clip(4, 77).astype(int)
-        used.append(lengths.sum())
-        with torch.no_grad():
-            model.encode_texts(texts(*lengths, width=77), lengths=lengths)
-    assert len(set(used)) == 20 and len(set(rows)) <= 3 and max(rows) < 1.05 * max(used)
-
-
 @pytest.mark.parametrize("settings", [*PACKED, dict(corner_tokens=1, corner_mask=False)], ids=str)
 def test_packing_is_tried_before_it_is_used(settings, monkeypatch):
     model = small(context=70, **settings)
@@ -454,43 +437,6 @@ def test_class_branches_mlp_branches_and_average_pooling_are_what_the_loops_say(
         assert same(patches[i].double(), F.normalize(cells, dim=-1), 2e-6)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(branches=3), dict(branches=3, branch_mask=False),
-                                      dict(branches=2, branch_type="mlp", pool="average")], ids=str)
-@torch.no_grad()
-def test_of_an_image_only_the_patches_kept_are_seen(settings):
-    model, images, kept = small(**settings), pictures(2), torch.tensor([[3, 0, 9], [15, 7, 8]])
-    branches, patches = model.encode_image(images, kept)
-    assert branches.shape[1] == settings.get("branches", 1) and patches.shape == (2, 3, 8)
-    for i, places in enumerate(kept.tolist()):
-        other = torch.randn(3, 16, 16)
-        for p in places:
-            rows, columns = (slice(x, x + 4) for x in (p // 4 * 4, p % 4 * 4))
-            other[:, rows, columns] = images[i, :, rows, columns]
-        again = model.encode_image(other[None], kept[i:i + 1])
-        assert same(again[0][0], branches[i]) and same(again[1][0], patches[i])
-    everything = torch.arange(16).flip(0).expand(2, -1)
-    assert all(same(a, b) for a, b in zip((model.encode_image(images)[0], model.encode_image(images)[1].flip(1)),
-                                          model.encode_image(images, everything)))
-
-
-@pytest.mark.parametrize("settings", [
-    dict(), dict(stem="conv", corner_tokens=2, branches=3, branch_type="mlp", branch_layers=2, vision_depth=3)],
-    ids=str)
-@torch.no_grad()
-def test_the_model_s_operations_are_those_that_pytorch_counts(settings):
-    model = small(text_attention="bidirectional", **settings)
-    C = settings.get("corner_tokens", 0)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.encode_image(pictures(1))
-        model.encode_text(texts(12))
-        model.encode_text(texts(12))
-    # of the words PyTorch's count has the projections, too, and it has the corners as keys
-    more = 2 * 2 * 16 * 8 * 11 + 2 * settings.get("text_depth", 2) * 4 * 16 * ((12 + C) ** 2 - 12 ** 2 - 12 * C)
-    assert model.flops(torch.tensor([[12, 12]])) == counter.get_total_flops() - more
-    kept, whole = model.flops(torch.tensor([[12, 5]]), 0.5), model.flops(torch.tensor([[12, 12], [5, 12]]))
-    assert kept < whole < model.flops(torch.tensor([[12, 12]]))
-
-
 @pytest.mark.parametrize("kind", ["class", "mlp"])
 @torch.no_grad()
 def test_branches_of_equal_weights_give_equal_embeddings_and_otherwise_differ(kind):
@@ -528,7 +474,7 @@ def test_mlp_branches_share_all_but_the_second_linear_layer_of_the_last_layers()
     (dict(text_heads=0), "--text-heads"),
     (dict(branches=3, branch_type="mlp", branch_layers=0), "--branch-layers")], ids=str)
 def test_settings_that_cannot_go_together_get_one_sentence_naming_the_flag(settings, named):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         CLIP(CLIPConfig(**{**SMALL, **settings}))
     assert named in str(caught.value) and "\n" not in str(caught.value)
 

@@ -20,30 +20,33 @@ import math
 import os
 import re
 import sys
+import textwrap
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from torchvision import datasets
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from benchmarks import LAYOUTS, STUFF, TEMPLATES, TORCHVISION, VOC, find_picture, open_picture, torchvision_data
-from data import BadCount, BadSample, Parser, UserError, load_tokenizer, normalize, open_dataset
+from data import (BadCount, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset, read_json,
+                  spread)
 from losses import group_patches
 from model import check_device, checkpoints, export_open_clip, load_model, resized
-from report import (PALETTE, deviation, draw_branches, draw_comparison, draw_image,  # noqa: F401  others take them here
-                    draw_reading, draw_run, new_figure, run_table, summarise, table)
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
-
 
 class Model:
     """A run of this project (its folder, checkpoint.pt or best.pt) or somebody else's checkpoint, with its tokenizer.
@@ -90,7 +93,6 @@ class Model:
     def batches(self, items, load=tuple):
         """load(item) -> (image uint8 [3,S,S], anything ...), in workers where there is a GPU. Yields batch by batch
         branches [b,H,D], patches [b,P,D], and a list of everything else."""
-
         def collate(items):
             images, *rest = zip(*map(load, items))
             return torch.stack(images), *map(list, rest)
@@ -102,8 +104,9 @@ class Model:
         )
         try:
             for images, *rest in tqdm(loader, "images", leave=False, disable=None):
+                images = normalize(images.to(self.device))
                 with self.autocast:
-                    branches, patches = self.clip.encode_image(normalize(images.to(self.device)))
+                    branches, patches = self.clip.encode_image(images)
                 if not branches.isfinite().all():
                     raise UserError(
                         f"{self.name} embeds images as NaN or infinity: take another checkpoint"
@@ -126,7 +129,7 @@ class Model:
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
         parts = []
         for start in range(0, len(texts), batch):
-            tokens = self.tokenizer(texts[start : start + batch], self.config.context)
+            tokens = self.tokenizer(texts[start:start + batch], self.config.context)
             with self.autocast:
                 summaries, _ = self.clip.encode_texts(tokens.to(self.device))
             parts.append(summaries[:, 0])
@@ -176,11 +179,13 @@ def recall(queries, candidates, query_of, candidate_of):
     """R@1, R@5, R@10 and the median rank; arguments as in `ranks`."""
     rank = ranks(queries, candidates, query_of, candidate_of)
     C = len(candidate_of)
-    right = torch.bincount(candidate_of, minlength=int(query_of.max()) + 1)[query_of]
+    sizes = torch.bincount(candidate_of, minlength=int(query_of.max()) + 1)  # of the groups
+    right = sizes[query_of]
     rows = {}
     for k in (1, 5, 10):
         rows[f"R@{k}"] = percent(rank < k), chance_recall(right, C, k)
-    rows["median rank"] = 1 + float(np.median(rank)), chance_median(right, C)
+    median = 1 + float(np.median(rank))
+    rows["median rank"] = median, chance_median(right, C)
     return rows
 
 
@@ -193,8 +198,7 @@ def retrieval(images, texts, image_of, text_of):
 
 
 def caption_retrieval(images, captions, embedded):
-    """Retrieval where image i belongs to captions[i], embedded as embedded[i]. Equal captions are right for all their
-    images."""
+    """Retrieval where image i belongs to captions[i], embedded as embedded[i]; equal captions are one group."""
     numbers = {}
     groups = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions])
     return retrieval(images, embedded, groups, groups)
@@ -204,7 +208,8 @@ def chance_recall(right, C, k):
     """Recall at k of a random order of C candidates, in percent; right [Q]: how many of them are right for a query.
     None of m is among k with the chance (C-m choose k) / (C choose k), the product of (C-k-i) / (C-i) over i < m."""
     i = np.arange(int(right.max()))
-    missed = np.cumprod([1, *(C - min(k, C) - i) / (C - i)])
+    wrong = (C - min(k, C) - i) / (C - i)
+    missed = np.cumprod([1, *wrong])
     return 100 - percent(torch.from_numpy(missed)[right])
 
 
@@ -230,13 +235,14 @@ class Confusion:
 
     def __init__(self, classes):
         self.C = classes
-        self.counts = torch.zeros(classes**2)
+        self.counts = torch.zeros(classes ** 2)
 
     def add(self, truth, guess):
         """truth, guess: int tensors of one shape; a truth outside 0..C-1 is left out."""
         known = (truth >= 0) & (truth < self.C)
         pairs = truth[known] * self.C + guess[known]
-        self.counts = self.counts + pairs.bincount(minlength=self.C**2).double()
+        counts = pairs.bincount(minlength=self.C ** 2)
+        self.counts = self.counts + counts.double()
 
     def miou(self):
         """(value, chance); chance is that of a uniform guess at every pixel."""
@@ -322,14 +328,15 @@ def held_out_metrics(model, dataset, n):
         means = [F.normalize(texts.mean(0), dim=0) for texts in places.sentences]
         means = torch.stack(means).to(images.device)
         rows |= prefixed("long by sentence", caption_retrieval(images, long, means))
-        rows |= scene_classification(model, images, scenes) | places.rows()
+        rows |= scene_classification(model, images, scenes)
+        rows |= places.rows()
         rows["locality of patches"] = locality(model, scenes)
     return rows, branches, captions
 
 
 def scene_classification(model, images, scenes):
     """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it."""
-    names = [name for name, _ in KINDS[: scenes.kinds]]
+    names = [name for name, _ in KINDS[:scenes.kinds]]
     pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
     main = [scenes.scene(i).objects[0] for i in range(len(scenes))]
     target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
@@ -365,9 +372,10 @@ class Places:
         embedded = model.texts(sum(captions, [])).cpu()
         self.centre = embedded.mean(0)
         self.sentences = embedded.split(list(map(len, captions)))  # of each scene [K, D]
-        self.named = model.texts([article(name) for name, _ in KINDS[: scenes.kinds]]).cpu()
+        self.named = model.texts([article(name) for name, _ in KINDS[:scenes.kinds]]).cpu()
         grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS]).cpu()
-        self.classes = torch.stack([F.normalize(grounds.mean(0), dim=0), *self.named])
+        ground = F.normalize(grounds.mean(0), dim=0)
+        self.classes = torch.stack([ground, *self.named])  # [1 + kinds, D]
         self.confusion = Confusion(len(self.classes))
         self.number = 0  # of the next scene
         self.found = defaultdict(list)  # metric: shares (value, chance) of scenes or sentences
@@ -379,18 +387,21 @@ class Places:
             scene = self.scenes.scene(self.number)
             texts = self.sentences[self.number]
             self.number += 1
-            mask = torch.from_numpy(self.scenes.draw(scene)[1]).long()
+            _, mask = self.scenes.draw(scene)
+            mask = torch.from_numpy(mask).long()
             weights = self._group(cells, wrong, texts)
             self._point(cells, mask, scene, texts, weights)
             kinds = torch.tensor([0] + [o.kind + 1 for o in scene.objects])
-            self.confusion.add(kinds[mask], pixel_scores(cells, self.classes, mask.shape).argmax(0))
+            guess = pixel_scores(cells, self.classes, mask.shape).argmax(0)
+            self.confusion.add(kinds[mask], guess)
 
     def _group(self, cells, wrong, texts):
         """What texts [K,D] group among patches [P,D], the right ones and wrong ones -> weights of the former [K,P]."""
         K, P = len(texts), len(cells)
         both = torch.stack([cells, wrong])
         grouped, (weights, _) = group_patches(both, texts.expand(2, -1, -1), self.threshold)
-        right, wrong = ((grouped @ texts.T).argmax(-1) == torch.arange(K)).double().mean(1)
+        finds = (grouped @ texts.T).argmax(-1) == torch.arange(K)  # [2, K]
+        right, wrong = finds.double().mean(1)
         alike = (cells @ cells.T).sum() / P - 1  # without each patch and itself
         found = {
             "patches grouped": ((weights > 0).double().mean(), 1),
@@ -416,7 +427,8 @@ class Places:
                 "by name, centred": name - self.named.mean(0),
             }
             for which, query in queries.items():
-                self.found[f"pointing {which}"].append((on[(cells @ query).argmax()], chance))
+                best = (cells @ query).argmax()
+                self.found[f"pointing {which}"].append((on[best], chance))
             self.found["grouped by sentence"].append((weight[on].sum(), chance))
 
     def rows(self):
@@ -446,16 +458,17 @@ def locality(model, scenes, n=300):
         patches.append(some.float().cpu())
         masks += drawn
     full, less = torch.cat(patches).split(len(facts))  # [n, P, D]
+    changes = (full - less).square().sum(-1)  # [n, P]
     shares = []
-    for scene, mask, change in zip(facts, masks, (full - less).square().sum(-1)):
+    for scene, mask, change in zip(facts, masks, changes):
         on = on_object(torch.from_numpy(mask), len(scene.objects) - 1, model.side)
         if on.any():
             shares.append((change[on].sum() / change.sum(), on.float().mean()))
-    return tuple((100 * torch.tensor(shares).mean(0)).tolist())
+    value, chance = 100 * torch.tensor(shares).mean(0)
+    return value.item(), chance.item()
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
-
 
 def reading(model, images, captions, n=500):
     """Which part of a long caption does the model read? images [N,h,D], captions: data.Captions.
@@ -480,9 +493,11 @@ def reading(model, images, captions, n=500):
     telling, rest = [], []
     for i in usable:
         c = captions[i]
-        (own,) = c.perspectives[2:3] or c.long[:1]  # the main object, or the first sentence
+        own = c.long[0]
+        if len(c.perspectives) > 2:
+            own = c.perspectives[2]  # the main object
         telling.append(own)
-        rest.append([sentence for sentence in c.long if sentence != own][: places - 1])
+        rest.append([sentence for sentence in c.long if sentence != own][:places - 1])
     place = []
     if places > 1 and len(set(telling)) > 1:
         others = []
@@ -491,7 +506,8 @@ def reading(model, images, captions, n=500):
         for p in range(places):
             right = with_sentence(model, images[usable], rest, p, telling)
             wrong = with_sentence(model, images[usable], rest, p, others)
-            place.append([p + 1, 50 + percent((right - wrong).sign()) / 2])
+            preferred = 50 + percent((right - wrong).sign()) / 2
+            place.append([p + 1, preferred])
     return dict(length=length, place=place)
 
 
@@ -506,7 +522,7 @@ def with_sentence(model, images, rest, p, sentences):
 def specialisation(model, branches, captions):
     """How much more similar branch h is to perspective m of its own picture than to that of other pictures: matrix
     [H][M], and the names of the perspectives. branches [N,H,D], captions: data.Captions."""
-    names = PERSPECTIVES[: min(len(c.perspectives) for c in captions)]
+    names = PERSPECTIVES[:min(len(c.perspectives) for c in captions)]
     columns = []
     for m in range(len(names)):
         texts = model.texts([c.perspectives[m] for c in captions])
@@ -517,15 +533,135 @@ def specialisation(model, branches, captions):
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a good photo of a {}.",
+    "a blurry photo of a {}.",
+    "a close-up photo of the {}.",
+    "a cropped photo of a {}.",
+    "a bright photo of the {}.",
+    "a dark photo of a {}.",
+    "a photo of one {}.",
+    "a small {} in a photo.",
+    "a large {} in a photo.",
+    "a picture showing the {}.",
+    "a drawing of a {}.",
+)
+VOC = (
+    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, "
+    "potted plant, sheep, sofa, train, television monitor"
+).split(", ")
+STUFF = "sky, wall, floor, ground, grass, road, water, tree, building, ceiling, mountain, fence".split(", ")
+TEST = {"split": "test"}
+TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one), kind of thing
+    "cifar10": ("CIFAR10", {"train": False}, ""),
+    "cifar100": ("CIFAR100", {"train": False}, ""),
+    "stl10": ("STL10", TEST, ""),
+    "food101": ("Food101", TEST, ", a type of food"),
+    "pets": ("OxfordIIITPet", TEST, ", a type of pet"),
+    "flowers102": ("Flowers102", TEST, ", a type of flower"),
+    "dtd": ("DTD", TEST, " texture"),
+    "aircraft": ("FGVCAircraft", TEST, ", a type of aircraft"),
+    "cars": ("StanfordCars", TEST, ", a type of car"),
+    "caltech101": ("Caltech101", {}, ""),
+    "sun397": ("SUN397", {}, ""),
+}
+
+
+def torchvision_data(kind, path, **options):
+    try:
+        return getattr(datasets, kind)(path, download=False, **options)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} does not hold what torchvision.datasets.{kind} reads ({str(error).split('. ')[0]}); "
+            "nothing is downloaded here"
+        ) from None
+
+
+def open_picture(path):
+    try:
+        return load_image(path)
+    except BadSample as bad:
+        raise UserError(f"{bad}: a benchmark needs all its pictures") from None
+
+
+def find_picture(root, picture):
+    """root/picture, or, by its bare name, in any folder of the root."""
+    file = root / picture
+    if not file.is_file():
+        file = next(root.glob(f"*/{file.name}"), None)
+    if not file:
+        raise UserError(f"no picture {picture} in {root} or a folder in it")
+    return file
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+# A layout is a generator: path -> (picture's path, captions) again and again, as the data set was published.
+
+
+def karpathy(path):  # COCO and Flickr30k: dataset_coco.json beside val2014/, dataset_flickr30k.json
+    for row in read_json(path)["images"]:
+        if row["split"] == "test":
+            yield Path(row.get("filepath", ""), row["filename"]), [s["raw"] for s in row["sentences"]][:5]
+
+
+def urban1k(path):  # image/N.jpg, caption/N.txt
+    for file in sorted(path.glob("caption/*.txt")):
+        yield f"image/{file.stem}.jpg", file.read_text().splitlines()[:1]
+
+
+def dci(path):  # splits.json, annotations/, photos/. All splits, texts as LoTLIP joins them
+    for names in read_json(path / "splits.json").values():
+        for name in names:
+            row = read_json(path / "annotations" / name)
+            yield f"photos/{row['image']}", [row["short_caption"] + "\n" + row["extra_caption"]]
+
+
+def iiw(path):  # IIW-400/data.jsonl, DCI_Test/, DOCCI_Test/; pictures anywhere in a folder of `path`
+    for file in sorted(path.glob("*/*.jsonl")):
+        for row in read_json(file):
+            image = row.get("image") or row["image/key"]
+            yield Path(image).with_suffix(".jpg"), [row["IIW"]]
+
+
+def docci(path):  # docci_descriptions.jsonlines beside images/; the test split
+    for row in read_json(path):
+        if row["split"] == "test":
+            yield row["image_file"], [row["description"]]
+
+
+def share4v(first, path):  # {"image", "conversations": question and answer, or "caption"}
+    for row in read_json(path)[:first]:
+        yield row["image"], [row["conversations"][1]["value"] if "conversations" in row else row["caption"]]
+
+
+def json_lines(path):  # {"image", "caption": a text or a list}; lines of one image belong together
+    for row in read_json(path):
+        yield row["image"], [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+
+
+LAYOUTS = {
+    "coco": karpathy,
+    "flickr30k": karpathy,
+    "urban1k": urban1k,
+    "dci": dci,
+    "iiw": iiw,
+    "docci": docci,
+    "share4v-1k": partial(share4v, 1000),
+    "share4v-10k": partial(share4v, 10_000),
+    "jsonl": json_lines,
+}
+
+
 # A benchmark is a function (model, path) -> {metric: (value, chance)}; BENCHMARKS below names them all.
 
 
-def preparation(model):
-    """CLIP's: the shorter side to the model's size (bicubic), the centre cut out; PIL -> uint8 [3,S,S]."""
-    size = model.config.image_size
-    return v2.Compose(
-        [v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()]
-    )
+def preparation(size):
+    """CLIP's: the shorter side to `size` (bicubic), the centre cut out; PIL -> uint8 [3,S,S]."""
+    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+    return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def zero_shot(model, dataset, path, names=None, kind=""):
@@ -546,7 +682,7 @@ def zero_shot(model, dataset, path, names=None, kind=""):
             f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line "
             f"for each class in {file}"
         )
-    prepare = preparation(model)
+    prepare = preparation(model.config.image_size)
 
     def load(sample):
         image, target = sample
@@ -586,7 +722,7 @@ def retrieval_set(name, model, path):
         ) from None
     if not captions or not all(captions.values()):
         raise UserError(f"{path} is not laid out as {name} was published: pictures without captions")
-    prepare = preparation(model)
+    prepare = preparation(model.config.image_size)
     (branches,) = model.images(list(captions), lambda file: (prepare(open_picture(file)),))
     texts = model.texts(sum(captions.values(), []))
     numbers = torch.arange(len(captions))
@@ -646,8 +782,7 @@ def check_benchmarks(wanted):
 
 
 def run_benchmarks(model, wanted):
-    """["coco:/data/coco.json", ...] -> {"coco T2I R@1": (value, chance), ...}. A name that comes twice keeps its path.
-    Raises UserError."""
+    """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes twice keeps its path."""
     rows = {}
     found = check_benchmarks(wanted)
     times = Counter(name for name, _ in found)
@@ -657,8 +792,247 @@ def run_benchmarks(model, wanted):
     return rows
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------------
 
+PALETTE = (  # Okabe and Ito's
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#000000",
+    "#999999",
+)
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "figure.dpi": 120,
+    "legend.frameon": False,
+    "grid.alpha": 0.25,
+}
+
+
+def new_figure(width, height, layout="constrained"):
+    """A figure of so many inches. It is not pyplot's: it needs no screen and no closing."""
+    matplotlib.rcParams.update(STYLE)
+    return Figure((width, height), layout=layout)
+
+
+def save(figure, title, path):
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def draw_image(axis, image, heat=None):
+    """image uint8 [3,S,S]; with heat [side,side], in grey under a heat map from 0 to the heat's greatest."""
+    axis.axis("off")
+    if heat is None:
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    else:
+        S = image.shape[-1]
+        axis.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
+
+
+def draw_heat_maps(lines, title, path):
+    """lines of (picture uint8 [3,S,S], {title: heat [side,side]}): each picture, and each heat map over it."""
+    columns = 1 + max(len(heats) for _, heats in lines)
+    figure = new_figure(2.2 * columns, 2.7 * len(lines))
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    for row, (image, heats) in zip(axes, lines):
+        for axis in row:
+            axis.axis("off")
+        draw_image(row[0], image)
+        for axis, (name, heat) in zip(row[1:], heats.items()):
+            draw_image(axis, image, heat)
+            axis.set_title(textwrap.fill(name, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
+    figure.colorbar(
+        ScalarMappable(), ax=axes, shrink=0.6, label="weight, as a share of the picture's greatest"
+    )
+    save(figure, title, path)
+
+
+def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
+    """Held-out pictures, and over each the weights of the patches that each of its sentences groups."""
+    lines = []
+    numbers = list(captions)
+    for place in spread(len(numbers), pictures):
+        number = numbers[place]
+        image = dataset[number][0]
+        texts = [*captions[number].long, captions[number].raw][:sentences]
+        _, patches = next(model.batches([(image,)]))
+        _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
+        heats = weights[0].cpu().unflatten(1, (model.side, -1))
+        lines.append((image, dict(zip(texts, heats))))
+    draw_heat_maps(lines, f"{model.name}: the patches that each sentence groups", path)
+
+
+def draw_matrix(axis, matrix, rows, columns, form):
+    axis.imshow(matrix, cmap="Blues", vmax=2 * matrix.max(), aspect="auto")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    for (y, x), value in np.ndenumerate(matrix):
+        axis.text(x, y, form.format(value), ha="center", va="center")
+
+
+def draw_branches(matrices, path):
+    """{title: what `specialisation` found} -> a matrix each, side by side."""
+    figure = new_figure(8 * len(matrices), 5)
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axis, (title, found) in zip(axes, matrices.items()):
+        matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
+        rows = [f"branch {h}" for h in range(len(matrix))]
+        draw_matrix(axis, matrix, rows, found["perspectives"], "{:.2f}")
+        axis.set_title(title)
+    save(figure, "similarity to the own picture's text,\nabove the mean over pictures", path)
+
+
+def draw_curves(model, path):
+    """Every loss against images seen, and the learned multiplier."""
+    lines = read_json(model.folder / "metrics.jsonl")
+    known = set().union(*lines)
+    names = [name for name in ("contrastive", "grouping", "held_out_loss", "logit_scale") if name in known]
+    figure = new_figure(4 * len(names), 3)
+    for axis, name in zip(figure.subplots(1, len(names)), names):
+        shown = [line for line in lines if name in line]
+        axis.plot([line["images"] / 1000 for line in shown], [line[name] for line in shown], ".-")
+        axis.set(title=name.replace("_", " "), xlabel="thousand images seen")
+        axis.grid()
+    save(figure, model.name, path)
+
+
+def draw_reading(curves, path):
+    """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
+    figure = new_figure(12.5, 4.2)
+    left, right = figure.subplots(1, 2)
+    for colour, (name, found) in zip(itertools.cycle(PALETTE), curves.items()):
+        sentences, to_image, to_text, chance = np.transpose(found["length"])
+        left.plot(sentences, to_image, "o-", color=colour, label=name)
+        left.plot(sentences, to_text, "s--", color=colour)
+        if found["place"]:
+            right.plot(*np.transpose(found["place"]), "o-", color=colour)
+    left.plot(sentences, chance, ":", color="grey", label="chance")
+    right.axhline(50, ls=":", color="grey")
+    left.set(
+        title="Does more text help? (to image: ―  to text: ‒ ‒)",
+        ylabel="R@1, %",
+        xlabel="sentences of the long caption given",
+    )
+    right.set(
+        title="Is a sentence read wherever it stands?",
+        ylabel="right caption preferred, %",
+        xlabel="place of the one sentence that differs",
+    )
+    figure.legend(loc="outside right center")
+    save(figure, "", path)
+
+
+def draw_run(model, dataset, captions, report, folder):
+    """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
+    draw_groups(model, dataset, captions, folder / "patches.png")
+    if model.folder and (model.folder / "metrics.jsonl").exists():
+        draw_curves(model, folder / "curves.png")
+    if "specialisation" in report:
+        draw_branches({model.name: report["specialisation"]}, folder / "branches.png")
+    if report["reading"]:
+        draw_reading({model.name: report["reading"]}, folder / "reading.png")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+# A table of several runs shows the metrics whose names end in these.
+HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "mIoU")
+
+
+def run_table(title, rows):
+    """{metric: (value, chance)} -> markdown."""
+    lines = [[f"{title}, %", "", "chance"]]
+    for name, (value, chance) in rows.items():
+        lines.append([name, f"{value:.1f}", f"{chance:.1f}"])
+    return markdown(lines)
+
+
+def markdown(lines):
+    """Lists of cells, the head first -> a table."""
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def summarise(results):
+    """Results of evaluate_run -> groups of the runs that differ in their seed alone: dicts of name, runs, metrics
+    {name: mean, sd, values, chance, difference from the first group of method clip on the same data}."""
+    groups = defaultdict(list)
+    times = Counter()
+    for result in results:
+        settings = dict(result["settings"], out="", resume="")
+        seed = settings.pop("seed", None)
+        alike = json.dumps(settings, sort_keys=True)
+        times[alike, seed] += 1  # a copy of a run is no other seed
+        groups[alike, times[alike, seed]].append(result)
+    summary = []
+    for runs in groups.values():
+        metrics = {}
+        for name, (_, chance) in runs[0]["metrics"].items():
+            values = [run["metrics"][name][0] for run in runs]
+            mean = float(np.mean(values))
+            metrics[name] = dict(mean=mean, sd=deviation(values), values=values, chance=chance)
+        names = [run["name"] for run in runs]
+        summary.append(runs[0] | dict(runs=names, metrics=metrics))
+    baselines = [group for group in summary if group["settings"]["method"] == "clip"][:1]
+    for baseline in baselines:
+        for group in summary:
+            if group is not baseline and group["on"] == baseline["on"]:
+                add_differences(group["metrics"], baseline["metrics"])
+    return summary
+
+
+def add_differences(metrics, baseline):
+    for name in metrics.keys() & baseline.keys():
+        metrics[name]["difference"] = metrics[name]["mean"] - baseline[name]["mean"]
+
+
+def deviation(values):
+    """The standard deviation over seeds, 0 of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def headline(groups):
+    names = {}
+    for group in groups:
+        names |= group["metrics"]
+    return [name for name in names if name.endswith(HEADLINE)]
+
+
+def table(groups):
+    """Markdown: a row a run, its headline metrics as mean ± sd over seeds (difference from clip), chance last."""
+    names = headline(groups)
+    chances = dict.fromkeys(names)
+    lines = [["%, ± over seeds (beside clip)", *names]]
+    for group in groups:
+        seeds = len(group["runs"])
+        cells = [group["name"]]
+        if seeds > 1:
+            cells = [f"{group['name']}, {seeds} seeds"]
+        for name in names:
+            cell = ""
+            if name in group["metrics"]:
+                m = group["metrics"][name]
+                chances[name] = f"{m['chance']:.1f}"
+                cell = f"{m['mean']:.1f}"
+                if seeds > 1:
+                    cell += f" ± {m['sd']:.1f}"
+                if "difference" in m:
+                    cell += f" ({m['difference']:+.1f})"
+            cells.append(cell)
+        lines.append(cells)
+    lines.append(["chance", *chances.values()])
+    return markdown(lines)
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 def evaluate_run(
     path,
@@ -695,7 +1069,9 @@ def evaluate_run(
         dataset = open_dataset(data or s["data"], "test", n or usual, size, s["kinds"], **fields)
         rows, branches, numbered = held_out_metrics(model, dataset, n or usual)
         captions = list(numbered.values())
-        report |= dict(data=data or s["data"], kinds=s["kinds"], images=len(captions))
+        names = data or s["data"]
+        report["data"] = names if isinstance(names, str) else " ".join(names)
+        report |= dict(kinds=s["kinds"], images=len(captions))
         report["on"] = "{images} images of {data}, {kinds} kinds of object".format(**report)
         if probe and max(len(c.long) for c in captions) > 1:
             report["reading"] = reading(model, model.merge(branches), captions)
@@ -850,7 +1226,6 @@ def main(argv=None):
     if len(groups) > 1 and options["figures"]:
         folder = Path(options["out"] or runs[0].absolute().parent)
         with saving(folder):
-            draw_comparison(groups, folder / "comparison.png")
             curves = {}
             for group in groups:
                 if group["reading"]:

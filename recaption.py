@@ -1,6 +1,6 @@
 """Caption pictures anew with a multimodal model: short, long, perspectives, dense crops, of whatever train.py takes.
 
-    pip install 'openai[aiohttp]'                                   the client; plain openai will do, at half the pace
+    pip install 'openai[aiohttp]'                                   the client
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the model; any OpenAI-compatible server will do
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
     python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
@@ -14,7 +14,6 @@ train.py joins it with the data by key. What failed is not written, so the next 
 import argparse
 import asyncio
 import base64
-import errno
 import fcntl
 import gc
 import io
@@ -26,15 +25,17 @@ import sys
 import textwrap
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from data import BadCount, BadSample, Parser, Records, UserError, captions_path, hashed, load_image, split_sentences
+from data import (
+    BadCount, BadSample, Parser, Records, UserError, captions_path, hashed, load_image, read_json, split_sentences)
 
 try:
+    import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
     import openai
 except ImportError:
     openai = None
@@ -60,15 +61,9 @@ PROMPTS = {  # field: (prompt, most tokens of an answer). --prompts FILE.json re
 
 def read_prompts(path):
     """PROMPTS and VERSION with what a JSON file {"version", field: [prompt, most tokens], ...} replaces and adds."""
-    try:
-        table = json.loads(Path(path).read_text())
-        version, prompts = table.pop("version"), dict(PROMPTS)
-        for name, (prompt, tokens) in table.items():
-            prompts[name] = prompt, tokens
-        return prompts, version
-    except (OSError, *MALFORMED) as error:
-        raise UserError(f'--prompts {path} must be like {{"version": "mine-1", "colours": ["Which colours ...?", 60]}} '
-                        f"({error!r})") from None
+    table = read_json(Path(path))
+    version = table.pop("version", path)
+    return PROMPTS | table, version
 
 
 # ---- cleaning --------------------------------------------------------------------------------------------------------
@@ -76,7 +71,7 @@ def read_prompts(path):
 # <think>...</think>, <image>, </s>, <|im_end|>
 MARKERS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|</?[a-z_]\w{0,24}/?>|<\|\w{1,24}\|>|\[/?INST\]|```\w*",
                      re.S | re.I)
-TURN = re.compile(r"\b(?:USER|ASSISTANT|Human|User|Assistant)\s*:\s*")
+# a wrong encoding, base64, an address, JSON, HTML, an answer without end
 NO_TEXT = re.compile(
     r"(?:\ufffd[^\ufffd]*){3}|[A-Za-z0-9+/=_-]{80}|\A\s*(?:\w+://\S+\s*\Z|\{|\[[{\"]|<!)|.{20000}", re.S)
 HEADING = re.compile(r"^[ \t]*(?:#+\s.*[^.!?\n]|(?:\*\*|__)[^.!?\n]+(?:\*\*|__)|[^.!?\n]{1,80}:)[ \t]*$", re.M)
@@ -115,10 +110,11 @@ def clean(answer, field="long", prompt="", finish="stop"):
     Removed are stock openers, small talk, markdown, repeated sentences and a last one that is cut off.
     `finish`: the API's finish_reason.
     """
-    text = MARKERS.sub(" ", answer) if isinstance(answer, str) else ""
+    text = MARKERS.sub(" ", answer or "")
     if not text.strip():
         return "", "empty"
-    if not is_text(text):
+    letters = sum(map(str.isalpha, text))
+    if 3 * letters < len(text) or NO_TEXT.search(text):
         return "", "not text"
     sentences = sentences_said(text, prompt)
     if not sentences:
@@ -149,30 +145,19 @@ def clean(answer, field="long", prompt="", finish="stop"):
     return re.sub(r"\A([\"'“])((?:(?!\1).)*)[\"'”]\Z", r"\2", caption), None
 
 
-def is_text(text):
-    """False for an address, JSON, HTML, base64, a row of dots and bytes in a wrong encoding."""
-    letters = sum(map(str.isalpha, text))
-    others = len(re.findall(r"[^\w\s*#|>-]|\d", text))
-    return letters > max(1, others) and not NO_TEXT.search(text)
-
-
 def sentences_said(text, prompt):
-    """The sentences of an answer, without openers and echoes of the prompt; of a talk ("USER: ... ASSISTANT: ..."),
-    those of the first turn that says more than the prompt."""
+    """The sentences of an answer, without openers and echoes of the prompt."""
     echoes = {words(sentence) for sentence in split_sentences(prompt)}
-    for turn in TURN.split(text):
-        sentences = []
-        for sentence in split_sentences(without_markdown(turn)):
-            if words(sentence) in echoes:
-                continue
-            opener = OPENER.match(sentence)
-            if opener:
-                rest = sentence[opener.end():]
-                sentence = rest[:1].upper() + rest[1:]
-            sentences.append(sentence)
-        if sentences:
-            return sentences
-    return []
+    sentences = []
+    for sentence in split_sentences(without_markdown(text)):
+        if words(sentence) in echoes:
+            continue
+        opener = OPENER.match(sentence)
+        if opener:
+            rest = sentence[opener.end():]
+            sentence = rest[:1].upper() + rest[1:]
+        sentences.append(sentence)
+    return sentences
 
 
 def without_markdown(text):
@@ -213,11 +198,11 @@ def pictures(source, boxes, side):
     """The bytes or path of an image -> its upright (width, height), and for each box a JPEG as a data URL, its longer
     side at most `side` pixels. Raises BadSample."""
     size, content = as_it_is(source, side)
-    if size and set(boxes) == {WHOLE}:
+    if size and boxes == [WHOLE]:
         return size, {WHOLE: data_url(content)}
     image, urls = load_image(source), {}
     width, height = image.size
-    for box in set(boxes):
+    for box in boxes:
         x0, y0, x1, y1 = box
         top_left = math.floor(x0 * width), math.floor(y0 * height)
         part = image.crop((*top_left, math.ceil(x1 * width), math.ceil(y1 * height)))
@@ -251,6 +236,7 @@ def data_url(content):
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
 
+TEMPERATURES = 0.2, 0.6  # of the first question, and of the second where the answer was bad
 TIMEOUT = 300  # seconds for one answer
 RETRIES = 8  # of the client, for a failed request: 0.5 s to 8 s apart, or what Retry-After says
 PATIENCE = 600  # seconds without any answer before the run ends
@@ -260,9 +246,8 @@ class Progress:
     """What the report is made of."""
 
     def __init__(self):
-        self.counts = Counter()
+        self.captioned = 0  # images
         self.failed = BadCount()  # images that lack a caption after all, by reason
-        self.rejected = BadCount()  # answers that cleaning found bad, by field and reason
         self.answered = time.monotonic()  # when a server last answered
 
 
@@ -270,23 +255,15 @@ class Server:
     """One endpoint: its client, and a semaphore that admits as many images as it takes requests at a time."""
 
     def __init__(self, url, s):
-        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/[^\s?#@]*)?", url):
-            raise UserError("--endpoint must be an address like http://localhost:8000, with the key, if it needs one, "
-                            "in the environment")
         url = url.rstrip("/")
         self.url = url if url.count("/") > 2 else f"{url}/v1"
-        try:
-            http_client = openai.DefaultAioHttpClient()  # half the processor time of httpx
-        except (AttributeError, RuntimeError):  # openai without [aiohttp]
-            http_client = None
         self.client = openai.AsyncOpenAI(base_url=self.url, api_key=s.key, timeout=TIMEOUT, max_retries=RETRIES,
-                                         http_client=http_client)
-        self.free = asyncio.Semaphore(max(1, s.in_flight))
+                                         http_client=openai.DefaultAioHttpClient())
+        self.free = asyncio.Semaphore(s.in_flight)
 
     async def check(self, s):
-        """Finds the model's name, and asks once without and once with a picture. Raises UserError."""
-        client, tokens = self.client.with_options(max_retries=2), []
-        red = data_url(jpeg(Image.new("RGB", (224, 224), "red")))
+        """Finds the model's name, and asks once about a picture. Raises UserError."""
+        client = self.client.with_options(max_retries=2)
         try:
             if not s.model:
                 models = await client.models.list()
@@ -294,15 +271,10 @@ class Server:
                 if len(names) != 1:
                     raise UserError(f"{self.url} serves the models {names}: name one with --model")
                 s.model = names[0]
-            for picture in ("", red):
-                reply = await complete(client, "What colour is this?", 8, picture, 0.0, s)
-                usage = reply.get("usage") or {"prompt_tokens": 0}
-                tokens.append(usage["prompt_tokens"])
+            red = data_url(jpeg(Image.new("RGB", (224, 224), "red")))
+            await complete(client, "What colour is this?", 8, red, 0.0, s)
         except (openai.OpenAIError, *MALFORMED) as error:
             raise self.trouble(error, s) from None
-        if 0 < tokens[1] <= tokens[0]:
-            raise UserError(f"{self.url} with model {s.model!r} leaves pictures out (no more prompt tokens with one "
-                            "than without): serve a vision-language model")
 
     def trouble(self, error, s):
         message = " ".join(str(error.__cause__ or error).split()).replace(s.key, "***")[:200]
@@ -312,21 +284,22 @@ class Server:
 
 async def complete(client, prompt, tokens, picture, temperature, s):
     """The reply to one request, as the API's JSON. Raises openai.OpenAIError and MALFORMED."""
-    content = [{"type": "text", "text": prompt}]
-    if picture:  # first, so that a server that caches prefixes reads it once for all questions
-        content.insert(0, {"type": "image_url", "image_url": {"url": "PICTURE"}})
+    content = [  # the picture first, so that a server that caches prefixes reads it once for all questions
+        {"type": "image_url", "image_url": {"url": "PICTURE"}},
+        {"type": "text", "text": prompt},
+    ]
     body = {"model": s.model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens,
             "temperature": temperature}
     # client.chat.completions.create takes twice the processor time: it copies the body, searches the picture for
     # characters to escape, and makes objects of the reply.
-    text = json.dumps(body | s.body).replace('"PICTURE"', f'"{picture}"', 1)
+    text = json.dumps(body).replace('"PICTURE"', f'"{picture}"', 1)
     return await client.post("/chat/completions", content=text.encode(), cast_to=object)
 
 
-async def ask(server, name, picture, key, progress, s):
+async def ask(server, name, picture, progress, s):
     """-> (caption, None), or ("", why there is none). A bad answer is asked for once more, at a higher temperature."""
     prompt, tokens = s.prompts[name]
-    for temperature in (s.temperature, s.temperature + 0.4):
+    for temperature in TEMPERATURES:
         try:
             reply = await complete(server.client, prompt, tokens, picture, temperature, s)
             choice = reply["choices"][0]
@@ -338,10 +311,9 @@ async def ask(server, name, picture, key, progress, s):
             if time.monotonic() - progress.answered > PATIENCE:
                 raise server.trouble(error, s) from None
             return "", str(error).partition(" - ")[0]
-        if reason is None:
-            return text, None
-        progress.rejected.add(BadSample(f"{name}: {reason}", key))
-    return "", reason
+        if text:
+            break
+    return text, reason
 
 
 # ---- the files of captions -------------------------------------------------------------------------------------------
@@ -350,18 +322,19 @@ class Output:
     """x.captions.jsonl of one input file, which one process at a time may append to. Raises OSError and UserError."""
 
     def __init__(self, path):
-        self.path, self.end = path, 0
+        self.path = path
         self.done = set()  # hash((hash of a key, field)) of what is written, or asked for in this run
         self.file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # to the end of the process, however it ends
         except BlockingIOError:
             raise UserError(f"another process writes to {path}: let it finish, or stop it") from None
+        end = 0
         for line in open(path, "rb"):
             if not line.endswith(b"\n"):  # torn by a kill or a full disk
-                self.file.truncate(self.end)
+                self.file.truncate(end)
                 break
-            self.end += len(line)
+            end += len(line)
             try:
                 row = json.loads(line)
                 self.claim(hashed(row["key"]), row["captions"])
@@ -378,14 +351,12 @@ class Output:
         # The stray surrogates of a file name that is no Unicode become escapes, which JSON has, too.
         line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         if self.file.write(line) < len(line):
-            self.file.truncate(self.end)
-            raise OSError(errno.ENOSPC, "the disk is full", self.path)
-        self.end += len(line)
+            raise OSError(0, "the disk is full", self.path)  # the next run cuts the torn line off
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-def unfinished(records, progress, s):
+def unfinished(records, s):
     """Yields (Output, i, fields) for every image that lacks captions, in the order of the files."""
     keys, current = records.keys()[:s.limit or None], None
     for i, key in enumerate(tqdm(keys, unit="image")):
@@ -396,20 +367,11 @@ def unfinished(records, progress, s):
         fields = output.claim(int(key), s.fields)
         if fields:
             yield output, i, fields
-        else:
-            progress.counts["captioned before"] += 1
-
-
-def boxes_of(name, s):
-    return crops(s.dense) if name == "dense" else [WHOLE]
 
 
 def prepare(record, fields, s):
     """One image -> the line to be, the fields to ask for, {box: picture}. Raises BadSample."""
-    boxes = []
-    for name in fields:
-        boxes += boxes_of(name, s)
-    size, urls = pictures(record.image, boxes, s.max_side)
+    size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side)
     line = {"key": record.key, "size": size, "captions": {}, "model": s.model, "prompts": s.version}
     return line, fields, urls
 
@@ -418,8 +380,8 @@ async def caption(output, line, fields, urls, server, progress, s):
     """Asks all about one image and writes its line."""
     captions, key, failure = line["captions"], line["key"], None
     for name in fields:
-        for box in boxes_of(name, s):
-            text, reason = await ask(server, name, urls[box], key, progress, s)
+        for box in crops(s.dense) if name == "dense" else [WHOLE]:
+            text, reason = await ask(server, name, urls[box], progress, s)
             failure = failure or reason
             if text and name == "dense":
                 parts = [{"box": box, "text": sentence} for sentence in split_sentences(text)]
@@ -428,7 +390,7 @@ async def caption(output, line, fields, urls, server, progress, s):
                 captions[name] = text
     if captions:
         output.append(line)
-        progress.counts["captioned"] += 1
+        progress.captioned += 1
     if failure:
         progress.failed.add(BadSample(failure, key))
 
@@ -436,7 +398,7 @@ async def caption(output, line, fields, urls, server, progress, s):
 async def recaption(records, s, progress):
     """Captions all that lacks captions."""
     servers = [Server(url, s) for url in s.endpoint.split(",")]
-    todo, turn = unfinished(records, progress, s), threading.Lock()
+    todo, turn = unfinished(records, s), threading.Lock()
 
     def prepare_next():
         with turn:  # Records is no reader for several threads; encoding is what they share
@@ -467,14 +429,11 @@ async def recaption(records, s, progress):
 
 def preview(path, s):
     """Prints the first captions, and draws the pictures beside them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     records = Records(s.data, s.image_root)  # anew, with the captions just written
     shown = min(len(records), s.limit or 8, 16)
-    figure, axes = plt.subplots(shown, figsize=(16, 4 * shown), squeeze=False)
+    figure = Figure(figsize=(16, 4 * shown))
     figure.subplots_adjust(left=0, right=0.3)
-    for i, axis in enumerate(axes.flat):
+    for i, axis in enumerate(figure.subplots(shown, squeeze=False).flat):
         axis.axis("off")
         try:
             record = records[i]
@@ -503,12 +462,9 @@ def parse_flags(argv=None):
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
     add("--limit", type=int, default=0, help="only the first so many images")
     add("--preview", metavar="FILE.png", help="draw the first pictures (8, or --limit, up to 16) with their captions")
-    add("--report", metavar="FILE.json", help="where the report goes (default: recaption.json beside the captions)")
     add("--image-root", help="where the images of CSV and JSON lines lie")
     add("--max-side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
-    add("--temperature", type=float, default=0.2, help="of the first try; a second one is warmer (%(default)s)")
     add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
-    add("--body", type=json.loads, default={}, metavar="JSON", help="more for the body of each request")
     s = p.parse_args(argv)
     s.key = os.environ.get("OPENAI_API_KEY") or "none"
     s.prompts, s.version = read_prompts(s.prompts) if s.prompts else (PROMPTS, VERSION)
@@ -526,14 +482,10 @@ def parse_flags(argv=None):
 def main(argv=None):
     s = parse_flags(argv)
     if openai is None:
-        raise UserError("recaption.py asks through the openai package: pip install openai")
-    records, progress, began = Records(s.data, s.image_root), Progress(), time.monotonic()
+        raise UserError("recaption.py asks through the openai package: pip install 'openai[aiohttp]'")
+    records, progress = Records(s.data, s.image_root), Progress()
     if not len(records):
         raise UserError(f"{s.data}: no images; it takes folders of pictures, .tar shards, .jsonl and .csv")
-    s.report = s.report or captions_path(records.files[0]).with_name("recaption.json")
-    for path in (s.report, s.preview or s.report):
-        if not os.access(Path(path).absolute().parent, os.W_OK):
-            raise UserError(f"cannot write {path}: name a file in a folder that you may write to")
     progress.failed.merge(records.bad)
     gc.freeze()  # else the collector looks through torch's objects again and again: a tenth of the processor time
     code = 0
@@ -543,12 +495,11 @@ def main(argv=None):
         except KeyboardInterrupt:
             code = 130
             print("\nstopped; the same command goes on from here")
-        report = {"model": s.model, "prompts": s.version, **progress.counts, "failed": progress.failed.counts,
-                  "failed, the first few": progress.failed, "answers rejected": progress.rejected.counts,
-                  "seconds": round(time.monotonic() - began, 1)}
+        report = {"model": s.model, "prompts": s.version, "captioned": progress.captioned,
+                  "failed": progress.failed.counts, "failed, the first few": progress.failed}
         text = json.dumps(report, indent=1)
         print(text)
-        Path(s.report).write_text(text)
+        captions_path(records.files[0]).with_name("recaption.json").write_text(text)
         if s.preview:
             preview(s.preview, s)
     except OSError as error:
@@ -562,5 +513,3 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # before there is anything to stop
-        sys.exit(130)

@@ -1,7 +1,7 @@
 """Pictogram scenes: the embedded data. Images, captions of every kind, masks and boxes, all drawn from an index.
 
-    python scenes.py --sheet scenes.png          a contact sheet: pictures, masks, captions
     python scenes.py --write FOLDER --n 1000     pictures and captions.jsonl, for train.py --data FOLDER/captions.jsonl
+    python data.py --look FOLDER/captions.jsonl --sheet scenes.png                             shows some of them
 
 A scene holds 2 to 6 objects. An object is a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place.
 Exactly one object is large: the main one. The background is plain, graded, striped or checkered, and the picture has a
@@ -21,12 +21,10 @@ import functools
 import json
 import os
 import random
-import sys
 from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageFont
 
 
@@ -65,7 +63,7 @@ PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_wor
 SPLITS = ("train", "validation", "test")
 
 
-def held_out(kind: int, colour: int) -> bool:
+def held_out(kind, colour):
     """Whether this colour of this kind of object is kept out of the training split: one in ten, of every kind."""
     return colour == (kind * 3 + kind // 10) % len(COLOURS)
 
@@ -103,6 +101,7 @@ class Scene:
     about: list  # for every sentence of the long caption, the index of the one object it describes, or -1
 
 
+@dataclass
 class Scenes:
     """`n` scenes of one split, numbered 0..n-1, at `size` pixels with the first `kinds` kinds of object.
 
@@ -110,18 +109,21 @@ class Scenes:
     which is 0 for background and 1 + the object's index elsewhere, `boxes(scene)` the places of the long caption's
     sentences. Raises ValueError."""
 
-    def __init__(self, split: str = "train", n: int = 40_000, size: int = 64, kinds: int = 24):
-        if not 6 <= kinds <= len(KINDS):
-            raise ValueError(f"kinds of object must be 6 to {len(KINDS)}, not {kinds}")
-        self.split_number = SPLITS.index(split)
-        self.split, self.n, self.size, self.kinds = split, n, size, kinds
+    split: str = "train"
+    n: int = 40_000
+    size: int = 64
+    kinds: int = 24
+
+    def __post_init__(self):
+        if not 6 <= self.kinds <= len(KINDS):
+            raise ValueError(f"kinds of object must be 6 to {len(KINDS)}, not {self.kinds}")
 
     def __len__(self):
         return self.n
 
-    def scene(self, i: int) -> Scene:
+    def scene(self, i):
         # The splits take turns in one sequence of seeds, so no two of them share a scene.
-        rng = random.Random(i * len(SPLITS) + self.split_number)
+        rng = random.Random(i * len(SPLITS) + SPLITS.index(self.split))
         objects = []
         while len(objects) < 2:  # a main object may leave no room for a second one: then all are drawn again
             count = rng.choices((2, 3, 4, 5, 6), (34, 34, 18, 9, 5))[0]
@@ -149,7 +151,7 @@ class Scenes:
                     break
         return objects
 
-    def draw(self, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, scene):
         size = self.size
         # background() is cached, so a copy is drawn on.
         image = background(scene.pattern, scene.ground, size, scene.seed % 4).copy()
@@ -164,15 +166,15 @@ class Scenes:
             image[area] += opacity[..., None] * (rgb(COLOURS[o.colour_name]) - image[area])
             mask[area][opacity > 0.5] = number
         if scene.style == "dim":
-            image = 0.7 * image
+            image *= 0.7
         elif scene.style == "faded":
             image = 255 - 0.65 * (255 - image)
         elif scene.style == "grainy":
             noise = np.random.default_rng(scene.seed).normal(0, 12, (size, size, 1))
-            image = image + noise.astype(np.float32)
+            image += noise.astype(np.float32)
         return image.clip(0, 255).astype(np.uint8), mask
 
-    def boxes(self, scene: Scene) -> list:
+    def boxes(self, scene):
         """For every sentence of the long caption the box (x0, y0, x1, y1), as shares of the image, of the one object
         that it describes, or None."""
         boxes = {-1: None}
@@ -191,24 +193,24 @@ def rgb(colour):
 
 
 @functools.cache
-def glyph(kind: int, side: int) -> np.ndarray:
+def glyph(kind, side):
     """The pictograph's opacity, float32 in 0..1, cropped to its ink and scaled to `side` pixels on its longer side."""
     sign = FONT.getmask(KINDS[kind][1])
     ink = Image.frombytes("L", sign.size, bytes(sign))
     ink = ink.crop(ink.getbbox())
     scale = side / max(ink.size)
-    ink = ink.resize([round(edge * scale) for edge in ink.size], Image.Resampling.BOX)
+    ink = ink.resize([round(edge * scale) for edge in ink.size], Image.BOX)
     return np.asarray(ink, np.float32) / 255
 
 
 @functools.cache
-def background(pattern: str, ground: tuple, size: int, variant: int) -> np.ndarray:
+def background(pattern, ground, size, variant):
     """float32 [S, S, 3] in 0..255. `variant`, 0 to 3: the direction of a gradient or of stripes, the size of checks."""
-    grid = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    grid = np.indices((size, size), np.float32) / size
     y, x = grid
     share = (y, x, x + y, x + 1 - y)[variant]  # of the second colour; a plain background has but one
     if pattern == "graded" and variant >= 2:
-        share = share / 2
+        share /= 2
     elif pattern == "striped":
         share = share * 4 % 1 < 0.5
     elif pattern == "checkered":
@@ -223,7 +225,7 @@ def background(pattern: str, ground: tuple, size: int, variant: int) -> np.ndarr
 
 NUMBERS = "zero one two three four five six".split()
 SIDE_PLACES = {"top": "near the top", "bottom": "near the bottom", "left": "on the left", "right": "on the right"}
-TEMPLATE_TABLE = """
+TEMPLATE_TABLE = """\
 small
 small
 little
@@ -286,9 +288,9 @@ below
 lower than
 
 relation
-the {0} is {1} the {2}.
-{1} the {2} is the {0}.
-the {0} can be found {1} the {2}.
+the {1} is {0} the {2}.
+{0} the {2} is the {1}.
+the {1} can be found {0} the {2}.
 
 plain
 the background is plain {0}.
@@ -360,7 +362,7 @@ the main object is {0}.
 this is {0}.
 """
 TEMPLATES = {}
-for paragraph in TEMPLATE_TABLE.strip().split("\n\n"):
+for paragraph in TEMPLATE_TABLE.split("\n\n"):
     template_name, *wordings = paragraph.splitlines()
     TEMPLATES[template_name] = wordings
 
@@ -415,14 +417,13 @@ def main_sentence(rng, name, o, **chances):
 
 def relation_sentence(rng, objects):
     first, second = rng.sample(objects, 2)
-    dx, dy = second.x - first.x, second.y - first.y
+    dx = second.x - first.x
+    dy = second.y - first.y
     if abs(dx) > abs(dy):
         name = "left" if dx > 0 else "right"
     else:
         name = "above" if dy > 0 else "below"
-    relation = draw_template(rng, name)
-    subject = coloured(rng, first, 0.4)
-    return sentence(rng, "relation", subject, relation, coloured(rng, second, 0.4))
+    return sentence(rng, "relation", draw_template(rng, name), coloured(rng, first, 0.4), coloured(rng, second, 0.4))
 
 
 def background_sentence(rng, pattern, ground):
@@ -436,8 +437,7 @@ def count_sentence(rng, objects):
     colours = [o.colour_name for o in objects]
     repeated = [c for c in colours if colours.count(c) > 1]
     if repeated and rng.random() < 0.6:
-        number = NUMBERS[colours.count(repeated[0])]
-        return capital(f"{number} of the objects are {repeated[0]}.")
+        return capital(f"{NUMBERS[colours.count(repeated[0])]} of the objects are {repeated[0]}.")
     return sentence(rng, "count", NUMBERS[len(objects)])
 
 
@@ -453,7 +453,7 @@ def long_caption(rng, objects, pattern, ground, style):
     if len(about) < wanted:
         about[count_sentence(rng, objects)] = -1
     while len(about) < min(wanted, 5 + 2 * len(objects)):
-        about.setdefault(relation_sentence(rng, objects), -1)
+        about[relation_sentence(rng, objects)] = -1
     shuffled = list(about.items())
     rng.shuffle(shuffled)
     return dict(shuffled)
@@ -461,16 +461,11 @@ def long_caption(rng, objects, pattern, ground, style):
 
 def raw_caption(rng, main, other, kinds):
     """What the web says of the picture. In one of twenty captions, it may name another kind of object."""
-    kind = rng.randrange(kinds) if rng.random() < 0.05 else main.kind
-    subject = coloured(rng, replace(main, kind=kind), 0.6)
+    if rng.random() < 0.05:
+        main = replace(main, kind=rng.randrange(kinds))
+    subject = coloured(rng, main, 0.6)
     template = draw_template(rng, "raw")
     return template.format(subject=subject, other=other.name, number=rng.randint(100, 9999))
-
-
-def short_caption(rng, main, other):
-    first = phrase(rng, main, colour=1, size=0.3)
-    second = phrase(rng, other, colour=1, size=0.2)
-    return sentence(rng, "short", first, second)
 
 
 def describe(rng, objects, pattern, ground, style, kinds):
@@ -481,7 +476,7 @@ def describe(rng, objects, pattern, ground, style, kinds):
     about = long_caption(rng, objects, pattern, ground, style)
     captions = {
         "raw": raw_caption(rng, main, other, kinds),
-        "short": short_caption(rng, main, other),
+        "short": sentence(rng, "short", phrase(rng, main, 1, 0.3), phrase(rng, other, 1, 0.2)),
         "long": list(about),
         "details": " ".join(object_sentence(rng, o) for o in rng.sample(objects, min(3, len(objects)))),
         "main_object": main_sentence(rng, "main object", main, colour=1, size=0.5),
@@ -492,28 +487,12 @@ def describe(rng, objects, pattern, ground, style, kinds):
     return captions, list(about.values())
 
 
-def contact_sheet(path: str, scenes: Scenes):
-    """Draws the first eight scenes with their masks and captions into a picture file."""
-    figure = Figure(figsize=(9, 13), layout="constrained")
-    axes = figure.subplots(8, 3, width_ratios=(1, 1, 3))
-    for i, (left, middle, right) in enumerate(axes):
-        scene = scenes.scene(i)
-        image, mask = scenes.draw(scene)
-        left.imshow(image)
-        middle.imshow(mask, cmap="tab10", interpolation="nearest")
-        texts = scene.captions["raw"], scene.captions["short"], *scene.captions["long"]
-        right.text(0, 1, "\n".join(texts), va="top", fontsize=8)
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.savefig(path, dpi=90)
-
-
-def write(folder: str, scenes: Scenes):
+def write(folder, scenes):
     """Writes pictures and captions.jsonl. A line is a record as data.read_captions reads it: {"image": file name,
     "captions": {field: text}}, with {"text", "box"} for the sentences of the long caption that have a place."""
     os.makedirs(f"{folder}/images", exist_ok=True)
     with open(f"{folder}/captions.jsonl", "w") as file:
-        for i in range(len(scenes)):
+        for i in range(scenes.n):
             scene = scenes.scene(i)
             name = f"images/{i:06}.png"
             Image.fromarray(scenes.draw(scene)[0]).save(f"{folder}/{name}")
@@ -521,26 +500,17 @@ def write(folder: str, scenes: Scenes):
             for k, box in enumerate(scenes.boxes(scene)):
                 if box:
                     long[k] = {"text": long[k], "box": box}
-            file.write(json.dumps({"image": name, "captions": scene.captions}) + "\n")
+            print(json.dumps({"image": name, "captions": scene.captions}), file=file)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--sheet", metavar="FILE")
-    task.add_argument("--write", metavar="FOLDER")
+    parser.add_argument("--write", metavar="FOLDER", required=True)
     parser.add_argument("--split", choices=SPLITS, default="train")
     for flag, default in (("--n", 1000), ("--size", 64), ("--kinds", 24)):
         parser.add_argument(flag, type=int, default=default)
     options = parser.parse_args()
-    try:
-        scenes = Scenes(options.split, options.n, options.size, options.kinds)
-        if options.sheet:
-            contact_sheet(options.sheet, scenes)
-        else:
-            write(options.write, scenes)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    write(options.write, Scenes(options.split, options.n, options.size, options.kinds))
 
 
 if __name__ == "__main__":

@@ -64,12 +64,11 @@ GOOD = {  # what a model said -> the caption
     "The file man_with_hat.png hangs beside 5 * 3 * 2 = 30 tiles.":
         "The file man_with_hat.png hangs beside 5 * 3 * 2 = 30 tiles.",
     "A cat... or a dog? Hard to say!": "A cat... or a dog? Hard to say!",
-    # a model that breaks its lines, one that thinks aloud, chat markers, turns of a talk
+    # a model that breaks its lines, one that thinks aloud, chat markers, an echo of the prompt
     "A paragraph that goes on\nover the next line, as some do.\nThen a new one.":
         "A paragraph that goes on over the next line, as some do. Then a new one.",
     "<think>The user wants a caption. A dog?</think>\nA dog runs.": "A dog runs.",
     "<|im_start|>A dog runs.<|im_end|></s>": "A dog runs.",
-    f"USER: <image>\n{LONG} ASSISTANT: A dog runs. USER: Thanks! ASSISTANT: You're welcome.": "A dog runs.",
     f"{LONG} A dog runs over the grass.": "A dog runs over the grass.",
     # repeated sentences, refusals in passing
     "A dog runs. The grass is green. A dog runs!": "A dog runs. The grass is green.",
@@ -83,7 +82,7 @@ GOOD = {  # what a model said -> the caption
     "Ein Hund läuft über die Straße. Es regnet.": "Ein Hund läuft über die Straße. Es regnet.",
 }
 BAD = {
-    "empty": ["", None, "  \n ", "<image>", ["A dog."], "</s>"],
+    "empty": ["", None, "  \n ", "<image>", "</s>"],
     "not text": ["12 34 56 78", '{"caption": "A dog runs"}', "https://example.com/dog.jpg", "iVBORw0KGgo" * 20,
                  "........", "<!DOCTYPE html><html><body>Bad gateway</body></html>", "\ufffd\ufffd\ufffd dog \ufffd"],
     "refusal": ["I'm sorry, but I can't assist with that.", "I am unable to view images.",
@@ -91,7 +90,7 @@ BAD = {
                 "Sorry, I can’t help with identifying people in this image.", "It seems that no image was provided.",
                 "Please upload the image you would like me to describe.",
                 "I apologize, but this is not something I do."],
-    "prompt echo": [LONG, f"USER: {LONG} ASSISTANT:"],
+    "prompt echo": [LONG, f"<image>\n{LONG}"],
     "repetition": ["There is a chair. " * 10, "a dog and " * 12, "very " * 9, "一只狗" * 8,
                    "A street with a red car, a bus, a red car, a bus, a red car, a bus, a red car, a bus.",
                    "1. dog 2. dog 3. dog 4. dog 5. dog 6. dog 7. dog"],
@@ -162,7 +161,7 @@ def test_a_second_process_on_the_same_file_is_refused(tmp_path):
         Output(held.path)
 
 
-def test_on_a_full_disk_the_file_stays_whole(tmp_path):
+def test_what_a_full_disk_tears_is_cut_off_by_the_next_run(tmp_path):
     output = Output(tmp_path / "x")
     output.append(row("a", short="A dog."))
     before, limits = output.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -172,7 +171,10 @@ def test_on_a_full_disk_the_file_stays_whole(tmp_path):
             output.append(row("b", short="A cat."))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert output.path.read_bytes() == before
+    path = output.path
+    del output
+    assert lacking(path, "a") == ["long"] and lacking(path, "b") == ["short", "long"]
+    assert path.read_bytes() == before
 
 
 def jpeg(number, side=48, **save):
@@ -356,12 +358,10 @@ def test_the_key_comes_from_the_environment_and_is_never_printed(tmp_path, serve
 
 @pytest.mark.parametrize("server, flags, named", [
     (None, ["--endpoint", "http://127.0.0.1:9"], "127.0.0.1:9"),
-    (None, ["--endpoint", "http://me:pw@host"], "environment"),
-    (None, [], "--endpoint"), (["--blind"], [], "vision"), (["--status", "404 Not Found"], [], "--model"),
+    (None, [], "--endpoint"), (["--status", "404 Not Found"], [], "--model"),
     (["--models", "a,b"], [], "'a', 'b'"),
     ([], ["--fields", "short,colour"], "colour"),
     ([], ["--prompts", "none.json"], "none.json"),
-    ([], ["--body", "{"], "--body"), ([], ["--preview", "/nowhere/p.png"], "/nowhere/p.png"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_writes_nothing(tmp_path, serve, server, flags, named):
     data = shards(tmp_path / "tars", 1)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
 from data import Pictures, Records, SceneImages
 from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph, held_out, rgb
@@ -163,19 +162,7 @@ def test_written_scenes_come_back_with_the_same_pictures_captions_and_boxes(tmp_
         assert drawn[i][1] == read[i][1]
 
 
-def test_the_contact_sheet_is_a_picture(tmp_path):
-    assert command("scenes.py", "--sheet", tmp_path / "sheet.png").returncode == 0
-    assert Image.open(tmp_path / "sheet.png").width > 500
-
-
 def test_the_diagrams_in_assets_are_those_that_are_drawn(tmp_path):
     assert command("assets/diagrams.py", tmp_path).returncode == 0
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in ROOT.glob("assets/method-*.png")}
-
-
-@pytest.mark.parametrize("flags", [["--kinds", "5"], ["--write", "scenes.py"]])
-def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path, flags):
-    done = command("scenes.py", "--write", tmp_path, *flags)
-    assert done.returncode == 1
-    assert re.fullmatch("error: .*(6 to 83, not 5|scenes.py).*\n", done.stderr)

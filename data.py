@@ -51,6 +51,11 @@ from scenes import PERSPECTIVES, Scenes
 class UserError(Exception):
     """A mistake the user can mend: one sentence naming the thing and the remedy. Scripts print it and exit 1."""
 
+    def __init__(self, message: str):
+        if len(message) > 1500:  # somebody's path of 5,000 letters
+            message = f"{message[:700]} ... {message[-700:]}"
+        super().__init__(message)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, without the list of all flags."""
@@ -334,6 +339,8 @@ def load_image(source, size=None, max_pixels=64_000_000, name=None):
     """
     path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
     name = name or path
+    if path is source and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise BadSample("image will not decode", f"{name}, no file")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
@@ -351,7 +358,8 @@ def load_image(source, size=None, max_pixels=64_000_000, name=None):
         raise BadSample("image too large", f"{name}, {error}") from None
     except Exception as error:  # decoders raise nearly anything on broken files: OSError, SyntaxError, struct.error ...
         reason = "image truncated" if "truncated" in str(error).lower() else "image will not decode"
-        raise BadSample(reason, f"{name}, {error}") from None
+        detail = re.sub(r" <_io.*", "", str(error))  # the address of bytes in memory is another in every process
+        raise BadSample(reason, f"{name}, {detail}") from None
 
 
 def upright(image):
@@ -1505,3 +1513,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -34,14 +34,15 @@ import torch
 import torch.nn.functional as F
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import ImageFolder
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, UserError, load_image, load_tokenizer, normalize, open_dataset, read_json,
-                  spread)
+from data import (BadCount, BadSample, Parser, UserError, clean_field, image_field, load_image, load_tokenizer, normalize,
+                  one_sentence, open_dataset, read_captions, read_json, spread)
 from losses import group_patches
 from model import check_device, checkpoints, export_open_clip, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
@@ -112,9 +113,8 @@ class Model:
                         f"{self.name} embeds images as NaN or infinity: take another checkpoint"
                     )
                 yield branches, patches, *rest
-        except UserError as error:  # a worker's arrives as a traceback, whose last line it is
-            message = str(error).strip().splitlines()[-1]
-            raise UserError(message.removeprefix("data.UserError: ")) from None
+        except UserError as error:
+            raise one_sentence(error) from None
 
     def images(self, items, load=tuple):
         """As `batches`, all at once: branches [N,H,D], and a list of everything else."""
@@ -134,6 +134,16 @@ class Model:
                 summaries, _ = self.clip.encode_texts(tokens.to(self.device))
             parts.append(summaries[:, 0])
         return torch.cat(parts)
+
+    def embed(self, pictures):
+        """N pictures, paths or PIL images -> [N,D], unit-norm; beside `texts`, for use from Python."""
+        prepare = preparation(self.config.image_size)
+
+        def load(picture):
+            return prepare(picture if isinstance(picture, Image.Image) else open_picture(picture)),
+
+        branches, = self.images(pictures, load)
+        return F.normalize(self.merge(branches)[:, 0], dim=-1)
 
     def merge(self, branches):
         """[N,H,D] -> [N,1,D]: the branches' mean (its similarities are the mean ones) or one of them; all for max."""
@@ -637,9 +647,9 @@ def share4v(first, path):  # {"image", "conversations": question and answer, or 
         yield row["image"], [row["conversations"][1]["value"] if "conversations" in row else row["caption"]]
 
 
-def json_lines(path):  # {"image", "caption": a text or a list}; lines of one image belong together
+def json_lines(path):  # as for --data; all texts of a list "caption" count, and lines of one image belong together
     for row in read_json(path):
-        yield row["image"], [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+        yield image_field(row), clean_field(row.get("caption")) or [read_captions(row).raw]
 
 
 LAYOUTS = {
@@ -716,7 +726,7 @@ def retrieval_set(name, model, path):
     try:
         for picture, texts in LAYOUTS[name](path):
             captions[find_picture(root, picture)] += filter(str.strip, texts)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, BadSample) as error:
         raise UserError(
             f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})"
         ) from None
@@ -908,7 +918,8 @@ def draw_reading(curves, path):
     """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
     figure = new_figure(12.5, 4.2)
     left, right = figure.subplots(1, 2)
-    for colour, (name, found) in zip(itertools.cycle(PALETTE), curves.items()):
+    for i, (name, found) in enumerate(curves.items()):
+        colour = PALETTE[i] if i < len(PALETTE) else matplotlib.colormaps["turbo"](i / len(curves))
         sentences, to_image, to_text, chance = np.transpose(found["length"])
         left.plot(sentences, to_image, "o-", color=colour, label=name)
         left.plot(sentences, to_text, "s--", color=colour)
@@ -980,13 +991,29 @@ def summarise(results):
             mean = float(np.mean(values))
             metrics[name] = dict(mean=mean, sd=deviation(values), values=values, chance=chance)
         names = [run["name"] for run in runs]
-        summary.append(runs[0] | dict(runs=names, metrics=metrics))
+        name = f"{names[0]}{other_settings(runs[0], results)}"
+        summary.append(runs[0] | dict(name=name, runs=names, metrics=metrics))
     baselines = [group for group in summary if group["settings"]["method"] == "clip"][:1]
     for baseline in baselines:
         for group in summary:
             if group is not baseline and group["on"] == baseline["on"]:
                 add_differences(group["metrics"], baseline["metrics"])
     return summary
+
+
+TOLD = ("negatives", "grouping", "grouping_weight", "sub_captions", "whole_caption", "corner_tokens", "branches",
+        "branch_type", "images", "lr", "batch")  # settings that a row of the table shows where they differ
+
+
+def other_settings(run, others):
+    """" (lr=0.01)": what of a run's settings others of its method do not share."""
+    s = run["settings"]
+    told = []
+    for name in TOLD:
+        values = {other["settings"].get(name) for other in others if other["settings"]["method"] == s["method"]}
+        if len(values) > 1:
+            told.append(f"{name}={s.get(name)}")
+    return f" ({', '.join(told)})" if told else ""
 
 
 def add_differences(metrics, baseline):

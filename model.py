@@ -434,7 +434,7 @@ CHOICES = dict(stem=("patch", "conv"), pool=("class", "average"), branch_type=("
 def check(c: CLIPConfig):
     """Raises UserError with one sentence where settings cannot go together."""
     for name, value in vars(c).items():
-        least = 0 if name in ("corner_tokens", "branch_layers") else 1
+        least = {"corner_tokens": 0, "branch_layers": 0, "context": 2}.get(name, 1)  # a text has its two ends
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if value not in CHOICES.get(name, (value,)):

@@ -228,6 +228,8 @@ def check(s: Settings, world: int = 1):
             if not fits or not value < 2 ** 63:
                 raise UserError(f"--{name.replace('_', '-')} must be {least}, not {value}")
     check_device(s.device)
+    if s.data == ("scenes",) and (s.caption_fields or s.image_root):
+        raise UserError("--caption-fields and --image-root are for files: leave them away, or name some with --data")
     slots = text_slots(s)
     if not slots:
         raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or "
@@ -266,6 +268,11 @@ def set_machine(s: Settings):
     if s.device.startswith("cuda"):
         torch.cuda.set_device(s.device)  # streams and kernels of our own go where the tensors are
     fused.set_mode(s.fused)
+    if s.fused == "on":
+        try:
+            fused.similarity_logsumexp(torch.ones(2, 8, device=s.device), torch.ones(2, 8, device=s.device), 1.0)
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
     torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
 
@@ -959,6 +966,8 @@ def main():
             train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:  # before the first step or after the last one
+        sys.exit(130)
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
         if not gone or os.environ.get("WORLD_SIZE", "1") == "1":

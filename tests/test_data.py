@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import pickle
 import random
 import sys
@@ -679,3 +680,15 @@ def test_a_long_text_joins_consecutive_sentences():
     rows = {row[1] for row in drawn(settings("lotlip", long_sentences=3))}
     assert rows == {" ".join(CAPTIONS.long[first:first + 3]) for first in range(6)}
     assert {row[2] for row in drawn(settings("lotlip", long_texts=2, long_sentences=20))} == {WHOLE}
+
+
+def test_a_pipe_named_like_a_picture_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadSample, match="image will not decode"):
+        load_image(tmp_path / "pipe.jpg")
+
+
+def test_a_mistake_is_told_shortly_even_of_a_path_of_5000_letters():
+    with pytest.raises(UserError) as caught:
+        open_dataset("x" * 5000, "train", 0, 32, 0)
+    assert len(str(caught.value)) < 1600

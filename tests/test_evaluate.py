@@ -691,3 +691,19 @@ def test_a_run_is_scored_on_benchmarks_by_name(runs, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=words):
             evaluate.main([path, "--device", "cpu", "--benchmark", wrong])
+
+
+def test_pictures_are_embedded_from_python_beside_texts(runs, tmp_path):
+    model = Model(runs["scenes"], "cpu")
+    picture = Image.new("RGB", (40, 30), "red")
+    picture.save(tmp_path / "red.png")
+    images = model.embed([picture, tmp_path / "red.png"])
+    assert images.shape == (2, model.config.embed) and torch.equal(images[0], images[1])
+    assert not images.requires_grad and torch.allclose(images.norm(dim=1), torch.ones(2))
+
+
+def test_rows_of_one_method_tell_their_settings_where_they_differ():
+    settings = dict(method="dreamlip", lr=0.1, grouping="none", seed=0)
+    others = [dict(settings=settings), dict(settings=settings | dict(lr=0.2)), dict(settings=dict(method="clip"))]
+    assert evaluate.other_settings(others[1], others) == " (lr=0.2)"
+    assert evaluate.other_settings(others[2], others) == ""

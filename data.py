@@ -181,7 +181,7 @@ def load_tokenizer(name_or_path="auto"):
 
 class WordPieces:
     """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
-    the end a [SEP] with an id of its own, the greatest (model._read_lotlip)."""
+    the end a [SEP] with an id of its own, the greatest (model.read_lotlip)."""
 
     def __init__(self, path):
         try:
@@ -918,7 +918,7 @@ def find_files(pattern: str) -> list[Path]:
     for text in expand(pattern):
         names = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
         files += map(Path, names)
-    gone = [file for file in files if not file.is_file()]
+    gone = [file for file in files if not os.path.isfile(file)]
     if gone or not files:
         raise UserError(f"no file {gone[0] if gone else pattern}: {takes}")
     for file in files:

@@ -690,5 +690,5 @@ def test_a_pipe_named_like_a_picture_is_not_waited_for(tmp_path):
 
 def test_a_mistake_is_told_shortly_even_of_a_path_of_5000_letters():
     with pytest.raises(UserError) as caught:
-        open_dataset("x" * 5000, "train", 0, 32, 0)
+        load_tokenizer("x" * 5000)
     assert len(str(caught.value)) < 1600

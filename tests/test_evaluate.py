@@ -694,7 +694,7 @@ def test_a_run_is_scored_on_benchmarks_by_name(runs, tmp_path, capsys):
 
 
 def test_pictures_are_embedded_from_python_beside_texts(runs, tmp_path):
-    model = Model(runs["scenes"], "cpu")
+    model = Model(runs / "scenes", "cpu")
     picture = Image.new("RGB", (40, 30), "red")
     picture.save(tmp_path / "red.png")
     images = model.embed([picture, tmp_path / "red.png"])

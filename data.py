@@ -1433,7 +1433,7 @@ def one_sentence(error: UserError) -> UserError:
 def look(path, image_root, fields, tokenizer, n, sheet):
     """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
     if path == "scenes":
-        raise UserError("scenes are drawn, not read: look at them with python scenes.py --sheet scenes.png")
+        raise UserError("scenes are drawn, not read: write some with python scenes.py --write FOLDER, and look there")
     records = Records(path, image_root)
     left_out = f"; left out: {records.bad.report()}" if records.bad else ""
     print(f"{path}: files {len(records.files)}, samples {len(records):,}{left_out}")

@@ -126,7 +126,7 @@ class Scenes:
         rng = random.Random(i * len(SPLITS) + SPLITS.index(self.split))
         objects = []
         while len(objects) < 2:  # a main object may leave no room for a second one: then all are drawn again
-            count = rng.choices((2, 3, 4, 5, 6), (34, 34, 18, 9, 5))[0]
+            count = rng.choices(range(2, 7), (34, 34, 18, 9, 5))[0]
             objects = self._objects(rng, count)
         pattern = rng.choices(PATTERNS, (49, 17, 17, 17))[0]
         ground = tuple(rng.sample(list(BACKGROUNDS), 1 if pattern == "plain" else 2))

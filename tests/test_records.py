@@ -731,7 +731,7 @@ def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("--look gone.tar", "no file gone.tar"), ("--look scenes", "python scenes.py --sheet"),
+    ("--look gone.tar", "no file gone.tar"), ("--look scenes", "python scenes.py --write"),
     ("--look a --sheet a.xyz", "--sheet a.xyz")])
 def test_a_mistake_in_a_look_is_one_sentence(tmp_path, monkeypatch, flags, named):
     shards(tmp_path / "a", (3,))

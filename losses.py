@@ -94,8 +94,14 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
     return F.normalize(w @ patches, dim=-1, eps=EPS), w
 
 
-def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
-                  negatives: str = "image", allowed: Tensor | None = None) -> Tensor:
+def grouping_loss(
+    patches: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    threshold: float | None = None,
+    negatives: str = "image",
+    allowed: Tensor | None = None,
+) -> Tensor:
     """DreamLIP's subcaption-specific grouping loss (2403.17007, section 3.3): contrasts every sub-caption with the
     patches it grouped.
 
@@ -113,8 +119,14 @@ def grouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold
     return contrastive_loss(grouped, texts, logit_scale, across_ranks=False)
 
 
-def token_grouping_loss(patches: Tensor, tokens: Tensor, words: Tensor, logit_scale: Tensor,
-                        threshold: float | None = None, allowed: Tensor | None = None) -> Tensor:
+def token_grouping_loss(
+    patches: Tensor,
+    tokens: Tensor,
+    words: Tensor,
+    logit_scale: Tensor,
+    threshold: float | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """SPARC's fine-grained loss (2401.09865, equation 5): every token of a caption groups the patches, and is contrasted
     with its group among the tokens of the same caption.
 
@@ -134,8 +146,13 @@ def token_grouping_loss(patches: Tensor, tokens: Tensor, words: Tensor, logit_sc
     return (losses.sum(-1) / count).mean()
 
 
-def regrouping_loss(patches: Tensor, texts: Tensor, logit_scale: Tensor, threshold: float | None = None,
-                    allowed: Tensor | None = None) -> Tensor:
+def regrouping_loss(
+    patches: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    threshold: float | None = None,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """The grouping loss with FLAIR's negatives (2412.03561): what a text groups in its own image, against what the same
     text groups in the others. patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts
     t_ik of CE(s·<g_j(t_ik), t_ik> over images j, i).
@@ -170,7 +187,9 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
     slots = text_slots(s)
     scale = out["logit_scale"]
     texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    corners = out["summaries"][:, slots.count("raw"):, 1:].flatten(1, 2)  # ... and all but the raw one by corners, too
+    corners = out["summaries"][:, slots.count("raw") :, 1:].flatten(
+        1, 2
+    )  # ... and all but the raw one by corners, too
     parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
     loss = s.contrastive_weight * parts["contrastive"]
     if s.grouping == "sub-caption":
@@ -189,6 +208,7 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
 
 
 # ---- many ranks, large matrices --------------------------------------------------------------------------------------
+
 
 def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

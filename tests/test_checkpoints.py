@@ -3,7 +3,6 @@ here, and CLIP_benchmark scores them alike."""
 
 import copy
 import json
-from pathlib import Path
 
 import open_clip
 import pytest

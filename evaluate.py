@@ -44,7 +44,7 @@ from tqdm import tqdm
 from data import (BadCount, BadSample, Parser, UserError, clean_field, image_field, load_image, load_tokenizer, normalize,
                   one_sentence, open_dataset, read_captions, read_json, spread)
 from losses import group_patches
-from model import check_device, checkpoints, export_open_clip, load_model, resized
+from model import best_device, check_device, checkpoints, export_open_clip, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
@@ -62,9 +62,7 @@ class Model:
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
         clip = resized(clip, image_size or clip.config.image_size)
-        if not device:
-            found = torch.accelerator.is_available()
-            device = torch.accelerator.current_accelerator().type if found else "cpu"
+        device = device or best_device()
         cuda = device.startswith("cuda")
         self.device = device
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cuda)

@@ -32,7 +32,7 @@ import urllib.parse
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -379,28 +379,21 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-ASPECT = 0.8  # a random crop is 0.8 to 1.25 times as wide as high
+ASPECTS = (3 / 4, 4 / 3)  # least and greatest width of a random crop, by its height
 
 
-def crop_box(width, height, least=1.0, rng=None):
-    """(left, top, right, bottom) of what to keep of a picture: the middle square; with `rng` a random rectangle of at
-    least the share `least` of the area (the random resized crop of 1409.4842), or, in a picture too long for that, the
-    greatest of that aspect at a random place."""
+def crop_box(picture, least: float, rng: random.Random | None):
+    """(left, top, right, bottom) of what to keep of a PIL picture: the middle square, or, with `rng`, torchvision's
+    random resized crop (1409.4842) of at least the share `least` of its area."""
+    width, height = picture.size
     if rng is None:
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-    for _ in range(10):
-        area = width * height * rng.uniform(least, 1)
-        aspect = math.exp(rng.uniform(-1, 1) * math.log(ASPECT))
-        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if w <= width and h <= height:
-            break
-    else:
-        w = min(width, height / ASPECT)
-        h = min(height, width / ASPECT)
-    left = rng.uniform(0, width - w)
-    top = rng.uniform(0, height - h)
-    return left, top, left + w, top + h
+    from torchvision.transforms import RandomResizedCrop  # here, because it takes a second to import
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(rng.getrandbits(63))
+        top, left, height, width = RandomResizedCrop.get_params(picture, [least, 1], ASPECTS)
+    return left, top, left + width, top + height
 
 
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
@@ -608,19 +601,13 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
 
-# A sample is a span of bytes in a file: of a tar the members with its key, of a CSV its row, of JSON lines its line.
-# All that stays in memory is one SPAN a sample, mapped from a file under ~/.cache, so that the workers and the ranks of
-# a machine share one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once.
+# A sample is a span of bytes in a file: of a tar the members with its key, of JSON lines its line. All that stays in
+# memory is one SPAN a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
+# one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV) is
+# copied as JSON lines beside its index, and read from there.
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
-INDEX_VERSION = 3  # of the indices kept: raise it when a scan_ function changes
+INDEX_VERSION = 4  # of the indices kept: raise it when a scan_ function changes
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
-
-
-@dataclass
-class Record:
-    key: str
-    image: bytes | Path
-    row: dict  # its texts, as read_captions takes them
 
 
 class BadCount(dict):
@@ -669,6 +656,13 @@ class BadCount(dict):
                             f"raise the limit ({self.report()})")
 
 
+@dataclass
+class Record:
+    key: str
+    image: bytes | Path | str  # content, path, or what a row calls its path or URL
+    row: dict  # its texts, as read_captions takes them
+
+
 def hashed(key: str | bytes) -> int:
     if isinstance(key, str):
         key = key.encode(errors="surrogatepass")
@@ -688,42 +682,37 @@ def parse_json(content: bytes, name: str) -> dict:
 IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "path", "url", "image_url")
 
 
-def image_field(row: dict, otherwise: str | None = None) -> str:
-    """The path or URL of a row's image: under the first of the usual names, else under `otherwise`."""
+def image_field(row: dict) -> str:
+    """The path or URL of a row's image, under the first of the usual names. Raises BadSample."""
     by_name = {name.lower(): value for name, value in reversed(row.items())}
-    names = [name for name in IMAGE_FIELDS if name in by_name]
-    image = by_name[names[0]] if names else row.get(otherwise)
+    for name in IMAGE_FIELDS:
+        image = by_name.get(name)
+        if name in by_name:
+            break
     if not isinstance(image, str) or not image.strip():
         raise BadSample("no image named", str(row.get("key", ""))[:80])
     return image.strip()
 
 
-def row_key(row: dict, otherwise: str | None = None) -> str:
+def row_key(row: dict) -> str:
     key = row.get("key")
-    return key if isinstance(key, str) and key else image_field(row, otherwise)
+    return key if isinstance(key, str) and key else image_field(row)
 
 
 # Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
-# with the same identity the first stays); and a parse_ function, (bytes of a span, Records, number of file) -> Record.
-
-def split_name(name: str) -> tuple[str, str]:
-    """"./a/b.seg.JSON" -> ("a/b", "seg.json"): the key ends at the first dot of the file's name."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
+# with the same identity the first stays); and a parse_ function, (bytes of a span, file) -> Record.
 
 def tar_members(file):
-    """(key, extension, TarInfo, where its header should begin) of every file in a tar. `ignore_zeros` goes on behind a
-    damaged header."""
+    """(key, extension, TarInfo, where its header should begin) of every file in a tar. The key of "a/b.seg.JSON" is
+    "a/b": it ends at the first dot of the file's name. `ignore_zeros` goes on behind a damaged header."""
     expected = 0
     with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
         for member in tar:
-            key, extension = split_name(member.name)
-            if member.isreg() and not os.path.basename(member.name).startswith("."):  # a dot: a system's own
-                yield key, extension, member, expected
-            size = member.size if member.isreg() else 0
-            expected = member.offset_data + padded(size)
+            folder, slash, base = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = base.partition(".")
+            if member.isreg() and stem:  # no stem: a system's own file, like .DS_Store
+                yield folder + slash + stem, extension.lower(), member, expected
+            expected = padded(member.offset_data + member.size * member.isreg())
 
 
 def padded(size: int) -> int:
@@ -733,14 +722,13 @@ def padded(size: int) -> int:
 def scan_tar(path):
     """A sample is a run of members with one key, from the header of the first to the end of the last."""
     runs = []  # [key, start, stop, extensions]
-    bad = []
     with open(path, "rb") as file:
         with suppress(tarfile.TarError, OSError, ValueError):  # raised where a tar is cut off
             for key, extension, member, expected in tar_members(file):
-                gap = member.offset > expected
-                if gap:
-                    bad.append(BadSample("tar damaged", f"{path.name} at byte {expected}"))
-                if gap or not runs or runs[-1][0] != key or extension in runs[-1][3]:
+                damaged = member.offset > expected
+                if damaged:
+                    yield BadSample("tar damaged", f"{path.name} at byte {expected}")
+                if damaged or not runs or runs[-1][0] != key or extension in runs[-1][3]:
                     runs.append([key, member.offset, 0, []])
                 runs[-1][2] = member.offset_data + member.size
                 runs[-1][3].append(extension)
@@ -748,7 +736,7 @@ def scan_tar(path):
         file.seek(end)
         rest = file.read(1 << 20)
         if any(rest) or not rest:  # a whole tar ends in zeros
-            bad.append(BadSample("tar cut off", f"{path.name} at byte {end}"))
+            yield BadSample("tar cut off", f"{path.name} at byte {end}")
         if runs and runs[-1][2] > file.seek(0, os.SEEK_END):
             runs.pop()
     for key, start, stop, extensions in runs:
@@ -756,11 +744,9 @@ def scan_tar(path):
             yield start, stop - start, key, key
         else:
             yield BadSample("no image", f"{path.name}/{key} with .{' .'.join(extensions[:3])}")
-    yield from bad
 
 
-def parse_tar(content, records, n):
-    where = records.files[n].name
+def parse_tar(content, path):
     name, image, text, row = "", None, {}, {}
     for key, extension, member, _ in tar_members(io.BytesIO(content + bytes(1024))):
         part = content[member.offset_data:member.offset_data + member.size]
@@ -769,19 +755,19 @@ def parse_tar(content, records, n):
         elif extension == "txt":
             text = {"caption": part.decode("utf-8-sig", errors="replace")}
         elif extension == "json":
-            row = parse_json(part, f"{where}/{key}.json")
+            row = parse_json(part, f"{path.name}/{key}.json")
     if image is None:
-        raise BadSample("no image", f"{where}/{name}")
-    told = {field: value for field, value in row.items() if value}
-    return Record(name, image, text | told)
+        raise BadSample("no image", f"{path.name}/{name}")
+    named = {field: value for field, value in row.items() if value}
+    return Record(name, image, text | named)
 
 
 def scan_lines(path):
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
-            where = f"{path.name} line {number}"
             if line.strip():
+                where = f"{path.name} line {number}"
                 try:
                     row = parse_json(line, where)
                     key = row_key(row)
@@ -793,72 +779,9 @@ def scan_lines(path):
             start += len(line)
 
 
-def parse_lines(content, records, n):
-    row = parse_json(content, records.files[n].name)
-    return Record(row_key(row), records.locate(n, image_field(row)), row)
-
-
-def csv_row(file, path):
-    """The next row of a CSV open in binary mode -> its cells (None if it does not parse), and the lines it takes."""
-    taken = []
-
-    def lines():
-        while line := file.readline(LONGEST):
-            taken.append(line)
-            yield line.decode(errors="replace")
-
-    return csv_cells(lines(), path, strict=True), taken
-
-
-def csv_cells(lines, path, strict=False):
-    try:
-        return next(csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=strict), [])
-    except csv.Error:
-        return None
-
-
-@functools.cache
-def csv_names(path, _stamp):
-    with open(path, "rb") as file:
-        cells, _ = csv_row(file, path)
-    return [name.strip(" \ufeff") for name in cells or [""]]
-
-
-def scan_csv(path):
-    """The csv module finds where a row ends, since a quoted cell may hold line breaks. A quote that is never closed
-    swallows the rows below it; then only its first line is given up."""
-    names = csv_names(path, stamp(path))
-    with open(path, "rb") as file:
-        _, lines = csv_row(file, path)  # the header
-        start, number = sum(map(len, lines)), len(lines) + 1
-        while True:
-            cells, lines = csv_row(file, path)
-            if not lines:
-                return
-            if cells is None or len(cells) != len(names) and len(lines) > 1:
-                lines = lines[:1]
-                file.seek(start + len(lines[0]))
-                cells = None
-                if lines[0].count(b'"') % 2 == 0:  # quotes within quotes, as some write them
-                    cells = csv_cells([lines[0].decode(errors="replace")], path)
-            content, where = b"".join(lines), f"{path.name} line {number}"
-            if content.strip():
-                try:
-                    if not cells or len(cells) != len(names):
-                        raise BadSample("row does not parse", where)
-                    key = row_key(dict(zip(names, cells)), names[0])
-                    yield start, len(content), key, key if "key" in names else content
-                except BadSample as bad:
-                    yield BadSample(bad.reason, where)
-            start += len(content)
-            number += len(lines)
-
-
-def parse_csv(content, records, n):
-    names = csv_names(records.files[n], records.stamps[n])
-    lines = io.StringIO(content.decode(errors="replace"), newline="")
-    row = dict(zip(names, csv_cells(lines, records.files[n]) or []))
-    return Record(row_key(row, names[0]), records.locate(n, image_field(row, names[0])), row)
+def parse_lines(content, path):
+    row = parse_json(content, path.name)
+    return Record(row_key(row), image_field(row), row)
 
 
 def scan_folder(folder):
@@ -879,8 +802,8 @@ def list_folder(folder) -> list[bytes]:
     return sorted(names)
 
 
-def parse_folder(content, records, n):
-    path, row = records.files[n] / os.fsdecode(content), {}
+def parse_folder(content, folder):
+    path, row = folder / os.fsdecode(content), {}
     text, data = path.with_suffix(".txt"), path.with_suffix(".json")
     if text.exists():
         row = {"caption": text.read_bytes().decode("utf-8-sig", errors="replace")}
@@ -889,8 +812,55 @@ def parse_folder(content, records, n):
     return Record(os.fsdecode(content).rpartition(".")[0], path, row)
 
 
-READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), ".csv": (scan_csv, parse_csv),
-           ".tsv": (scan_csv, parse_csv), "": (scan_folder, parse_folder)}
+def csv_rows(path):
+    """The rows of a CSV or TSV, with a BadSample for each that does not parse. Where a quote is never closed, that row
+    and those up to the next quote are one bad row."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        names = next(reader, None)
+        while names:
+            where = f"{path.name} line {reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:  # a cell longer than any caption
+                cells = [""]
+            if len(cells) == len(names):
+                yield dict(zip(map(str.strip, names), cells))
+            elif cells:
+                yield BadSample("row does not parse", where)
+
+
+def copy_table(path, copy):
+    """Writes a table as JSON lines. Yields a BadSample for each row that cannot be read. Raises UserError."""
+    try:
+        with written_whole(copy) as temporary, open(temporary, "w") as file:
+            for row in csv_rows(path):
+                if isinstance(row, BadSample):
+                    yield row
+                else:
+                    file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"{copy.parent}, for a copy of {path} as JSON lines, cannot be written ({error.strerror}): set "
+                        "MINILIP_CACHE to a folder with room") from None
+
+
+@contextmanager
+def written_whole(path: Path):
+    """-> another path, which takes this one's place once its file is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), ".csv": (scan_lines, parse_lines),
+           ".tsv": (scan_lines, parse_lines), "": (scan_folder, parse_folder)}
+TABLES = (".csv", ".tsv")
 
 
 def captions_path(file: Path) -> Path:
@@ -911,55 +881,81 @@ def expand(pattern: str) -> list[str]:
 
 def find_files(pattern: str) -> list[Path]:
     """The files, all of one format, that one path of --data stands for. Raises UserError."""
-    takes = "--data takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern stands for files of one format"
     if os.path.isdir(pattern):
         return sorted(Path(pattern).glob("*.tar")) or [Path(pattern)]
     files = []
     for text in expand(pattern):
-        names = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
-        files += map(Path, names)
-    gone = [file for file in files if not os.path.isfile(file)]
-    if gone or not files:
-        raise UserError(f"no file {gone[0] if gone else pattern}: {takes}")
+        files += map(Path, sorted(glob.glob(text)) or [text])
     for file in files:
-        if file.suffix not in READERS or file.suffix != files[0].suffix:
-            raise UserError(f"--data {file}: {takes}")
+        if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
+            trouble = f"--data {file} cannot be read" if file.is_file() else f"no file {file}"
+            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern "
+                            "stands for files of one format")
     return files
 
 
-def stamp(file: Path) -> tuple[int, int]:
-    """What tells whether a file has changed."""
-    return file.stat().st_size, file.stat().st_mtime_ns
+@dataclass
+class Index:
+    """Where the samples of a file are."""
+
+    source: Path  # the file itself, or a table's copy
+    spans: np.ndarray  # [N] of SPAN
+    bad: BadCount  # what had to be left out
+
+    def read(self, start: int, length: int) -> bytes:
+        """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
+        content = os.pread(opened(self.source, self.source.stat().st_ino).fileno(), length, start)
+        if len(content) < length:
+            raise BadSample("file cut off", f"{self.source} at byte {start}")
+        return content
 
 
-def index_of(file: Path):
-    """(spans, BadCount) of a file, the spans mapped from the index kept under ~/.cache, which has another name once the
-    file has changed. A folder has no index: its time does not tell what has changed below it."""
+@functools.lru_cache(maxsize=512)
+def opened(file, _inode):
+    return open(file, "rb", buffering=0)
+
+
+def index_of(file: Path) -> Index:
+    """The index kept under ~/.cache, which has another name once the file has changed, or a new one. A folder's is not
+    kept, for its time does not tell what has changed below it."""
     if not file.is_file():
-        return scan(file)
-    cache = os.environ.get("MINILIP_CACHE") or Path.home() / ".cache" / "minilip"
-    size, time = stamp(file)
-    path = Path(cache, f"{hashed(str(file.resolve())):x}-{size:x}-{time:x}-{INDEX_VERSION}")
+        return scan(file, file)
+    cache = Path(os.environ.get("MINILIP_CACHE") or Path.home() / ".cache" / "minilip")
+    stat = file.stat()
+    name = f"{hashed(str(file.resolve())):x}"
+    path = cache / f"{name}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{INDEX_VERSION}"
+    source = path.with_suffix(".jsonl") if file.suffix in TABLES else file
     try:
         with open(path, "rb") as kept:
             head = kept.readline()
         n, *bad = json.loads(head)
         spans = np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)
-        return spans, BadCount(*bad)
+        if source.is_file():
+            return Index(source, spans, BadCount(*bad))
     except (OSError, ValueError, TypeError):
-        spans, bad = scan(file)
-        with suppress(OSError):  # where it cannot be written, it is not kept
-            keep_index(path, json.dumps([len(spans), *bad.plain()]).encode() + b"\n" + spans.tobytes())
-        return spans, bad
+        pass
+    index = scan(file, source)
+    head = json.dumps([len(index.spans), *index.bad.plain()]).encode()
+    with suppress(OSError):  # where it cannot be written, it is not kept
+        with written_whole(path) as temporary:
+            temporary.write_bytes(head + b"\n" + index.spans.tobytes())
+        for old in cache.glob(f"{name}-*"):
+            if old not in (path, source):
+                old.unlink(missing_ok=True)
+    return index
 
 
-def scan(file: Path):
-    """The spans of all samples of a file, and what had to be left out; a sidecar's spans are sorted by key."""
+def scan(file: Path, source: Path) -> Index:
+    """Looks through a file, of a table through the copy made here. A sidecar's spans are sorted by key."""
     spans, bad, known = [], BadCount(), set()
     sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
     scan_format, _ = READERS[file.suffix if file.is_file() else ""]
     try:
-        for found in scan_format(file):
+        if source != file:
+            for problem in copy_table(file, source):
+                bad.seen += 1
+                bad.add(problem)
+        for found in scan_format(source):
             bad.seen += 1
             if isinstance(found, BadSample):
                 bad.add(found)
@@ -978,24 +974,10 @@ def scan(file: Path):
     spans = np.array(spans, SPAN)
     if sidecar:
         spans.sort(order="key", kind="stable")
-    return spans, bad
+    return Index(source, spans, bad)
 
 
-def keep_index(path: Path, content: bytes):
-    """Writes the index, whole or not at all, in place of older ones of the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for old in path.parent.glob(path.name.partition("-")[0] + "-*"):
-        if old != path:
-            old.unlink(missing_ok=True)
-
-
-def read_indices(files: list[Path]) -> list:
+def read_indices(files: list[Path]) -> list[Index]:
     """index_of every file, in parallel where that takes long."""
     if sum(file.stat().st_size for file in files) < 1 << 24:
         return [index_of(file) for file in files]
@@ -1003,19 +985,6 @@ def read_indices(files: list[Path]) -> list:
     with ProcessPoolExecutor(processes) as pool:  # in other processes, so what scanning takes of memory is given back
         indices = pool.map(index_of, files)
         return list(tqdm(indices, "indexing", len(files), unit="file", delay=2, leave=False))
-
-
-@functools.lru_cache(maxsize=512)
-def opened(file, _stamp):
-    return open(file, "rb", buffering=0)
-
-
-def read_span(file: Path, stamp: tuple, start: int, length: int) -> bytes:
-    """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
-    content = os.pread(opened(file, stamp).fileno(), length, start)
-    if len(content) < length:
-        raise BadSample("file cut off", f"{file} at byte {start}")
-    return content
 
 
 class Records:
@@ -1030,24 +999,19 @@ class Records:
         self.path = str(path)
         self.root = Path(image_root) if image_root else None
         self.files = find_files(self.path)
-        self.stamps = [stamp(file) for file in self.files]
         self.is_folder = self.files[0].is_dir()
         self.listing = b"".join(list_folder(self.files[0])) if self.is_folder else None
         _, self.parse = READERS["" if self.is_folder else self.files[0].suffix]
+        self.indices = read_indices(self.files)
+        self.first = np.cumsum([0] + [len(index.spans) for index in self.indices])  # number of each file's first sample
         self.bad = BadCount()
-        self.spans = []
-        for spans, bad in read_indices(self.files):
-            self.spans.append(spans)
-            self.bad.merge(bad)
-        self.first = np.cumsum([0, *map(len, self.spans)])  # the number of each file's first sample, and that of all
-        self.sidecars = {}  # number of a file -> path, stamp and spans of its new captions
+        self.sidecars = {}  # number of a file -> index of its new captions
         for n, file in enumerate(self.files):
-            sidecar = captions_path(file)
-            if sidecar.is_file():
-                spans, bad = index_of(sidecar)
-                self.sidecars[n] = sidecar, stamp(sidecar), spans
-                bad.seen = 0  # no samples, but what is said of them
-                self.bad.merge(bad)
+            self.bad.merge(self.indices[n].bad)
+            if captions_path(file).is_file():
+                self.sidecars[n] = index_of(captions_path(file))
+                self.sidecars[n].bad.seen = 0  # no samples, but what is said of them
+                self.bad.merge(self.sidecars[n].bad)
 
     def __len__(self):
         return int(self.first[-1])
@@ -1060,46 +1024,36 @@ class Records:
         name = urllib.parse.urlsplit(image).path.rpartition("/")[2] if "://" in image else image
         return (self.root or self.files[n].parent) / name
 
-    def name(self, i: int) -> str:
-        """Of a sample, for a message, whatever is wrong with it."""
-        n = self.file_of(i)
-        try:
-            return f"{self.files[n].name}: {self[i].key}"
-        except BadSample:
-            return f"{self.files[n].name}, sample {i - self.first[n]}"
-
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
-        return np.concatenate([spans["key"] for spans in self.spans])
+        return np.concatenate([index.spans["key"] for index in self.indices])
 
     def __getitem__(self, i: int) -> Record:
         if not 0 <= i < len(self):
             raise IndexError(i)
         n = self.file_of(i)
-        start, length, key = self.spans[n][i - self.first[n]].tolist()
-        file = self.files[n]
+        index = self.indices[n]
+        start, length, key = index.spans[i - self.first[n]].tolist()
         try:
-            if self.is_folder:
-                content = self.listing[start:start + length]
-            else:
-                content = read_span(file, self.stamps[n], start, length)
-            record = self.parse(content, self, n)
+            content = self.listing[start:start + length] if self.is_folder else index.read(start, length)
+            record = self.parse(content, self.files[n])
             if n in self.sidecars:
-                record.row["captions"] = recaptioned(record.row) | self.new_captions(n, key)
+                record.row["captions"] = recaptioned(record.row) | new_captions(self.sidecars[n], key)
         except OSError as error:
-            raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
+            raise BadSample("file cannot be read", f"{self.files[n]}: {error.strerror}") from None
+        if isinstance(record.image, str):
+            record.image = self.locate(n, record.image)
         return record
 
-    def new_captions(self, n: int, key: int) -> dict:
-        """What the lines of file n's sidecar say of a key, given by its hash; of two that name a field the later."""
-        path, stamp, spans = self.sidecars[n]
-        first = np.searchsorted(spans["key"], np.uint64(key), "left")
-        last = np.searchsorted(spans["key"], np.uint64(key), "right")
-        found = {}
-        for start, length, _ in spans[first:last].tolist():
-            line = read_span(path, stamp, start, length)
-            found |= recaptioned(parse_json(line, path.name))
-        return found
+
+def new_captions(sidecar: Index, key: int) -> dict:
+    """What the lines of a sidecar say of a key, given by its hash; of two that name a field the later."""
+    first = np.searchsorted(sidecar.spans["key"], np.uint64(key), "left")
+    last = np.searchsorted(sidecar.spans["key"], np.uint64(key), "right")
+    found = {}
+    for start, length, _ in sidecar.spans[first:last].tolist():
+        found |= recaptioned(parse_json(sidecar.read(start, length), sidecar.source.name))
+    return found
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -1119,7 +1073,7 @@ def mean_and_deviation(device):
     return 255 * mean.view(3, 1, 1), 255 * std.view(3, 1, 1)
 
 
-# A dataset: len; name(i), for messages; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
+# A dataset: len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
 # [3,S,S], Captions), or BadSample raised; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
 
 class SceneImages:
@@ -1133,9 +1087,6 @@ class SceneImages:
 
     def __len__(self):
         return len(self.scenes)
-
-    def name(self, i):
-        return f"scene-{self.scenes.split}-{i}"
 
     def __getitem__(self, i, rng=None):
         scene = self.scenes.scene(i)
@@ -1180,40 +1131,30 @@ class Pictures:
         self.try_a_few(part)
 
     def try_a_few(self, part):
-        """A wrong image root or name of a field shows at once: not one of some samples can be used, or none has it."""
-        named = {name for names in self.fields.values() for name in names}
-        missing = named - {name for names in FIELDS.values() for name in names} - set(DENSE)
+        """Raises UserError where none of a few samples can be used: the image root or a field's name is wrong."""
         failed = BadCount()
-        chosen = spread(len(self), 8)
-        for i in chosen:
+        for i in spread(len(self), 8):
             try:
                 self[i]
-                missing -= all_fields(self.records[int(self.rows[i])].row).keys()
+                return
             except BadSample as bad:
                 failed.add(bad)
-        if failed.total == len(chosen):  # or there is no sample at all
-            self.bad.merge(failed)
-            raise UserError(f"--data {self.records.path} has no usable sample for {part} ({self.bad.report() or 'it is empty'}):"
-                            " check --image-root and --caption-fields, or look at it with python data.py --look")
-        if missing and self.train:
-            names = " or ".join(sorted(missing))
-            say_once(f"--caption-fields: none of the samples looked at in {self.records.path} has {names}")
+        self.bad.merge(failed)
+        raise UserError(f"--data {self.records.path} has no usable sample for {part} ({self.bad.report() or 'it is empty'}):"
+                        " check --image-root and --caption-fields, or look at it with python data.py --look")
 
     def __len__(self):
         return len(self.rows)
-
-    def name(self, i):
-        return self.records.name(int(self.rows[i]))
 
     def __getitem__(self, i, rng=None):
         number = int(self.rows[i])
         record = self.records[number]
         name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
-        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECT)) if self.train else self.size
+        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0])) if self.train else self.size
         picture = load_image(record.image, enough, name=name)  # decoded just large enough for the least crop
         width, height = picture.size
-        box = crop_box(width, height, self.crop, rng) if self.train else crop_box(width, height)
+        box = crop_box(picture, self.crop, rng if self.train else None)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
         left, top, right, bottom = box
         captions = captions.within((left / width, top / height, right / width, bottom / height))
@@ -1239,17 +1180,9 @@ class Sets:
     def __len__(self):
         return int(self.first[-1])
 
-    def _find(self, i):
-        part = int(np.searchsorted(self.first, i, "right")) - 1
-        return self.parts[part], i - int(self.first[part])
-
-    def name(self, i):
-        part, i = self._find(i)
-        return part.name(i)
-
     def __getitem__(self, i, rng=None):
-        part, i = self._find(i)
-        return part.__getitem__(i, rng)
+        part = int(np.searchsorted(self.first, i, "right")) - 1
+        return self.parts[part].__getitem__(i - int(self.first[part]), rng)
 
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.8, image_root: str | None = None,
@@ -1435,11 +1368,11 @@ def look(path, image_root, fields, tokenizer, n, sheet):
     if path == "scenes":
         raise UserError("scenes are drawn, not read: write some with python scenes.py --write FOLDER, and look there")
     records = Records(path, image_root)
-    left_out = f"; left out: {records.bad.report()}" if records.bad else ""
-    print(f"{path}: files {len(records.files)}, samples {len(records):,}{left_out}")
-    bad, names, shown, sizes = BadCount(), Counter(), [], []
+    print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report() or 'none'}")
+    bad, names, shown = BadCount(), Counter(), []
     lengths = {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
-    for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n].tolist(), "reading", delay=2, leave=False):
+    chosen = np.random.default_rng(0).permutation(len(records))[:n].tolist()
+    for i in tqdm(chosen, "reading", delay=2, leave=False):
         try:
             record = records[i]
             names.update(name for name, value in all_fields(record.row).items() if value)
@@ -1448,42 +1381,33 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         except BadSample as error:
             bad.add(error)
             continue
-        sizes.append(picture.size)
         for kind, texts in zip(lengths, ([c.raw], c.short, c.long, [" ".join(c.long)])):
             lengths[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
         if len(shown) < 24:
             picture.thumbnail((256, 256))
             short = [f"SHORT {text}" for text in c.short]
             shown.append((picture, [record.key[-44:], f"RAW {c.raw}", *short, "LONG " + " | ".join(c.long)]))
-    print(f"{len(sizes) + bad.total:,} looked at, {bad.total} bad" + (f": {bad.report()}" if bad else ""))
+    print(f"{len(chosen):,} looked at, {bad.total} bad: {bad.report() or 'none'}")
     print("fields: " + ", ".join(f"{name} {count:,}" for name, count in names.most_common()))
-    if sizes:
-        print("median picture {:.0f} x {:.0f} pixels".format(*np.median(sizes, 0)))
     for kind, found in lengths.items():
         if found:
-            histogram(kind, np.array(found))
+            found = np.array(found)
+            print(f"{kind}: {len(found):,}, tokens: median {np.median(found):.0f}, 99% up to "
+                  f"{np.quantile(found, 0.99):.0f}, over 77: {100 * (found > 77).mean():.1f}%")
     if sheet and shown:
         contact_sheet(sheet, shown)
-        print(f"\nwrote {sheet}")
-
-
-def histogram(kind, lengths):
-    print(f"\n{kind}: {len(lengths):,}, tokens: mean {lengths.mean():.0f}, median {np.median(lengths):.0f}, "
-          f"99% up to {np.quantile(lengths, 0.99):.0f}, over 77: {100 * (lengths > 77).mean():.1f}%")
-    counts, edges = np.histogram(lengths, bins=12)
-    for count, low, high in zip(counts, edges, edges[1:]):
-        print(f"{low:6.0f} - {high:4.0f} {'█' * math.ceil(50 * count / counts.max()):50} {count}")
+        print(f"wrote {sheet}")
 
 
 def contact_sheet(path, shown: list[tuple]):
-    """Draws (picture, texts) pairs into a picture file, three in a row."""
+    """Draws (picture, texts) pairs into a picture file, three in a row. Raises UserError."""
     from matplotlib.figure import Figure  # here, because it takes a second to import
     rows = math.ceil(len(shown) / 3)
     figure = Figure((19, 2.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, 6, width_ratios=(1, 1.6) * 3, squeeze=False)
-    for axis in axes.flat:
+    axes = figure.subplots(rows, 6, width_ratios=(1, 1.6) * 3, squeeze=False).flatten()
+    for axis in axes:
         axis.axis("off")
-    for (picture, texts), left, right in zip(shown, axes[:, ::2].flat, axes[:, 1::2].flat):
+    for (picture, texts), left, right in zip(shown, axes[::2], axes[1::2]):
         left.imshow(picture)
         text = "\n".join(textwrap.fill(text, 46, max_lines=6) for text in texts)
         right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)

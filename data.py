@@ -124,7 +124,9 @@ class Tokenizer:
 
     def __init__(self, name, ranks, fix_text=None):
         self.name, self.ranks, self.fix_text = name, ranks, fix_text
-        self.sot, self.eot, self.vocab_size = len(ranks), len(ranks) + 1, len(ranks) + 2
+        self.sot = len(ranks)
+        self.eot = self.sot + 1
+        self.vocab_size = self.eot + 1
         self.encoding = tiktoken.Encoding(
             name, pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens={SOT: self.sot, EOT: self.eot})
         self.row = functools.lru_cache(maxsize=1 << 15)(self._row)
@@ -196,8 +198,10 @@ class WordPieces:
     def __call__(self, texts, context):
         tokens = torch.zeros(len(texts), context, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            ids = self.pieces.encode("[SEP]".join(text.split(". "))).ids[:-1][:context - 1]
-            row[:len(ids) + 1] = torch.tensor([*ids, self.vocab_size - 1])
+            sentences = "[SEP]".join(text.split(". "))
+            ids = self.pieces.encode(sentences).ids[:-1]
+            ids = [*ids[:context - 1], self.vocab_size - 1]
+            row[:len(ids)] = torch.tensor(ids)
         return tokens
 
     def decode(self, ids):
@@ -236,7 +240,9 @@ def read_clip_ranks(path):
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = {chr(byte): byte for byte in printable}
+    for i, byte in enumerate(others):
+        byte_of[chr(256 + i)] = byte
 
     def token(symbol):
         content = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
@@ -310,7 +316,8 @@ def split_sentences(text):
 def is_last(word, following):
     """Whether a sentence ends with this word, given the one after it."""
     core, following = word.rstrip(CLOSERS), following.lstrip(OPENERS)
-    if not core.endswith((".", "!", "?", "…")) or is_abbreviation(core.lstrip(OPENERS).removesuffix("."), following):
+    name = core.lstrip(OPENERS).removesuffix(".")
+    if not core.endswith((".", "!", "?", "…")) or is_abbreviation(name, following):
         return False
     pauses = core != word or core.endswith(("..", "…"))
     return not (pauses and following[:1].islower())
@@ -388,7 +395,9 @@ def crop_box(picture, least: float, rng: random.Random | None):
     width, height = picture.size
     if rng is None:
         side = min(width, height)
-        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+        left = (width - side) / 2
+        top = (height - side) / 2
+        return left, top, left + side, top + side
     from torchvision.transforms import RandomResizedCrop  # here, because it takes a second to import
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(rng.getrandbits(63))
@@ -536,10 +545,12 @@ def with_boxes(value, name) -> list[tuple[str, tuple | None]]:
     for part in value if isinstance(value, list) else [value]:
         box = part.get("box") if isinstance(part, dict) else None
         if box is not None:
-            numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
-            if not (numbers and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            try:
+                left, top, right, bottom = box = tuple(map(float, box))
+            except (TypeError, ValueError):
+                left = math.nan
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
-            box = tuple(box)
         placed += [(text, box) for text in clean_field([part])]
     return placed
 
@@ -570,7 +581,8 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     if rng.random() < s.whole_caption:
         pool.append((" ".join(c.long), None))
 
-    texts = [(c.raw, None)] * slots.count("raw") + draw_sub_captions(pool, slots.count("sub"), s.sampling, rng)
+    texts = [(c.raw, None)] * slots.count("raw")
+    texts += draw_sub_captions(pool, slots.count("sub"), s.sampling, rng)
     for _ in range(slots.count("long")):
         n = s.long_sentences or len(c.long)
         start = rng.randrange(max(len(c.long) - n, 0) + 1)
@@ -591,11 +603,10 @@ def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> 
 def patches_of(boxes, side: int) -> torch.Tensor:
     """Which of side · side patches, row by row, each box overlaps; of None all: T boxes -> bool [T, side²]."""
     whole = [box or (0, 0, 1, 1) for box in boxes]
-    edges = torch.tensor(whole, dtype=torch.float64)[:, None] * side  # [T, 1, 4]
-    first, behind = edges[..., :2].floor(), edges[..., 2:].ceil()
+    left, top, right, bottom = side * torch.tensor(whole, dtype=torch.float64).T[..., None]  # each [T, 1]
     place = torch.arange(side)
-    x = (first[..., 0] <= place) & (place < behind[..., 0])  # [T, side]
-    y = (first[..., 1] <= place) & (place < behind[..., 1])
+    x = (left.floor() <= place) & (place < right.ceil())  # [T, side]
+    y = (top.floor() <= place) & (place < bottom.ceil())
     return (y[:, :, None] & x[:, None]).flatten(1)
 
 
@@ -875,7 +886,8 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     texts = []
     for number in range(int(braces[1]), int(braces[2]) + 1):
-        texts += expand(pattern[:braces.start()] + str(number).zfill(len(braces[1])) + pattern[braces.end():])
+        padded_number = str(number).zfill(len(braces[1]))
+        texts += expand(pattern[:braces.start()] + padded_number + pattern[braces.end():])
     return texts
 
 
@@ -904,14 +916,14 @@ class Index:
 
     def read(self, start: int, length: int) -> bytes:
         """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
-        content = os.pread(opened(self.source, self.source.stat().st_ino).fileno(), length, start)
+        content = os.pread(opened(self.source).fileno(), length, start)
         if len(content) < length:
             raise BadSample("file cut off", f"{self.source} at byte {start}")
         return content
 
 
 @functools.lru_cache(maxsize=512)
-def opened(file, _inode):
+def opened(file):
     return open(file, "rb", buffering=0)
 
 
@@ -1003,7 +1015,8 @@ class Records:
         self.listing = b"".join(list_folder(self.files[0])) if self.is_folder else None
         _, self.parse = READERS["" if self.is_folder else self.files[0].suffix]
         self.indices = read_indices(self.files)
-        self.first = np.cumsum([0] + [len(index.spans) for index in self.indices])  # number of each file's first sample
+        counts = [len(index.spans) for index in self.indices]
+        self.first = np.cumsum([0, *counts])  # the number of each file's first sample, and that of all
         self.bad = BadCount()
         self.sidecars = {}  # number of a file -> index of its new captions
         for n, file in enumerate(self.files):
@@ -1127,7 +1140,7 @@ class Pictures:
         wanted = np.ones(len(records), bool)
         if part != "all":
             wanted = (records.keys() < np.uint64(share * 2**64)) == (part == "validation")
-        self.rows = np.flatnonzero(wanted).astype(np.int32 if len(records) < 2**31 else np.int64)
+        self.rows = np.flatnonzero(wanted).astype(np.uint32)
         self.try_a_few(part)
 
     def try_a_few(self, part):
@@ -1151,8 +1164,10 @@ class Pictures:
         record = self.records[number]
         name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
-        enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0])) if self.train else self.size
-        picture = load_image(record.image, enough, name=name)  # decoded just large enough for the least crop
+        enough = self.size
+        if self.train:  # decoded just large enough for the least crop
+            enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
+        picture = load_image(record.image, enough, name=name)
         width, height = picture.size
         box = crop_box(picture, self.crop, rng if self.train else None)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
@@ -1226,13 +1241,20 @@ def shard_order(counts, rng, window: int) -> np.ndarray:
     first, order = np.cumsum([0, *counts]), []
     files = rng.permutation(len(counts))
     for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
-        numbers = np.concatenate([np.arange(first[file], first[file + 1]) for file in some])
-        turns = np.concatenate([(np.arange(counts[file]) + rng.random()) / max(1, counts[file]) for file in some])
-        order.append(numbers[np.argsort(turns)])
+        numbers = [np.arange(first[file], first[file + 1]) for file in some]
+        order.append(in_turn(numbers, rng.random(len(some))))
     order = np.concatenate(order)
     for start in range(0, len(order), window):
         rng.shuffle(order[start:start + window])
     return order
+
+
+def in_turn(parts: list, shifts) -> np.ndarray:
+    """The numbers of all parts, each part spread evenly; a part's shift, from 0 to 1, moves it by less than a place."""
+    turns = []
+    for numbers, shift in zip(parts, shifts):
+        turns.append((np.arange(len(numbers)) + shift) / max(1, len(numbers)))
+    return np.concatenate(parts)[np.argsort(np.concatenate(turns))]
 
 
 class Order:
@@ -1250,11 +1272,12 @@ class Order:
 
     def _epoch(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
-        orders = [part.order(rng, self.window) + first for part, first in zip(self.parts, self.first)]
+        orders = []
+        for part, first in zip(self.parts, self.first):
+            orders.append(part.order(rng, self.window) + first)
         if len(orders) == 1:
             return orders[0]
-        when = np.concatenate([(np.arange(len(order)) + rng.random(len(order))) / len(order) for order in orders])
-        return np.concatenate(orders)[np.argsort(when)]
+        return in_turn(orders, rng.random(len(orders)))
 
 
 def local_batches(order, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
@@ -1318,7 +1341,7 @@ def collate(samples) -> Batch:
     lengths = tokens.argmax(-1) + 1  # the end-of-text token has the greatest id
     tokens = tokens[..., :int(lengths.max())].contiguous()
     allowed = None if allowed[0] is None else torch.stack(allowed)
-    return Batch(torch.stack(images), tokens, lengths.numpy(), allowed, [problem for some in bad for problem in some])
+    return Batch(torch.stack(images), tokens, lengths.numpy(), allowed, sum(bad, []))
 
 
 def begin_worker(_number):
@@ -1381,19 +1404,23 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         except BadSample as error:
             bad.add(error)
             continue
-        for kind, texts in zip(lengths, ([c.raw], c.short, c.long, [" ".join(c.long)])):
+        texts_of = [c.raw], c.short, c.long, [" ".join(c.long)]
+        for kind, texts in zip(lengths, texts_of):
             lengths[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
         if len(shown) < 24:
             picture.thumbnail((256, 256))
-            short = [f"SHORT {text}" for text in c.short]
-            shown.append((picture, [record.key[-44:], f"RAW {c.raw}", *short, "LONG " + " | ".join(c.long)]))
+            texts = [record.key[-44:], f"RAW {c.raw}"]
+            texts += [f"SHORT {text}" for text in c.short]
+            texts.append("LONG " + " | ".join(c.long))
+            shown.append((picture, texts))
     print(f"{len(chosen):,} looked at, {bad.total} bad: {bad.report() or 'none'}")
-    print("fields: " + ", ".join(f"{name} {count:,}" for name, count in names.most_common()))
+    counts = [f"{name} {count:,}" for name, count in names.most_common()]
+    print(f"fields: {', '.join(counts)}")
     for kind, found in lengths.items():
         if found:
-            found = np.array(found)
-            print(f"{kind}: {len(found):,}, tokens: median {np.median(found):.0f}, 99% up to "
-                  f"{np.quantile(found, 0.99):.0f}, over 77: {100 * (found > 77).mean():.1f}%")
+            middle, most = np.quantile(found, (0.5, 0.99))
+            over = 100 * np.mean(np.array(found) > 77)
+            print(f"{kind}: {len(found):,}, tokens: median {middle:.0f}, 99% up to {most:.0f}, over 77: {over:.1f}%")
     if sheet and shown:
         contact_sheet(sheet, shown)
         print(f"wrote {sheet}")

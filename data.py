@@ -69,7 +69,8 @@ class BadSample(Exception):
 
     def __init__(self, reason, detail=""):
         super().__init__(reason, detail)  # both, so that a pickled one is built again whole
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
     def __str__(self):
         return f"{self.reason}: {self.detail}"
@@ -123,7 +124,9 @@ class Tokenizer:
     """
 
     def __init__(self, name, ranks, fix_text=None):
-        self.name, self.ranks, self.fix_text = name, ranks, fix_text
+        self.name = name
+        self.ranks = ranks
+        self.fix_text = fix_text
         self.sot = len(ranks)
         self.eot = self.sot + 1
         self.vocab_size = self.eot + 1
@@ -141,12 +144,17 @@ class Tokenizer:
 
     def decode(self, ids):
         """The cleaned text, words apart by spaces; of a whole row, what stands between its start and its end."""
-        ids = [int(i) for i in ids]
-        ids = ids[:ids.index(self.eot)] if self.eot in ids else ids
-        return self.encoding.decode([i for i in ids if i != self.sot]).rstrip(" ")
+        kept = []
+        for i in map(int, ids):
+            if i == self.eot:
+                break
+            if i != self.sot:
+                kept.append(i)
+        return self.encoding.decode(kept).rstrip(" ")
 
     def _row(self, text):
-        return np.array([self.sot, *self.encode(text), self.eot], dtype=np.int32)
+        ids = [self.sot, *self.encode(text), self.eot]
+        return np.array(ids, dtype=np.int32)
 
     def __call__(self, texts, context_length):
         """One text or a list of N -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
@@ -192,7 +200,8 @@ class WordPieces:
             raise UserError("LoTLIP reads texts in BERT's word pieces: pip install tokenizers") from None
         if not Path(path).is_file():
             raise UserError(f"no {path}: put bert-base-uncased's vocab.txt there or name it with --tokenizer")
-        self.pieces, self.name = BertWordPieceTokenizer(str(path), lowercase=True), "vocab.txt"
+        self.pieces = BertWordPieceTokenizer(str(path), lowercase=True)
+        self.name = "vocab.txt"
         self.vocab_size = self.pieces.get_vocab_size() + 1
 
     def __call__(self, texts, context):
@@ -271,7 +280,8 @@ def read_tiktoken(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a .tiktoken file ({error}): check --tokenizer") from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing or sorted(ranks.values()) != list(range(len(ranks))):
+    gaps = sorted(ranks.values()) != list(range(len(ranks)))
+    if missing or gaps:
         raise UserError(f"{path} is incomplete: it needs all 256 single bytes, and ranks from 0 without gaps")
     return ranks
 
@@ -315,7 +325,8 @@ def split_sentences(text):
 
 def is_last(word, following):
     """Whether a sentence ends with this word, given the one after it."""
-    core, following = word.rstrip(CLOSERS), following.lstrip(OPENERS)
+    core = word.rstrip(CLOSERS)
+    following = following.lstrip(OPENERS)
     name = core.lstrip(OPENERS).removesuffix(".")
     if not core.endswith((".", "!", "?", "…")) or is_abbreviation(name, following):
         return False
@@ -349,7 +360,9 @@ def load_image(source, size=None, max_pixels=64_000_000, name=None):
     if path is source and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
         raise BadSample("image will not decode", f"{name}, no file")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadSample("image too large", f"{name}, {width} x {height}")
@@ -379,7 +392,8 @@ def upright(image):
 def to_rgb(image):
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = grey.round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -445,9 +459,13 @@ class Captions:
                 x0, y0, x1, y1 = box
                 if not (2 * left <= x0 + x1 <= 2 * right and 2 * top <= y0 + y1 <= 2 * bottom):
                     continue
-                w, h = right - left, bottom - top
-                box = (max((x0 - left) / w, 0), max((y0 - top) / h, 0),
-                       min((x1 - left) / w, 1), min((y1 - top) / h, 1))
+                w = right - left
+                h = bottom - top
+                x0 = max((x0 - left) / w, 0)
+                y0 = max((y0 - top) / h, 0)
+                x1 = min((x1 - left) / w, 1)
+                y1 = min((y1 - top) / h, 1)
+                box = x0, y0, x1, y1
             long.append(sentence)
             boxes.append(box)
         if not long:
@@ -494,7 +512,7 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     listed = found["caption"][0] if found["caption"] else []
     raw = find_raw(found, listed)
     if not raw:
-        raise BadSample("no caption", name or str(row.get("image", row.get("key", ""))))
+        raise BadSample("no caption", name)
 
     placed = []
     for name_of_field in fields["long"]:
@@ -514,7 +532,9 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
         if kind != "raw" and found[kind]:
             perspectives.append(" ".join(found[kind][0]))
     short = [" ".join(texts) for texts in found["short"]]
-    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes if any(boxes) else [])
+    if not any(boxes):
+        boxes = []
+    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes)
 
 
 def find_raw(found: dict, listed: list[str]) -> str:
@@ -587,9 +607,9 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
         n = s.long_sentences or len(c.long)
         start = rng.randrange(max(len(c.long) - n, 0) + 1)
         texts.append((" ".join(c.long[start:start + n]), None))
-    perspectives = c.perspectives[:slots.count("perspective")]
-    lacking = slots.count("perspective") - len(perspectives)
-    texts += [(text, None) for text in perspectives]
+    M = slots.count("perspective")
+    texts += [(text, None) for text in c.perspectives[:M]]
+    lacking = max(0, M - len(c.perspectives))
     return texts + draw_sub_captions(pool, lacking, s.sampling, rng)
 
 
@@ -758,7 +778,10 @@ def scan_tar(path):
 
 
 def parse_tar(content, path):
-    name, image, text, row = "", None, {}, {}
+    name = ""
+    image = None
+    text = {}
+    row = {}
     for key, extension, member, _ in tar_members(io.BytesIO(content + bytes(1024))):
         part = content[member.offset_data:member.offset_data + member.size]
         if extension in SUFFIXES and image is None:
@@ -776,7 +799,8 @@ def parse_tar(content, path):
 def scan_lines(path):
     start = 0
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST), b""), 1):
+        lines = iter(lambda: file.readline(LONGEST), b"")
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path.name} line {number}"
                 try:
@@ -808,14 +832,18 @@ def list_folder(folder) -> list[bytes]:
     names = []
     for at, _, files in os.walk(folder):
         for name in files:
-            if name.rpartition(".")[2].lower() in SUFFIXES and not name.startswith("."):
-                names.append(os.fsencode(os.path.relpath(os.path.join(at, name), folder)))
+            suffix = name.rpartition(".")[2].lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                path = os.path.join(at, name)
+                names.append(os.fsencode(os.path.relpath(path, folder)))
     return sorted(names)
 
 
 def parse_folder(content, folder):
-    path, row = folder / os.fsdecode(content), {}
-    text, data = path.with_suffix(".txt"), path.with_suffix(".json")
+    path = folder / os.fsdecode(content)
+    row = {}
+    text = path.with_suffix(".txt")
+    data = path.with_suffix(".json")
     if text.exists():
         row = {"caption": text.read_bytes().decode("utf-8-sig", errors="replace")}
     if data.exists():
@@ -959,7 +987,9 @@ def index_of(file: Path) -> Index:
 
 def scan(file: Path, source: Path) -> Index:
     """Looks through a file, of a table through the copy made here. A sidecar's spans are sorted by key."""
-    spans, bad, known = [], BadCount(), set()
+    spans = []
+    bad = BadCount()
+    known = set()
     sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
     scan_format, _ = READERS[file.suffix if file.is_file() else ""]
     try:
@@ -993,8 +1023,8 @@ def read_indices(files: list[Path]) -> list[Index]:
     """index_of every file, in parallel where that takes long."""
     if sum(file.stat().st_size for file in files) < 1 << 24:
         return [index_of(file) for file in files]
-    processes = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with ProcessPoolExecutor(processes) as pool:  # in other processes, so what scanning takes of memory is given back
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:  # in other processes, so what scanning takes of memory is given back
         indices = pool.map(index_of, files)
         return list(tqdm(indices, "indexing", len(files), unit="file", delay=2, leave=False))
 
@@ -1022,9 +1052,10 @@ class Records:
         for n, file in enumerate(self.files):
             self.bad.merge(self.indices[n].bad)
             if captions_path(file).is_file():
-                self.sidecars[n] = index_of(captions_path(file))
-                self.sidecars[n].bad.seen = 0  # no samples, but what is said of them
-                self.bad.merge(self.sidecars[n].bad)
+                sidecar = index_of(captions_path(file))
+                sidecar.bad.seen = 0  # no samples, but what is said of them
+                self.bad.merge(sidecar.bad)
+                self.sidecars[n] = sidecar
 
     def __len__(self):
         return int(self.first[-1])
@@ -1034,8 +1065,9 @@ class Records:
 
     def locate(self, n: int, image: str) -> Path:
         """The image that a row of file n names: below the root; of a URL the last part counts."""
-        name = urllib.parse.urlsplit(image).path.rpartition("/")[2] if "://" in image else image
-        return (self.root or self.files[n].parent) / name
+        if "://" in image:
+            image = urllib.parse.urlsplit(image).path.rpartition("/")[2]
+        return (self.root or self.files[n].parent) / image
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
@@ -1082,8 +1114,9 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache  # to bring numbers to a GPU anew at every step would be to wait for it
 def mean_and_deviation(device):
-    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-    return 255 * mean.view(3, 1, 1), 255 * std.view(3, 1, 1)
+    mean = torch.tensor(MEAN, device=device)
+    std = torch.tensor(STD, device=device)
+    return 255 * mean[:, None, None], 255 * std[:, None, None]
 
 
 # A dataset: len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
@@ -1108,13 +1141,17 @@ class SceneImages:
         perspectives = [c[name] for name in PERSPECTIVES]
         captions = Captions(c["raw"], [c["short"]], c["long"], perspectives, self.scenes.boxes(scene))
         if self.train and rng:
-            size, reach = self.size, max(1, self.size // 32)
-            pad = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            top, left = rng.randint(0, 2 * reach), rng.randint(0, 2 * reach)
-            image = pad[top:top + size, left:left + size]
-            x, y = (left - reach) / size, (top - reach) / size
+            reach = max(1, self.size // 32)
+            down = rng.randint(-reach, reach)
+            across = rng.randint(-reach, reach)
+            place = np.arange(self.size)
+            rows = (place + down).clip(0, self.size - 1)
+            columns = (place + across).clip(0, self.size - 1)
+            image = image[rows][:, columns]
+            x = across / self.size
+            y = down / self.size
             captions = captions.within((x, y, x + 1, y + 1))
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), captions
+        return torch.from_numpy(image).permute(2, 0, 1), captions
 
     def order(self, rng, window):
         return rng.permutation(len(self))
@@ -1132,14 +1169,18 @@ class Pictures:
     """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
     def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.8, fields: dict = FIELDS):
-        self.records, self.size, self.crop, self.fields = records, size, crop, fields
+        self.records = records
+        self.size = size
+        self.crop = crop
+        self.fields = fields
         self.train = part == "train"
         self.bad = records.bad
         self.by_shard = records.parse is parse_tar and len(records.files) > 1
         share = min(0.1, HELD_OUT / max(1, len(records)))
         wanted = np.ones(len(records), bool)
         if part != "all":
-            wanted = (records.keys() < np.uint64(share * 2**64)) == (part == "validation")
+            held_out = records.keys() < np.uint64(share * 2**64)
+            wanted = held_out if part == "validation" else ~held_out
         self.rows = np.flatnonzero(wanted).astype(np.uint32)
         self.try_a_few(part)
 
@@ -1162,7 +1203,8 @@ class Pictures:
     def __getitem__(self, i, rng=None):
         number = int(self.rows[i])
         record = self.records[number]
-        name = f"{self.records.files[self.records.file_of(number)].name}: {record.key}"
+        file = self.records.files[self.records.file_of(number)]
+        name = f"{file.name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
         enough = self.size
         if self.train:  # decoded just large enough for the least crop
@@ -1172,7 +1214,8 @@ class Pictures:
         box = crop_box(picture, self.crop, rng if self.train else None)
         picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
         left, top, right, bottom = box
-        captions = captions.within((left / width, top / height, right / width, bottom / height))
+        kept = left / width, top / height, right / width, bottom / height
+        captions = captions.within(kept)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1), captions
 
     def order(self, rng, window):
@@ -1187,7 +1230,9 @@ class Sets:
     """Several datasets as one."""
 
     def __init__(self, parts: list):
-        self.parts, self.size, self.bad = parts, parts[0].size, BadCount()
+        self.parts = parts
+        self.size = parts[0].size
+        self.bad = BadCount()
         self.first = np.cumsum([0, *map(len, parts)])
         for part in parts:
             self.bad.merge(part.bad)
@@ -1238,7 +1283,8 @@ TOGETHER = 8  # shards read at a time
 def shard_order(counts, rng, window: int) -> np.ndarray:
     """Numbers of the samples of shards with these counts, in the order they are read: shards in random order, some of
     them together and in turn, then all shuffled within windows of so many samples."""
-    first, order = np.cumsum([0, *counts]), []
+    first = np.cumsum([0, *counts])
+    order = []
     files = rng.permutation(len(counts))
     for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
         numbers = [np.arange(first[file], first[file + 1]) for file in some]
@@ -1262,7 +1308,9 @@ class Order:
     sample of every set once, the sets mixed evenly."""
 
     def __init__(self, dataset, seed: int, window: int):
-        self.parts, self.seed, self.window = getattr(dataset, "parts", [dataset]), seed, window
+        self.parts = getattr(dataset, "parts", [dataset])
+        self.seed = seed
+        self.window = window
         self.first = np.cumsum([0, *map(len, self.parts)]).tolist()
         self.epoch = functools.lru_cache(1)(self._epoch)  # positions come in order, or nearly
 
@@ -1314,10 +1362,13 @@ class TrainingTexts(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset, tokenizer, settings):
-        self.dataset, self.tokenizer, self.settings = dataset, tokenizer, settings
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.settings = settings
 
     def __getitem__(self, where):
-        s, bad = self.settings, []
+        s = self.settings
+        bad = []
         epoch, index = where
         rng = random.Random(f"{s.seed} {epoch} {index}")
         while True:
@@ -1328,7 +1379,7 @@ class TrainingTexts(torch.utils.data.Dataset):
                 bad.append(problem)
                 if len(bad) == ATTEMPTS:
                     raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {problem}") from None
-                rng = random.Random(f"{s.seed} {epoch} {where[1]} {len(bad)}")
+                rng.seed(f"{s.seed} {epoch} {where[1]} {len(bad)}")
                 index = rng.randrange(len(self.dataset))
         texts, boxes = zip(*draw_texts(captions, s, rng))
         allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
@@ -1392,7 +1443,9 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         raise UserError("scenes are drawn, not read: write some with python scenes.py --write FOLDER, and look there")
     records = Records(path, image_root)
     print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report() or 'none'}")
-    bad, names, shown = BadCount(), Counter(), []
+    bad = BadCount()
+    names = Counter()
+    shown = []
     lengths = {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
     chosen = np.random.default_rng(0).permutation(len(records))[:n].tolist()
     for i in tqdm(chosen, "reading", delay=2, leave=False):

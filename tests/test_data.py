@@ -586,7 +586,7 @@ def test_captions_are_found_in_every_published_layout(case):
     '{"raw": "", "captions": {}}', '{"captions": null}', '{"captions": ["a list"]}', '{"captions": "text"}'])
 def test_a_row_without_any_text_is_a_bad_sample(row):
     with pytest.raises(BadSample) as caught:
-        read_captions({"image": "a.png", **json.loads(row)})
+        read_captions(json.loads(row), name="a.png")
     assert caught.value.reason == "no caption" and "a.png" in caught.value.detail
 
 

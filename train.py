@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -883,75 +884,57 @@ def leave_group(run: Run):
 
 # ---- where a step's time goes ----------------------------------------------------------------------------------------
 
-class Clock:
-    """Adds up where time goes: what lies between two calls was spent on the later one's part."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.restart()
-
-    def restart(self):
-        self.seconds = Counter()
-        self.last = time.perf_counter()
-
-    def __call__(self, part: str):
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
-
-
-def matmul_rate(s: Settings) -> float:
-    """FLOP/s of this process in large matrix products of the run's precision: the ceiling of MFU."""
-    n = 8192 if s.device.startswith("cuda") else 1024
-    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
-    clock = Clock(s.device)
-    best = math.inf
-    for _ in range(20):
-        clock.restart()
-        a @ a
-        clock("product")
-        best = min(best, clock.seconds["product"])
-    return 2 * n ** 3 / best
-
-
 def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    clock = Clock(s.device)
-    state.model.visual.register_forward_hook(lambda *_: clock("image tower"))
-    state.model.register_forward_hook(lambda *_: clock("text tower"))
-    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, *rank_and_world()))
+    cuda = s.device.startswith("cuda")
+    seconds = Counter()
+    marked = 0.0
+
+    def mark(part):
+        """What lies between two calls was spent on the later one's part."""
+        nonlocal marked
+        if cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds[part] += now - marked
+        marked = now
 
     def step():
         batch = next(batches)
-        clock("waiting for data")
+        mark("waiting for data")
         batch = to_device(batch, s)
-        clock("to the device")
-        backward(run.network, batch, s, state.scaler, clock)
+        mark("to the device")
+        backward(run.network, batch, s, state.scaler, mark)
         update(state, 0.0, s)
-        clock("optimiser")
+        mark("optimiser")
 
+    state.model.visual.register_forward_hook(lambda *_: mark("image tower"))
+    state.model.register_forward_hook(lambda *_: mark("text tower"))
+    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, *rank_and_world()))
     for _ in range(warm):
         step()
     with FlopCounterMode(display=False) as counter:
         step()
-    clock.restart()
+    seconds.clear()
     for _ in range(steps):
         step()
-    seconds = clock.seconds.total() / steps
-    rate = s.batch / seconds
-    speed = counter.get_total_flops() / seconds
-    ceiling = matmul_rate(s)
+    step_seconds = seconds.total() / steps
+    rate = s.batch / step_seconds
     say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s, "
-        f"{1000 * seconds:.1f} ms a step")
-    for part, spent in clock.seconds.most_common():
-        say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / seconds:5.1f}%")
+        f"{1000 * step_seconds:.1f} ms a step")
+    for part, spent in seconds.most_common():
+        say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / step_seconds:5.1f}%")
+
+    n = 8192 if cuda else 1024
+    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5)
+    ceiling = 2 * n ** 3 / product.median
+    speed = counter.get_total_flops() / step_seconds
     say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / ceiling:.1f}% (MFU) of the "
         f"{ceiling / 1e12:.3f} of its matrix products")
-    if s.device.startswith("cuda"):
+    if cuda:
         say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
     say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
     leave_group(run)

@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -81,9 +81,11 @@ class Settings(CLIPConfig):
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
-    lr: float = 1e-3  # greatest learning rate
+    optimizer: str = "adamw"  # "adamw" (the papers), or "muon" for the matrices of the blocks and AdamW for the rest
+    lr: float = 1e-3  # AdamW's greatest learning rate
+    muon_lr: float = 2e-3  # Muon's
     warmup: float = 0.08  # share of the steps
-    weight_decay: float = 0.1  # AdamW's; none on gains, biases, embeddings, logit_scale
+    weight_decay: float = 0.1  # none on gains, biases, embeddings, logit_scale
     beta2: float = 0.98  # AdamW's
     eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
@@ -109,7 +111,7 @@ class Settings(CLIPConfig):
 # Each method's row: the texts an image brings, the parts the model gets, the losses.
 METHODS = {
     "clip": dict(),
-    "dreamlip": dict(sub_captions=3, grouping="sub-caption"),
+    "dreamlip": dict(sub_captions=7, grouping="sub-caption"),
     "lotlip": dict(long_texts=1, corner_tokens=2),
     "holistic": dict(raw_caption=False, perspectives=5, branches=5),
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
@@ -117,7 +119,7 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=0.5)
+SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=0.5, optimizer="muon")
 
 # The papers' recipe for pictures, of CLIP's ViT-B.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
@@ -143,7 +145,7 @@ SIZES = {
 CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
-    fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -433,7 +435,7 @@ class State:
     from (seed, epoch, index)."""
 
     model: CLIP
-    optimizer: torch.optim.AdamW
+    optimizer: "Muon"
     scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
@@ -476,34 +478,94 @@ def text_layout(model: CLIP, s: Settings) -> str:
     return "packed"
 
 
-def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
-    """AdamW; no decay on gains, biases, embeddings and logit_scale."""
-    decay, free = [], []
+class Muon(torch.optim.AdamW):
+    """AdamW, and Muon for the groups of matrices that say so (Jordan, kellerjordan.github.io/posts/muon): a step is the
+    matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982).
+
+    One optimizer, so that a GradScaler skips a broken step for all of them: `found_inf` is 1 then.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if group["muon"]:
+                by_shape = defaultdict(list)
+                for p in group["params"]:
+                    by_shape[p.shape].append(p)
+                for alike in by_shape.values():
+                    self.step_matrices(alike, group)
+        super().step()  # passes over the matrices, which have no gradient any more
+
+    def step_matrices(self, matrices: list, group: dict):
+        """Steps matrices of one shape together and takes their gradients away."""
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))  # AdamW expects a "step"
+        moments = [self.state[p]["exp_avg"] for p in matrices]
+        momentum = torch.stack(moments)  # [n, a, b]
+        gradient = torch.stack([p.grad for p in matrices])
+        gradient = torch.where(self.found_inf > 0, momentum, gradient)  # leaves the momentum as it is
+        momentum = momentum.lerp(gradient, 0.05)
+        direction = orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov's
+        rate = group["lr"] * (1 - self.found_inf)
+        size = 0.2 * max(matrices[0].shape) ** 0.5
+        for p, moment, new, step in zip(matrices, moments, momentum, direction):
+            moment.copy_(new)
+            p.mul_(1 - rate * group["weight_decay"])
+            p.sub_(rate * size * step)
+            p.grad = None
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """x [n,a,b] -> nearly orthonormal rows or columns, with x's singular vectors: five Newton-Schulz steps, in float32,
+    since bfloat16 is slower than all the rest on processors that emulate it."""
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.mT if tall else x
+
+
+def make_optimizer(model: CLIP, s: Settings) -> Muon:
+    """No decay on gains, biases, embeddings and logit_scale."""
+    matrices, decay, free = [], [], []
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
-        group = free if p.ndim < 2 or is_embedding else decay
-        if name != "logit_scale":
-            group.append(p)
+        if name == "logit_scale":
+            continue
+        if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
+            matrices.append(p)
+        elif p.ndim < 2 or is_embedding:
+            free.append(p)
+        else:
+            decay.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
         dict(params=free, weight_decay=0.0),
         dict(params=[model.logit_scale], weight_decay=0.0),
     ]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+    for group in groups:
+        group |= dict(peak=s.lr, muon=False)
+    if matrices:
+        groups.append(dict(params=matrices, weight_decay=s.weight_decay, peak=s.muon_lr, muon=True))
+    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then half a cosine to 0."""
+    """As a share of the greatest: linear warm-up over the first `warmup` share of the steps, then half a cosine to 0."""
     warm = max(1, round(s.warmup * steps))
     if step < warm:
-        return s.lr * (step + 1) / warm
+        return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
-    return s.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
-def update(state: State, lr: float, s: Settings) -> torch.Tensor:
-    """Clips the gradients and steps AdamW -> the gradients' norm.
+def update(state: State, rate: float, s: Settings) -> torch.Tensor:
+    """Clips the gradients and steps the optimizer, with `rate` times its greatest learning rate -> the gradients' norm.
 
     Where a gradient is NaN or infinite, on all processes alike since it is their sum, weights and moments stay as they
     are. PyTorch's GradScaler, made for half precision, sees to it on the device, so the host waits for nothing.
@@ -511,7 +573,7 @@ def update(state: State, lr: float, s: Settings) -> torch.Tensor:
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rate * group["peak"]
     state.scaler.step(state.optimizer)
     state.scaler.update(1.0)  # float32 and bfloat16 need no other scale
     state.optimizer.zero_grad(set_to_none=True)
@@ -645,7 +707,7 @@ def restore(state: State, content: dict):
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
     moments = content["optimizer"]["state"]
     for i, of_one in moments.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # of the parameter's strides: the fused AdamW goes by places in memory
+        for name in {"exp_avg", "exp_avg_sq"} & of_one.keys():  # of the parameter's strides: the fused AdamW goes by places in memory
             of_one[name] = torch.empty_like(ordered[i]).copy_(of_one[name])
     state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])
@@ -768,15 +830,15 @@ def train_steps(run: Run, caught: list):
 
             batch = to_device(batch, s)
             loss, parts = backward(run.network, batch, s, state.scaler)
-            lr = learning_rate(state.step, run.steps, s)
-            norm = update(state, lr, s)
+            rate = learning_rate(state.step, run.steps, s)
+            norm = update(state, rate, s)
 
             bar.update()
             last = state.step == run.steps
             evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
             if evaluates or last or state.step % s.log_every == 0:
-                rate = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
-                row = measure(state, loss, parts, norm, s) | dict(lr=lr, images_per_s=rate)
+                speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
+                row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
                 if evaluates:
                     row["held_out_loss"] = evaluate_held_out(run)
                 marked = (state.step, time.monotonic())

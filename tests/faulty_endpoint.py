@@ -6,10 +6,12 @@ Its caption says which picture and which prompt it was asked about. Each questio
 """
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import random
+import re
 import time
 
 FAULTS = ("429", "500", "drop", "garbage", "empty", "refusal")
@@ -29,41 +31,37 @@ class Endpoint:
 
     async def serve(self, reader, writer):
         """One connection: its requests, one after the other."""
-        try:
-            while not writer.is_closing():
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length:")[2].split("\r\n")[0] or 0)
-                status, headers, body = await self.answer(head, await reader.readexactly(length))
+                length = re.search(r"content-length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                status, answer = await self.answer(head, body)
                 if status is None:
-                    return
-                headers += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-                writer.write(f"HTTP/1.1 {status}\r\n{headers}{body}".encode())
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
+                    break
+                headers = f"Content-Type: application/json\r\nContent-Length: {len(answer)}"
+                wait = f"Retry-After: {self.options.busy or 0.1}"
+                writer.write(f"HTTP/1.1 {status}\r\n{headers}\r\n{wait}\r\n\r\n{answer}".encode())
+        writer.close()
 
     async def answer(self, head, body):
-        """A request -> status (None: the connection drops), headers, body."""
-        o, path = self.options, head.split()[1]
-        if o.redirect and "moved" not in path:
-            return "307 Temporary Redirect", f"Location: /moved{path}\r\n", ""
-        if path.endswith("/models"):
-            return "200 OK", "", json.dumps({"data": [{"id": name} for name in o.models.split(",")]})
+        """A request -> status (None: the connection drops), body."""
+        o = self.options
+        if "/models " in head:
+            return "200 OK", json.dumps({"data": [{"id": name} for name in o.models.split(",")]})
         if o.status or o.key.lower() not in head:
             message = json.dumps({"error": {"message": f"told to say {o.status}: {head}"}})
-            return o.status or "401 Unauthorized", "", message
-        content = json.loads(body)["messages"][0]["content"]
-        url = content[0]["image_url"]["url"]
-        text = caption(url, content[-1]["text"])
-        fault = "" if content[-1]["text"] == "What colour is this?" else self.fault(text)
+            return o.status or "401 Unauthorized", message
+        image, question = json.loads(body)["messages"][0]["content"]
+        text = caption(image["image_url"]["url"], question["text"])
+        fault = "" if question["text"] == "What colour is this?" else self.fault(text)
         await asyncio.sleep(o.delay)
-        if fault == "429":
-            return "429 Too Many Requests", f"Retry-After: {o.busy or 0.1}\r\n", "{}"
+        if fault == "garbage":
+            return "200 OK", "certainly not JSON"
         text = {"empty": "", "refusal": "I'm sorry, but I can't help with that."}.get(fault, text)
-        body = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
-        status = {"500": "500 Broken", "drop": None}.get(fault, "200 OK")
-        return status, "", "certainly not JSON" if fault == "garbage" else body
+        answer = json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        status = {"429": "429 Too Many Requests", "500": "500 Broken", "drop": None}
+        return status.get(fault, "200 OK"), answer
 
     def fault(self, text):
         """What is wrong with the answer to this question about a picture, or "" for nothing."""
@@ -86,7 +84,6 @@ async def main():
     p.add_argument("--status", help="say this to every question, such as '404 Not Found'")
     p.add_argument("--busy", type=float, default=0.0, help="say 429 with Retry-After for so many seconds")
     p.add_argument("--dies-after", type=int, default=0, help="questions about pictures")
-    p.add_argument("--redirect", action="store_true", help="send every request elsewhere first")
     p.add_argument("--key", default="")
     p.add_argument("--models", default="tiny")
     p.add_argument("--log")

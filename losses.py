@@ -51,11 +51,13 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
     return contrastive_loss(image, texts.transpose(0, 1), logit_scale)
 
 
-def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor) -> Tensor:
+def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, matching: str = "image") -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
     branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them when
-    there are more branches than texts, go to the branch most similar to them, image by image ("free matching").
+    there are more branches than texts, go to the branch of their image that is most similar to them ("free matching").
+    matching: the branch of the other images that such a text is compared with is that of each "image"'s own choice, or
+    that of the "text"'s own image (the released code).
     """
     H = branches.shape[1]
     M = texts.shape[1]
@@ -66,8 +68,42 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor) ->
     similarity = torch.einsum("bmd,bhd->bmh", free, branches)
     match = similarity.argmax(-1)  # [B, M - fixed]
     chosen = branches.gather(1, match[..., None].expand_as(free))
-    image = torch.cat([branches[:, :fixed], chosen], 1)  # [B, M, D]
-    return contrastive_loss(image.transpose(0, 1), texts.transpose(0, 1), logit_scale)
+    if matching == "image" or M == fixed:
+        image = torch.cat([branches[:, :fixed], chosen], 1)  # [B, M, D]
+        return contrastive_loss(image.transpose(0, 1), texts.transpose(0, 1), logit_scale)
+    loss = (M - fixed) / M * text_matching_loss(branches, free, chosen, match, logit_scale)
+    if fixed:
+        own = texts[:, :fixed].transpose(0, 1)
+        loss = loss + fixed / M * contrastive_loss(branches.transpose(0, 1), own, logit_scale)
+    return loss
+
+
+def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: Tensor, logit_scale: Tensor) -> Tensor:
+    """Free matching as in Holistic CLIP's released code: from image to text an image uses the branch that it chose for
+    its own text, from text to image all images use the branch that the text's own image chose.
+
+    branches [B,H,D], texts [B,M,D], chosen [B,M,D]: branches[i, match[i, m]], match [B,M] -> scalar.
+    """
+    positive = logit_scale * (chosen * texts).sum(-1)  # [B, M]
+    candidates = texts.transpose(0, 1)  # [M, N, D], N = B or the batch of all ranks
+    images = branches.transpose(0, 1)  # [H, N, D]
+    if distributed():
+        candidates = Gather.apply(candidates)
+        images = Gather.apply(images)
+    per_image, _ = similarity_logsumexp(chosen.transpose(0, 1), candidates, logit_scale, cols=False)  # [M, B]
+    logits = logit_scale * torch.einsum("hnd,bmd->bmhn", images, texts)
+    of_match = match[..., None, None].expand(-1, -1, 1, logits.shape[-1])
+    per_text = logits.gather(2, of_match).squeeze(2).logsumexp(-1)  # [B, M]
+    return ((per_image.mT + per_text) / 2 - positive).mean()
+
+
+def diversity_loss(branches: Tensor) -> Tensor:
+    """What Holistic CLIP's released code adds, and its paper does not tell: max(c - 0.7, 0), where c is the mean cosine
+    between two different branches of an image. branches [B,H,D] -> scalar."""
+    B, H, _ = branches.shape
+    cosines = branches @ branches.mT  # [B, H, H]
+    different = (cosines.sum() - B * H) / (B * H * (H - 1))
+    return (different - 0.7).clamp_min(0)
 
 
 def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None, allowed: Tensor | None = None):
@@ -186,12 +222,16 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
     """
     slots = text_slots(s)
     scale = out["logit_scale"]
+    branches = out["branches"]
     texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
-    corners = out["summaries"][:, slots.count("raw") :, 1:].flatten(
-        1, 2
-    )  # ... and all but the raw one by corners, too
-    parts = {"contrastive": multi_to_multi_loss(out["branches"], torch.cat([texts, corners], 1), scale)}
+    corners = out["summaries"][:, slots.count("raw"):, 1:]
+    corners = corners.flatten(1, 2)  # ... and all but the raw one by corners, too
+    positives = torch.cat([texts, corners], 1)
+    parts = {"contrastive": multi_to_multi_loss(branches, positives, scale, s.matching)}
     loss = s.contrastive_weight * parts["contrastive"]
+    if s.branch_diversity:
+        parts["diversity"] = diversity_loss(branches)
+        loss = loss + s.branch_diversity * parts["diversity"]
     if s.grouping == "sub-caption":
         parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
     if s.grouping == "token":

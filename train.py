@@ -77,6 +77,8 @@ class Settings(CLIPConfig):
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # of the global contrastive loss
     grouping_weight: float = 1.0  # lambda, of the grouping loss
+    branch_diversity: float = 0.0  # of a loss on branches that are alike (Holistic CLIP's code: 1)
+    matching: str = "image"  # of texts without a branch: each "image" chooses, or the "text"'s own (Holistic CLIP's code)
     # optimisation
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
@@ -145,7 +147,7 @@ SIZES = {
 CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
-    optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -245,6 +247,8 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
+    if s.branches == 1 and (s.branch_diversity or s.matching == "text"):
+        raise UserError("--branch-diversity and --matching are about several branches: add --branches 5, or leave them")
     if s.grouping == "token" and s.negatives != "image":
         raise UserError(f"--negatives {s.negatives} is for sub-captions: add --grouping sub-caption, or leave it")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):

@@ -13,6 +13,7 @@ import losses
 from csrc import fused
 from losses import (
     contrastive_loss,
+    diversity_loss,
     grouping_loss,
     multi_positive_loss,
     multi_to_multi_loss,
@@ -140,6 +141,38 @@ def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_branch_most_like_it(H
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
 
 
+@pytest.mark.parametrize("H, M", [(3, 3), (2, 5), (4, 2)])
+def test_matched_by_the_text_all_images_use_the_branch_that_its_own_image_chose(H, M):
+    branches = unit(4, H, 6)
+    texts = unit(4, M, 6, seed=1)
+    terms = []
+    for m in range(M):
+        texts_m = texts[:, m].tolist()
+        chosen = []
+        for of_image, text in zip(branches.tolist(), texts_m):
+            similarities = [dot(branch, text) for branch in of_image]
+            free = M < H or m >= H
+            chosen.append(similarities.index(max(similarities)) if free else m)
+        for i, h in enumerate(chosen):
+            own = branches[i, h].tolist()
+            row = [S * dot(own, text) for text in texts_m]
+            column = [S * dot(image[h].tolist(), texts_m[i]) for image in branches]
+            terms.append((logsumexp(row) + logsumexp(column)) / 2 - row[i])
+    loss = multi_to_multi_loss(branches, texts, SCALE, "text")
+    assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_branches_more_alike_than_0_7_cost_the_difference(spread):
+    branches = F.normalize(unit(4, 1, 6) + spread * unit(4, 3, 6, seed=1), dim=-1)
+    cosines = []
+    for of_image in branches.tolist():
+        cosines += [dot(a, b) for a, b in itertools.permutations(of_image, 2)]
+    loss = diversity_loss(branches)
+    assert loss.item() == pytest.approx(max(mean(cosines) - 0.7, 0), abs=1e-9)
+    assert (loss > 0) == (spread < 1)
+
+
 # ---- grouping --------------------------------------------------------------------------------------------------------
 
 PATCHES = unit(3, 9, 6, seed=2)
@@ -187,6 +220,8 @@ def all_losses(image, patches, texts, scale, words=None):
         "contrastive": contrastive_loss(image, texts[:, 0], scale),
         "multi-positive": multi_positive_loss(image, texts, scale),
         "many-to-many": multi_to_multi_loss(patches[:, :2], texts, scale),
+        "matched by the text": multi_to_multi_loss(patches[:, :2], texts, scale, "text"),
+        "diversity": diversity_loss(F.normalize(patches[:, :2] + 3 * patches[:, :1], dim=-1)),
         "tokens": token_grouping_loss(patches, texts, words, scale),
     }
     for negatives in NEGATIVES:

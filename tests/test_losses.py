@@ -221,7 +221,7 @@ def all_losses(image, patches, texts, scale, words=None):
         "multi-positive": multi_positive_loss(image, texts, scale),
         "many-to-many": multi_to_multi_loss(patches[:, :2], texts, scale),
         "matched by the text": multi_to_multi_loss(patches[:, :2], texts, scale, "text"),
-        "diversity": diversity_loss(F.normalize(patches[:, :2] + 3 * patches[:, :1], dim=-1)),
+        "diversity": diversity_loss(F.normalize(torch.stack([image, image + 3 * texts[:, 0]], 1), dim=-1)),
         "tokens": token_grouping_loss(patches, texts, words, scale),
     }
     for negatives in NEGATIVES:

@@ -403,20 +403,39 @@ def to_rgb(image):
 ASPECTS = (3 / 4, 4 / 3)  # least and greatest width of a random crop, by its height
 
 
-def crop_box(picture, least: float, rng: random.Random | None):
-    """(left, top, right, bottom) of what to keep of a PIL picture: the middle square, or, with `rng`, torchvision's
-    random resized crop (1409.4842) of at least the share `least` of its area."""
+def crop_box(picture, least: float | None):
+    """(left, top, right, bottom) of what to keep of a PIL picture: the middle square (None), or torchvision's random
+    resized crop (1409.4842) of at least the share `least` of its area."""
     width, height = picture.size
-    if rng is None:
+    if least is None:
         side = min(width, height)
         left = (width - side) / 2
         top = (height - side) / 2
         return left, top, left + side, top + side
     from torchvision.transforms import RandomResizedCrop  # here, because it takes a second to import
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(rng.getrandbits(63))
-        top, left, height, width = RandomResizedCrop.get_params(picture, [least, 1], ASPECTS)
+    top, left, height, width = RandomResizedCrop.get_params(picture, [least, 1], ASPECTS)
     return left, top, left + width, top + height
+
+
+def change_colours(image: torch.Tensor) -> torch.Tensor:
+    """The rest of DreamLIP's strong recipe (its transform.py): jitter, grey and blur. Its flips and RandAugment are left
+    out: they move what boxes and words like "left" tell of. uint8 [3,S,S] -> the same."""
+    from torchvision.transforms import v2
+    change = v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.5),
+    ])
+    return change(image)
+
+
+@contextmanager
+def torch_seeded(rng: random.Random | None):
+    """torchvision draws from PyTorch's generator: here it begins anew from `rng`, and is as before afterwards."""
+    with torch.random.fork_rng(devices=()):
+        if rng:
+            torch.manual_seed(rng.getrandbits(63))
+        yield
 
 
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
@@ -1168,11 +1187,13 @@ def spread(n: int, k: int) -> list[int]:
 class Pictures:
     """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
-    def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.8, fields: dict = FIELDS):
+    def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.9, fields: dict = FIELDS,
+                 augment: str = "crop"):
         self.records = records
         self.size = size
         self.crop = crop
         self.fields = fields
+        self.augment = augment
         self.train = part == "train"
         self.bad = records.bad
         self.by_shard = records.parse is parse_tar and len(records.files) > 1
@@ -1211,12 +1232,17 @@ class Pictures:
             enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
         picture = load_image(record.image, enough, name=name)
         width, height = picture.size
-        box = crop_box(picture, self.crop, rng if self.train else None)
-        picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+        augmented = self.train and rng is not None
+        with torch_seeded(rng):
+            box = crop_box(picture, self.crop if augmented else None)
+            picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            if augmented and self.augment == "strong":
+                image = change_colours(image)
         left, top, right, bottom = box
         kept = left / width, top / height, right / width, bottom / height
         captions = captions.within(kept)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1), captions
+        return image, captions
 
     def order(self, rng, window):
         """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
@@ -1245,8 +1271,8 @@ class Sets:
         return self.parts[part].__getitem__(i - int(self.first[part]), rng)
 
 
-def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.8, image_root: str | None = None,
-                 caption_fields: str = "", dense: bool = False):
+def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
+                 caption_fields: str = "", dense: bool = False, augment: str = "crop"):
     """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes; dense: the crops'
     sentences are among the long captions. Raises UserError."""
     fields = read_fields(caption_fields, dense)
@@ -1254,7 +1280,7 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     def open_one(path):
         if path != "scenes":
             records = Records(path, image_root)
-            return Pictures(records, size, "validation" if part == "test" else part, crop, fields)
+            return Pictures(records, size, "validation" if part == "test" else part, crop, fields, augment)
         try:
             return SceneImages(part, n, size, kinds)
         except ValueError as error:

@@ -10,7 +10,7 @@ style (clean, grainy, dim or faded). The same facts give the texts that the pape
     raw                a web caption: short, noisy, often without the colour, sometimes wrong (CLIP's training text)
     short              one sentence that names the main object and one other with their colours (DreamLIP)
     long               6 to 12 shuffled sentences, each about a part of the picture (DreamLIP, LoTLIP)
-    details, main_object, background, style, few_words       the perspectives of Holistic CLIP
+    details, few_words, background, main_object, style       the perspectives of Holistic CLIP, in its release's order
 
 Scene (split, index) is always the same scene, and no two splits share a scene. A tenth of the pairs of colour and
 kind (one colour of every kind) is never drawn in training, so that composition can be tested (`held_out`).
@@ -59,7 +59,7 @@ STYLES = "clean grainy dim faded".split()
 SIDES = {"small": (0.22, 0.27), "medium": (0.29, 0.35), "large": (0.46, 0.54)}  # glyph side as a share of the image's
 # Row by row, thirds of the picture.
 PLACES = ("upper left", "top", "upper right", "left", "centre", "right", "lower left", "bottom", "lower right")
-PERSPECTIVES = ("raw", "details", "main_object", "background", "style", "few_words")
+PERSPECTIVES = ("raw", "details", "few_words", "background", "main_object", "style")  # in Holistic CLIP's order
 SPLITS = ("train", "validation", "test")
 
 

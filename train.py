@@ -60,7 +60,8 @@ class Settings(CLIPConfig):
     shuffle_buffer: int = 10_000  # samples of shards are shuffled within windows of so many
     kinds: int = 24  # kinds of object in the scenes
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
-    crop: float = 0.8  # least share of a picture that a random crop keeps (not for scenes)
+    augment: str = "crop"  # of pictures: a random "crop" (the papers), or "strong", DreamLIP's other recipe
+    crop: float = 0.9  # least share of a picture that the crop keeps; strong: 0.2
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
@@ -87,7 +88,8 @@ class Settings(CLIPConfig):
     lr: float = 1e-3  # AdamW's greatest learning rate
     muon_lr: float = 2e-3  # Muon's
     warmup: float = 0.08  # share of the steps
-    weight_decay: float = 0.1  # none on gains, biases, embeddings, logit_scale
+    weight_decay: float = 0.1  # none on gains, biases and logit_scale
+    decay_embeddings: bool = False  # weight decay on token and position embeddings, too (the papers' code)
     beta2: float = 0.98  # AdamW's
     eps: float = 1e-8  # AdamW's
     clip_grad: float = 1.0  # greatest gradient norm; 0: no clipping
@@ -126,7 +128,15 @@ SCENES = dict(stem="conv", negatives="slot", grouping_weight=0.2, whole_caption=
 # The papers' recipe for pictures, of CLIP's ViT-B.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
-            images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, kinds=83)
+            images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, decay_embeddings=True, clip_grad=0.0,
+            kinds=83)
+
+# What other methods' papers do otherwise at these sizes, as far as they tell: Holistic CLIP's 100 epochs of CC3M, SPARC's
+# batch and 2,500 steps of warm-up.
+RECIPES = {
+    "holistic": dict(images=290_000_000, batch=2048, warmup=0.014),
+    "sparc": dict(images=3_200_000_000, batch=16_384, warmup=0.013, weight_decay=0.2),
+}
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
 SIZES = {
@@ -147,7 +157,7 @@ SIZES = {
 CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
-    matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -191,7 +201,10 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
     method = METHODS[flags.get("method", Settings.method)]
-    s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
+    row = SIZES[size]
+    if row["kinds"] == BASE["kinds"]:
+        row = row | RECIPES.get(flags.get("method"), {})
+    s = Settings(**{"pool": "auto", **row, **method, **flags, "device": device, "size": size})
     if isinstance(s.data, str):
         s.data = (s.data,)
     s.data = tuple(s.data)
@@ -200,6 +213,8 @@ def resolve(flags: dict, world: int = 1) -> Settings:
         s.pool = "average" if averages else "class"
     if s.grouping == "token" and "negatives" not in flags:
         s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
+    if s.augment == "strong" and "crop" not in flags:
+        s.crop = 0.2
     if s.precision == "auto":
         s.precision = "bf16" if multiplies_bfloat16(device) else "fp32"
     if s.workers < 0:
@@ -534,18 +549,19 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizer(model: CLIP, s: Settings) -> Muon:
-    """No decay on gains, biases, embeddings and logit_scale."""
+    """No decay on gains, biases, class tokens and logit_scale, nor on other embeddings unless it is wished."""
     matrices, decay, free = [], [], []
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
+        decays = not is_embedding or s.decay_embeddings and "class" not in name
         if name == "logit_scale":
             continue
         if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
             matrices.append(p)
-        elif p.ndim < 2 or is_embedding:
-            free.append(p)
-        else:
+        elif p.ndim > 1 and decays:
             decay.append(p)
+        else:
+            free.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
         dict(params=free, weight_decay=0.0),
@@ -752,7 +768,7 @@ def open_data(s: Settings, flags: dict):
     """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
     tokenizer = load_tokenizer(s.tokenizer)
     s.vocab = tokenizer.vocab_size
-    options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping
+    options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping, s.augment
     dataset = open_dataset(s.data, "train", s.images, *options)
     if dataset.bad:
         say(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")

@@ -461,14 +461,30 @@ def test_a_random_crop_keeps_the_share_and_aspect_asked_for_and_is_never_flipped
     assert len(images[:, :2, 0, 0].unique(dim=0)) > 0.9 * len(images)
 
 
-def test_a_crop_depends_on_seed_epoch_and_index_alone(tmp_path):
-    dataset = open_dataset(rows_of_one_picture(tmp_path, np.array(NOISE)), "train", 0, 16, 0)
+@pytest.mark.parametrize("augment", ["crop", "strong"])
+def test_what_becomes_of_a_picture_depends_on_seed_epoch_and_index_alone(tmp_path, augment):
+    dataset = open_dataset(rows_of_one_picture(tmp_path, np.array(NOISE)), "train", 0, 16, 0, augment=augment)
+    state = torch.get_rng_state()
     images = []
     for seed, epoch, index in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
         samples = TrainingTexts(dataset, scenes, settings("clip", seed=seed))
         images.append(samples[epoch, index][0].numpy().tobytes())
     assert images[0] == images[1]
     assert len(set(images)) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_strong_recipe_changes_colours_and_moves_nothing(tmp_path):
+    pixels = np.full((40, 40, 3), (200, 90, 30), np.uint8)
+    pixels[:, :20] = (30, 90, 200)
+    dataset = open_dataset(rows_of_one_picture(tmp_path, pixels), "train", 0, 32, 0, crop=1.0, augment="strong")
+    images = crops(dataset, 20, settings("clip")).images.double()
+    left = images[..., :12].mean((2, 3))
+    right = images[..., 20:].mean((2, 3))
+    assert left.std(0).min() > 10  # the colours differ from time to time
+    coloured = (images.std(1).mean((1, 2)) > 1)
+    assert 0 < (~coloured).sum() < 0.5 * len(images)
+    assert ((left - right)[coloured].abs().max(1).values > 20).all()  # the halves stay apart, at their sides
 
 
 # ---- sentences with a place ------------------------------------------------------------------------------------------

@@ -318,9 +318,11 @@ def test_texts_are_packed_on_a_gpu_in_half_precision_where_that_works(
     assert warned == bool(trouble)
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("stem", ["patch", "conv"])
-def test_gains_biases_embeddings_and_logit_scale_do_not_decay_and_all_else_does(stem):
-    s = settings("--method dreamlip --corner-tokens 2 --branches 2 --branch-type mlp", stem=stem)
+def test_gains_biases_and_logit_scale_do_not_decay_and_embeddings_if_wished(stem, everywhere):
+    words = "--method dreamlip --corner-tokens 2 --branches 2 --branch-type mlp"
+    s = settings(words, stem=stem, decay_embeddings=everywhere)
     model = fresh(s)
     names = {id(p): name for name, p in model.named_parameters()}
     matrix = re.compile(r".*\.(qkv|out|fc|proj\.\d)\.weight|visual\.patch_embedding.*weight|(visual|text)\.proj")
@@ -328,7 +330,8 @@ def test_gains_biases_embeddings_and_logit_scale_do_not_decay_and_all_else_does(
     for group in train.make_optimizer(model, s).param_groups:
         for p in group["params"]:
             name = names[id(p)]
-            decays = p.ndim > 1 and matrix.fullmatch(name)
+            is_embedding = name.endswith(("token_embedding.weight", "positional_embedding", "corner_embedding"))
+            decays = p.ndim > 1 and (matrix.fullmatch(name) or everywhere and is_embedding)
             assert group["weight_decay"] == (s.weight_decay if decays else 0), name
             seen.append(name)
     assert sorted(seen) == sorted(names.values())
@@ -485,6 +488,8 @@ def test_flags_come_back_typed_and_only_those_given():
 def test_rows_of_methods_and_sizes_are_settings_of_the_right_type(method, size):
     s = train.resolve(dict(method=method, size=size, device="cpu"))
     row = train.SIZES[size] | train.METHODS[method]
+    if size.startswith(("base", "large")):
+        row |= train.RECIPES.get(method, {})
     if s.grouping == "token":
         row["negatives"] = "image"
     for name, value in row.items():

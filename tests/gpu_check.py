@@ -4,9 +4,8 @@
     python tests/gpu_check.py --quick          the heart of it, about 5 minutes
     python tests/gpu_check.py --only losses    the parts with one of these words in their names; earlier rows stay
 
-Each part is a command of its own, with a time limit; one that fails or hangs is a row, too, and the next begins. --out
-(runs/gpu-check) gets the table after every part, results.md and results.json, and a folder for each part with all that
-its command printed (output.txt) and wrote.
+Each part is a command with a time limit; one that fails or hangs is a row, too, and the next begins. --out
+(runs/gpu-check) gets the table after every part, results.md and results.json, and what each command printed and wrote.
 """
 import argparse
 import dataclasses
@@ -153,8 +152,7 @@ def resume(device="cuda", size="tiny"):
     """Two runs left alone, and one that SIGKILL ends between two checkpoints, to be taken up again."""
     flags = f"--device {device} --save-steps {SAVED}"
     commands = [
-        train_command("undisturbed", flags, size),
-        train_command("again", flags, size),
+        train_command("undisturbed", flags, size), train_command("again", flags, size),
         train_command("killed", flags, size, f'-c "{KILLED_RUN}"'),
         f'python train.py --resume "$OUT/killed" --device {device}',
     ]
@@ -193,10 +191,8 @@ def run_part(part, out):
     folder = out / "parts" / re.sub(r"\W+", "-", part.name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OUT": str(folder),
-        "TORCH_EXTENSIONS_DIR": str(out / "extensions")}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | dict(PATH=path, OUT=str(folder), TORCH_EXTENSIONS_DIR=str(out / "extensions"))
     command = ["timeout", "-k", "10", str(part.limit), "bash", "-c", part.command]
     began = time.monotonic()
     with open(folder / "output.txt", "w") as output:
@@ -238,10 +234,11 @@ def main():
     rows = {}
     if options.only:
         chosen = [part for part in chosen if any(word in part.name for word in options.only)]
-        rows = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
+        if (out / "results.json").exists():
+            rows = json.loads((out / "results.json").read_text())
     names = "; ".join(part.name for part in chosen)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: all parts take about 20 minutes on an H100, those of "
-          f"--quick 5. {len(chosen)} parts, into {out}: {names}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, into {out}: {names}.\n"
+          "All parts take about 20 minutes on an H100, those of --quick 5.")
     for part in chosen:
         row = rows[part.name] = run_part(part, out)
         print(f"{row['result']} {part.name}, {row['seconds']} s: {row['measured']}", flush=True)

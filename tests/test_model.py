@@ -287,7 +287,7 @@ def test_packed_texts_have_the_embeddings_and_gradients_of_padded_ones(width, le
 def test_more_texts_than_can_be_packed_go_into_buckets(monkeypatch):
     monkeypatch.setattr(model_module, "MOST_PACKED", 2)
     monkeypatch.setattr(model_module, "varlen_attention", None)
-    model, tokens = small(context=70), texts(9, 70, 9)
+    model, tokens = small(context=70), texts(9, 70, 9, width=70)
     model.layout = "packed"
     assert same(model.encode_texts(tokens)[0], model.encode_text(tokens)[0])
     with pytest.raises(TypeError, match="not callable"):  # two are packed

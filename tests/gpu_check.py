@@ -136,10 +136,10 @@ def train_command(name, flags, size, program="train.py"):
 
 def training(flags, device="cuda", size="tiny"):
     """A training on the device and on the CPU, side by side; --compile is for the device alone."""
-    ours = train_command("device", f"--device {device} {flags}", size)
-    cpu = train_command("cpu", "--device cpu " + flags.replace("--compile", ""), size)
+    command = train_command("device", f"--device {device} {flags}", size) + " & "
+    command += train_command("cpu", "--device cpu " + flags.replace("--compile", ""), size) + "; wait $!"
     target = f"the first {FIRST} within {TOLERANCE} of the CPU's"
-    return Part(f"losses {flags}", target, f"{ours} & {cpu}; wait $!", 240, judge_losses, flags in TRAININGS[:7])
+    return Part(f"losses {flags}", target, command, 240, judge_losses, flags in TRAININGS[:7])
 
 
 def profiles(name, least):
@@ -192,12 +192,12 @@ def run_part(part, out):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | dict(PATH=path, OUT=str(folder), TORCH_EXTENSIONS_DIR=str(out / "extensions"))
+    environment = os.environ | dict(PATH=path, OUT=str(folder), TORCH_EXTENSIONS_DIR=f"{out}/extensions")
     command = ["timeout", "-k", "10", str(part.limit), "bash", "-c", part.command]
     began = time.monotonic()
     with open(folder / "output.txt", "w") as output:
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
-    seconds = round(time.monotonic() - began)
+    seconds = int(time.monotonic() - began)
     text = (folder / "output.txt").read_text(errors="replace")
     measured = f"not done in {part.limit} s" if seconds >= part.limit else f"exit code {code}"
     passed = False
@@ -205,7 +205,7 @@ def run_part(part, out):
         try:
             measured, passed = part.judge(text, folder)
         except Exception as error:  # the output or a file is not what the judge knows
-            measured = repr(error)
+            measured = f"{type(error).__name__}, {error}"
     if not passed:
         measured += "; last line: " + re.split(r"[\r\n]+", text.strip())[-1]
     return dict(part=part.name, target=part.target, measured=measured, result="pass" if passed else "FAIL",
@@ -235,8 +235,7 @@ def main():
     rows = {}
     if options.only:
         chosen = [part for part in chosen if any(word in part.name for word in options.only)]
-        if (out / "results.json").exists():
-            rows = json.loads((out / "results.json").read_text())
+        rows = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}
     names = "; ".join(part.name for part in chosen)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, into {out}: {names}.\n"
           "All parts take about 20 minutes on an H100, those of --quick 5.")

@@ -217,7 +217,7 @@ def write_table(rows, out):
     columns = ("part", "target", "measured", "result", "command")
     lines = [f"| {' | '.join(columns)} |\n", "|---" * len(columns) + "|\n"]
     for row in rows.values():
-        cells = [row[name].replace("|", "\\|") for name in columns]
+        cells = [" ".join(row[name].split()).replace("|", "\\|") for name in columns]
         lines.append(f"| {' | '.join(cells)} |\n")
     (out / "results.md").write_text("".join(lines))
 

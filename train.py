@@ -297,6 +297,7 @@ def set_machine(s: Settings):
             raise UserError(str(error)) from None
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
     torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
+    torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
 
 
 def join_group(s: Settings, world: int):

@@ -182,9 +182,16 @@ def build(cuda):
 
 def _cuda_includes(cpp_extension):
     """Points cpp_extension at the toolkit that nvcc really runs from (an nvcc on the PATH may be a
-    wrapper script), and returns the include folders of the libraries the toolkit comes without."""
-    command = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--dryrun", "-x", "cu", "/dev/null"]
-    dry = subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+    wrapper script), and returns the include folders of the libraries the toolkit comes without.
+    Raises RuntimeError where the toolkit is missing or does not go with PyTorch."""
+    if not cpp_extension.CUDA_HOME:
+        raise RuntimeError("no CUDA toolkit (nvcc) is on the PATH or in CUDA_HOME")
+    nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+    major = f"release {torch.version.cuda}".split(".")[0]
+    if major not in subprocess.check_output([nvcc, "--version"], text=True):  # the two do not compile together
+        raise RuntimeError(f"{nvcc} is of another CUDA than this PyTorch's {torch.version.cuda}: install a toolkit of "
+                           "the same major version and set CUDA_HOME to its folder")
+    dry = subprocess.check_output([nvcc, "--dryrun", "-x", "cu", "/dev/null"], stderr=subprocess.STDOUT, text=True)
     home = Path(re.search(r"TOP=(.*)", dry).group(1)).resolve()
     cpp_extension.CUDA_HOME = str(home)
     return list(map(str, Path(torch.__file__).parent.parent.glob("nvidia/*/include")))
@@ -216,6 +223,9 @@ def _register():
 
 
 if __name__ == "__main__":
-    library = build("--cuda" in sys.argv)
+    try:
+        library = build("--cuda" in sys.argv)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
     torch.ops.load_library(library)  # so all that it is linked to is there
     print(library)

@@ -325,6 +325,19 @@ def test_an_extension_that_gives_other_numbers_is_not_used(monkeypatch, capsys):
     assert "WARNING: the fused similarity op cannot be used here" in capsys.readouterr().out
 
 
+def test_a_toolkit_of_another_cuda_than_pytorchs_is_named_before_it_compiles(tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 7.5, V7.5.1")
+    nvcc.chmod(0o755)
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "csrc/fused.py", "--cuda"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.fullmatch(r"error: .*/bin/nvcc is of another CUDA than this PyTorch's .*", run.stderr.splitlines()[-1])
+    assert "Traceback" not in run.stderr
+
+
 def test_cuda_sources_compile_and_link_for_sm80_sm90_and_later():
     needed = f"release {torch.version.cuda}".split(".")[0]
     if needed not in subprocess.getoutput("nvcc --version"):

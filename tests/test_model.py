@@ -240,6 +240,16 @@ def test_a_text_is_embedded_as_alone_in_whatever_layout(width, lengths, settings
             assert same(found, wanted, 1e-5 + 1e-5 * float(wanted.detach().abs().max()))
 
 
+def test_more_texts_than_can_be_packed_go_into_buckets(monkeypatch):
+    monkeypatch.setattr(model_module, "MOST_PACKED", 2)
+    monkeypatch.setattr(model_module, "varlen_attention", None)
+    model, tokens = small(context=70), texts(9, 70, 9, width=70)
+    model.layout = "packed"
+    assert same(model.encode_texts(tokens)[0], model.encode_text(tokens)[0])
+    with pytest.raises(TypeError, match="not callable"):  # two are packed
+        model.encode_texts(tokens[:2])
+
+
 def first_key(q, k, v, q_starts, k_starts, *_):
     """A kernel that is wrong: every query sees the first key of its sequence alone."""
     return v[k_starts[:-1].long()].repeat_interleave(q_starts.diff(), 0)

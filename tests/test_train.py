@@ -409,6 +409,7 @@ def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():
     for precision in ("bf16", "fp32"):
         train.set_machine(settings("", precision=precision))
         assert torch.backends.cuda.matmul.allow_tf32 == (precision == "bf16")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1433,10 +1433,12 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
     order = Order(dataset, settings.seed, settings.shuffle_buffer)
     samples = TrainingTexts(dataset, tokenizer, settings)
+    # Forked workers share the mapped indices; to those started otherwise, as from Python 3.14 on, all would be sent.
+    forks = settings.workers > 0 and sys.platform == "linux"
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=local_batches(order, settings.batch, first, last, rank, world), collate_fn=collate,
         num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
-        pin_memory=torch.cuda.is_available())
+        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if forks else None)
     return watched(loader)
 
 

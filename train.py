@@ -218,7 +218,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     if s.precision == "auto":
         s.precision = "bf16" if multiplies_bfloat16(device) else "fp32"
     if s.workers < 0:
-        s.workers = 1 if device == "cpu" else min(8, os.cpu_count() // world)
+        s.workers = 1 if device == "cpu" else min(16, os.cpu_count() // world)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
@@ -289,6 +289,8 @@ def set_machine(s: Settings):
     """What PyTorch and the fused op keep for the whole process."""
     if s.device.startswith("cuda"):
         torch.cuda.set_device(s.device)  # streams and kernels of our own go where the tensors are
+        # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and buckets of texts have many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
     if s.fused == "on":
         try:
@@ -400,6 +402,22 @@ def embed(network, images, tokens, lengths, s: Settings) -> dict:
     """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
         return network(normalize(images), tokens, s.grouping == "token", lengths)
+
+
+def backward_in_memory(network, batch: Batch, s: Settings, scaler):
+    """`backward`; where the memory of a single GPU does not do, in twice as many parts from then on."""
+    while True:
+        try:
+            return backward(network, batch, s, scaler)
+        except torch.OutOfMemoryError:
+            parts = 2 * s.accumulate
+            if distributed() or s.batch % parts:
+                raise UserError(f"a step of {s.batch} images does not fit the memory of {s.device}: add --accumulate "
+                                f"{parts}, which keeps the batch, or --grad-checkpointing") from None
+        network.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        s.accumulate = parts
+        say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
 
 
 def backward(network, batch: Batch, s: Settings, scaler, mark=lambda part: None):
@@ -850,7 +868,7 @@ def train_steps(run: Run, caught: list):
             pause(run, batch, caught, bar)
 
             batch = to_device(batch, s)
-            loss, parts = backward(run.network, batch, s, state.scaler)
+            loss, parts = backward_in_memory(run.network, batch, s, state.scaler)
             rate = learning_rate(state.step, run.steps, s)
             norm = update(state, rate, s)
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import train
-from data import TrainingTexts, collate, normalize, text_slots
+from data import TrainingTexts, UserError, collate, normalize, text_slots
 from test_losses import grouping, infonce, mean, unit
 from test_model import varlen_reference
 
@@ -403,6 +403,23 @@ def test_weights_depend_on_the_seed_and_on_no_random_generator(tmp_path, monkeyp
     again, _ = fit(tmp_path / "again", images=48)
     torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
     assert not torch.equal(other["model"]["visual.proj"], first["model"]["visual.proj"])
+
+
+def test_a_step_that_does_not_fit_goes_on_in_parts_or_names_the_remedy(tmp_path, monkeypatch, capsys):
+    backward = train.backward
+
+    def starved(network, batch, s, *rest):
+        if s.accumulate < 4:
+            raise torch.OutOfMemoryError
+        return backward(network, batch, s, *rest)
+
+    wanted, _ = fit(tmp_path / "parts", images=48, accumulate=4)
+    monkeypatch.setattr(train, "backward", starved)
+    found, _ = fit(tmp_path / "run", images=48)
+    torch.testing.assert_close(found["model"], wanted["model"], rtol=0, atol=0)
+    assert "embedded in 4 parts (--accumulate 4)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="add --accumulate 2.* or --grad-checkpointing"):
+        fit(tmp_path / "odd", batch=9, images=18)
 
 
 def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():

@@ -588,7 +588,7 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     return model, content["settings"]
 
 
-def load_weights(model: CLIP, state: dict[str, Tensor]):
+def load_weights(model: nn.Module, state: dict[str, Tensor]):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # it lists all tensors that are missing, unknown or of another shape
@@ -599,17 +599,10 @@ def load_weights(model: CLIP, state: dict[str, Tensor]):
 def resized(model: CLIP, image_size: int) -> CLIP:
     """The model for images of another size: the grid of position embeddings is interpolated (bicubic, antialiased: as
     in open_clip). Raises UserError if the size is no multiple of the patch."""
-    c = model.config
-    if image_size == c.image_size:
+    if image_size == model.config.image_size:
         return model
-    other = CLIP(replace(c, image_size=image_size))
-    state = model.state_dict()
-    first, grid = state["visual.positional_embedding"].tensor_split([1])
-    side = c.image_size // c.patch
-    grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
-    grid = F.interpolate(grid, size=image_size // c.patch, mode="bicubic", antialias=True)
-    state["visual.positional_embedding"] = torch.cat([first, grid[0].flatten(1).mT])
-    other.load_state_dict(state)
+    other = CLIP(replace(model.config, image_size=image_size))
+    other.load_state_dict(grown(model.state_dict(), other))
     return other.train(model.training)
 
 
@@ -648,23 +641,22 @@ def count(state, pattern):
 def load_released(path: Path, state: dict, activation: str | None = None) -> tuple[CLIP, dict]:
     """`load_model` for somebody else's file. What its shapes do not tell stands in open_clip's JSON beside it, if at
     all: the file's own name with .json, or open_clip_config.json."""
-    known = {}
+    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():
             config = read_json(beside)
             config = config.get("model_cfg", config)
             vision, text = config["vision_cfg"], config["text_cfg"]
-            known = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
-                         pool="average" if vision.get("pool_type") == "avg" else "class")
+            told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
+                        pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
-                known |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    if activation:
-        known["activation"] = activation
-    model = from_state_dict(state, **known)
-    source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
+                told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
+    overrides = told | dict(activation=activation) if activation else told
+    model = from_state_dict(state, **overrides)
+    source = "as told" if overrides else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
     print(f"{path.name}: activation {model.config.activation} ({source})")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
 
 
 def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
@@ -676,7 +668,6 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     if it is none of these layouts.
     """
     state = {name.removeprefix("module."): value.float() for name, value in state.items()}
-    openai = "input_resolution" in state  # OpenAI's files hold three such numbers beside the weights
     state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
     try:
         if "visual.conv1.weight" in state:
@@ -685,21 +676,29 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
             settings, state = read_lotlip(state)
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
-        patch = state["visual.patch_embedding.weight"].shape[-1]
-        places, vision_width = state["visual.positional_embedding"].shape
-        context, text_width = state["text.positional_embedding"].shape
-        settings |= dict(
-            image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
-            patch=patch, vision_width=vision_width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-            vision_heads=vision_width // HEAD_WIDTH.get(vision_width, 64),
-            text_width=text_width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=text_width // 64,
-            context=context, vocab=len(state["text.token_embedding.weight"]), embed=state["text.proj"].shape[1],
-            activation="quickgelu" if openai else "gelu")
+        settings |= image_sizes(state) | text_sizes(state)
     except KeyError as error:
         raise UserError(f"half a checkpoint, or another architecture: there is no {error}") from None
     model = CLIP(CLIPConfig(**(settings | overrides)))
     load_weights(model, state)
     return model
+
+
+def image_sizes(state) -> dict:
+    """The settings of the image tower that the shapes of its tensors tell, and its usual number of heads."""
+    patch = state["visual.patch_embedding.weight"].shape[-1]
+    places, width = state["visual.positional_embedding"].shape
+    return dict(
+        image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
+        patch=patch, vision_width=width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=width // HEAD_WIDTH.get(width, 64), embed=state["visual.proj"].shape[1])
+
+
+def text_sizes(state) -> dict:
+    """The settings of the text tower that the shapes of its tensors tell, and its usual number of heads."""
+    context, width = state["text.positional_embedding"].shape
+    return dict(text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
+                context=context, vocab=len(state["text.token_embedding.weight"]))
 
 
 def read_open_clip(state):
@@ -725,9 +724,32 @@ def read_open_clip(state):
 
 def read_lotlip(state):
     """State dict of LoTLIP's release -> settings, state dict in our names."""
-    ours = {}
-    for name, value in state.items():
-        ours[to_ours(name, TIMM if name.startswith("visual.") else BERT)] = value
+    image = {name: value for name, value in state.items() if name.startswith("visual.")}
+    text = {name: value for name, value in state.items() if name not in image}
+    settings, ours = read_timm(image)
+    text_settings, text = read_bert(text, corners=2)
+    positions = text["text.positional_embedding"]
+    text["text.positional_embedding"] = positions[:128 - 2]  # the release reads 128 tokens, its corners counted
+    text["text.proj"] = text.pop("text.proj.weight").mT
+    return settings | text_settings, ours | text
+
+
+def read_timm(state):
+    """State dict of timm's ViT under LoTLIP's names ("visual.trunk.") -> settings, state dict in our names."""
+    ours = {to_ours(name, TIMM): value for name, value in state.items()}
+    # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
+    positions = ours["visual.positional_embedding"][0]  # [1+P, W]
+    patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
+    ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
+    ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
+    ours["visual.proj"] = torch.eye(positions.shape[1])
+    return dict(vision_style="timm"), ours
+
+
+def read_bert(state, corners=0):
+    """State dict of BERT under LoTLIP's names ("text.transformer."), the last of its words being corners -> settings,
+    state dict in our names."""
+    ours = {to_ours(name, BERT): value for name, value in state.items()}
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
@@ -735,23 +757,15 @@ def read_lotlip(state):
     words = ours.pop(embeddings + "word_embeddings.weight")
     positions = ours.pop(embeddings + "position_embeddings.weight")
     positions = positions + ours.pop(embeddings + "token_type_embeddings.weight")[:1]
-    C = 2
-    V = len(words) - C
+    V = len(words) - corners
     ours["text.token_embedding.weight"] = torch.cat([words[:V], words[102:103]])
-    ours["text.corner_embedding"] = words[V:] + positions[1:1 + C]
-    positions = torch.cat([positions[:1], positions[1 + C:128]])  # the release reads 128 tokens
-    ours["text.positional_embedding"] = positions
+    if corners:
+        ours["text.corner_embedding"] = words[V:] + positions[1:1 + corners]
+    ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:]])
     for query in [name for name in ours if ".attn.query." in name]:
         parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         ours[query.replace("query", "qkv")] = torch.cat(parts)
-    ours["text.proj"] = ours.pop("text.proj.weight").mT
-    # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
-    positions = ours["visual.positional_embedding"][0]  # [1+P, W]
-    patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
-    ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
-    ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
-    ours["visual.proj"] = torch.eye(positions.shape[1])
-    return dict(vision_style="timm", text_style="bert", text_attention="bidirectional", corner_tokens=C), ours
+    return dict(text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
 def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
@@ -780,6 +794,145 @@ def export_open_clip(model: CLIP, file: Path):
     state, config = to_open_clip(model)
     torch.save(state, file)
     file.with_suffix(".json").write_text(json.dumps(config, indent=1))
+
+
+# ---- checkpoints: where training starts ------------------------------------------------------------------------------
+
+# What a run may choose anew although its first weights come from a file: `grown` makes them fit.
+FREE = {"image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens", "corner_mask"}
+UNTOLD = {"vision_heads", "text_heads", "activation", "pool"}  # no shape tells these of somebody else's file
+
+
+def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
+    """A file -> the settings that a run takes from it, and its weights in our names.
+
+    part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
+    UserError, also where one of the user's flags contradicts the file.
+    """
+    told = {}
+    if part == "init":
+        model, known = load_model(path, flags.get("activation"))
+        weights = model.state_dict()
+        settings = asdict(model.config) | dict(tokenizer=known.get("tokenizer", "auto"))
+        told = known.get("told", {name: settings[name] for name in UNTOLD})
+    else:
+        settings, weights = load_tower(path, part)
+    fixed = settings.keys() - FREE - (UNTOLD - told.keys())
+    if settings.get("tokenizer") not in ("clip", "scenes"):
+        fixed -= {"tokenizer"}  # a file, which may lie elsewhere now: the number of its words is compared later
+    for name, value in (settings | told).items():
+        if name in fixed and flags.get(name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave {flag} away")
+    return settings, weights
+
+
+def load_tower(path: Path, part: str) -> tuple[dict, dict[str, Tensor]]:
+    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
+    state = read_checkpoint(path)
+    try:
+        if part == "init_image":
+            settings, weights = read_vit(state)
+            tower, prefix = VisionTransformer(CLIPConfig(**settings)), "visual."
+        else:
+            settings, weights = read_text_encoder(state)
+            tower, prefix = TextTransformer(CLIPConfig(**settings)), "text."
+            settings["tokenizer"] = str(path.with_name("vocab.txt"))
+        own = {name.removeprefix(prefix): value for name, value in weights.items()}
+        load_weights(tower, {"proj": tower.proj.data} | own)  # to see that all others are there
+    except KeyError as error:
+        raise UserError(f"{path}: half a checkpoint, or another architecture: there is no {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return settings, weights
+
+
+def read_vit(state):
+    """State dict of timm's ViT -> settings, state dict in our names. Its classifier is dropped."""
+    if "cls_token" not in state:
+        raise UserError("not the state dict of timm's ViT with a class token: name such a file with --init-image")
+    trunk = {f"visual.trunk.{name}": value.float() for name, value in state.items() if not name.startswith("head.")}
+    settings, ours = read_timm(trunk)
+    return settings | image_sizes(ours), ours
+
+
+def read_text_encoder(state):
+    """State dict of Hugging Face's BERT -> settings, state dict in our names. Heads for other tasks are dropped."""
+    encoder = {}
+    for name, value in state.items():
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")  # older files' names
+        name = "text.transformer." + name.replace("LayerNorm.beta", "LayerNorm.bias")
+        is_encoders = re.match(r"text\.transformer\.(embeddings|encoder|pooler)\.", name)
+        if is_encoders and name not in NOT_WEIGHTS:
+            encoder[name] = value.float()
+    if not encoder:
+        raise UserError("not the state dict of Hugging Face's BERT: name such a file with --init-text")
+    settings, ours = read_bert(encoder)
+    return settings | text_sizes(ours), ours
+
+
+def grown(state: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
+    """The state dict of a like model, or of one tower, made to fit the model.
+
+    Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
+    there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
+    projection, stays as the model has drawn it.
+    """
+    towers = {name.split(".")[0] for name in state}
+    full = {}
+    for name, drawn in model.state_dict().items():
+        value = state.get(name)
+        if name == "visual.class_embedding" and "visual" in towers:
+            value = copies(value, len(drawn))
+        elif name == "visual.positional_embedding" and "visual" in towers:
+            value = with_grid(value, len(drawn) - 1)
+        elif name == "text.positional_embedding" and "text" in towers:
+            value = stretched(value, len(drawn))
+        elif name == "text.corner_embedding" and "text" in towers:
+            end = state["text.token_embedding.weight"][-1:]
+            value = copies(end if value is None else value, len(drawn))
+        elif value is None:
+            first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)
+            value = nudged(state[first]) if first in state else drawn
+        full[name] = value
+    return full
+
+
+def nudged(x: Tensor) -> Tensor:
+    """x with noise of 1% of its standard deviation, so that copies of it can part in training."""
+    return x + 0.01 * x.std() * torch.randn_like(x)
+
+
+def copies(rows: Tensor, number: int) -> Tensor:
+    """[n,W] -> [number,W]: the first rows, and where there are too few, nudged copies of them."""
+    more = [nudged(rows[i % len(rows)]) for i in range(len(rows), number)]
+    return torch.stack([*rows[:number], *more])
+
+
+def with_grid(positions: Tensor, patches: int) -> Tensor:
+    """The class token's position and those of another number of patches: [1+P,W] -> [1+patches,W], both grids being
+    square. Interpolated bicubic and antialiased, as in open_clip."""
+    first, grid = positions.tensor_split([1])
+    if len(grid) == patches:
+        return positions
+    side, wanted = round(len(grid) ** 0.5), round(patches ** 0.5)
+    grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
+    grid = F.interpolate(grid, size=wanted, mode="bicubic", antialias=True)
+    return torch.cat([first, grid[0].flatten(1).mT])
+
+
+def stretched(positions: Tensor, context: int, kept: int = 20) -> Tensor:
+    """Positions of a text of another length: [L,W] -> [context,W]. Fewer are the first; for more, the `kept` first stay
+    and the rest is interpolated linearly, beyond its end as between its last two (Long-CLIP, 2403.15378)."""
+    L = len(positions)
+    if context <= L:
+        return positions[:context]
+    kept = min(kept, L - 2)
+    place = kept + torch.arange(context - kept) * (L - kept) / (context - kept)  # among the L
+    before = place.long().clamp(max=L - 2)
+    share = (place - before)[:, None]
+    rest = positions[before] * (1 - share) + positions[before + 1] * share
+    return torch.cat([positions[:kept], rest])
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
 from losses import distributed, method_loss
-from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, load_checkpoint, newest_whole,
-                   packing_trouble, write_whole)
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, load_checkpoint,
+                   newest_whole, packing_trouble, start_from, write_whole)
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
@@ -60,6 +60,11 @@ class Settings(CLIPConfig):
     kinds: int = 24  # kinds of object in the scenes
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
     crop: float = 0.8  # least share of a picture that a random crop keeps (not for scenes)
+    # the weights to start from, which fix the model's sizes; left away: drawn
+    init: str = ""  # both towers: a run's folder, or a released file as evaluate.py reads it
+    init_image: str = ""  # the image tower: a file of timm's ViT
+    init_text: str = ""  # the text tower: a file of Hugging Face's BERT, with its vocab.txt beside it
+    lock_image: bool = False  # the image tower stays as it is in the file (2111.07991)
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
@@ -177,8 +182,9 @@ def add_flag(group, name: str, hint, text: str):
         group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
 
 
-def resolve(flags: dict, world: int = 1) -> Settings:
-    """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
+def resolve(flags: dict, world: int = 1, started: dict | None = None) -> Settings:
+    """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
+    is chosen from the machine. Raises UserError."""
     device = flags.get("device", "auto")
     if device == "auto":
         device = best_device()
@@ -186,7 +192,7 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
     method = METHODS[flags.get("method", Settings.method)]
-    s = Settings(**{"pool": "auto", **SIZES[size], **method, **flags, "device": device, "size": size})
+    s = Settings(**{"pool": "auto", **SIZES[size], **(started or {}), **method, **flags, "device": device, "size": size})
     if isinstance(s.data, str):
         s.data = (s.data,)
     s.data = tuple(s.data)
@@ -230,6 +236,10 @@ def check(s: Settings, world: int = 1):
     check_device(s.device)
     if s.data == ("scenes",) and (s.caption_fields or s.image_root):
         raise UserError("--caption-fields and --image-root are for files: leave them away, or name some with --data")
+    if s.init and (s.init_image or s.init_text):
+        raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
+    if s.lock_image and not (s.init or s.init_image):
+        raise UserError("--lock-image keeps an image tower as it is in a file: add --init or --init-image")
     slots = text_slots(s)
     if not slots:
         raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or "
@@ -419,7 +429,8 @@ def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed(network, *chunk, s)
-            torch.autograd.backward([out[name] for name in grads], [grads[name][i] for name in grads])
+            trained = [name for name in grads if out[name].requires_grad]  # not those of a locked tower
+            torch.autograd.backward([out[name] for name in trained], [grads[name][i] for name in trained])
             mark("backward")
     return loss.detach(), parts
 
@@ -440,15 +451,36 @@ class State:
     bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
 
 
-def build(s: Settings) -> CLIP:
-    """The model with the weights a run begins with. Raises UserError."""
+def start_of(s: Settings, flags: dict) -> tuple[Settings, dict]:
+    """The settings of a new run with what the files of --init, --init-image and --init-text tell, and their weights.
+    Raises UserError."""
+    started, weights = {}, {}
+    for part in ("init", "init_image", "init_text"):
+        if getattr(s, part):
+            told, tensors = start_from(Path(getattr(s, part)), part, flags)
+            started |= told
+            weights |= tensors
+    return resolve({**flags, "device": s.device}, rank_and_world()[1], started), weights
+
+
+def build(s: Settings, weights: dict | None = None) -> CLIP:
+    """The model with the weights a run begins with: drawn, or `start_of`'s as far as they go. Raises UserError."""
     torch.manual_seed(s.seed)
-    return CLIP(config_from(s))
+    model = CLIP(config_from(s))
+    if not weights:
+        return model
+    words = len(weights.get("text.token_embedding.weight", model.text.token_embedding.weight))
+    if words != s.vocab:
+        raise UserError(f"tokenizer {s.tokenizer} has {s.vocab} tokens, but the weights to start from have {words}: name "
+                        "their own with --tokenizer")
+    model.load_state_dict(grown(weights, model))
+    return model
 
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
     model.layout = text_layout(model, s)
+    model.visual.requires_grad_(not s.lock_image)
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
     vision = len(model.visual.blocks)
@@ -481,7 +513,7 @@ def make_optimizer(model: CLIP, s: Settings) -> torch.optim.AdamW:
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
         group = free if p.ndim < 2 or is_embedding else decay
-        if name != "logit_scale":
+        if p.requires_grad and name != "logit_scale":
             group.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
@@ -706,20 +738,22 @@ def open_data(s: Settings, flags: dict):
 def open_run(flags: dict, writes: bool = True) -> Run:
     """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
     s = begin(flags)
-    folder, newest = None, None
+    folder, newest, weights = None, None, None
     if writes:
         with together():
             if is_chief():
                 folder = run_folder(s)
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
-        with together():
-            if newest:
-                s = settings_of(folder, s, flags)
+    with together():
+        if newest:  # its weights are in the checkpoint
+            s = settings_of(folder, s, flags)
+        elif s.init or s.init_image or s.init_text:
+            s, weights = start_of(s, flags)
     set_machine(s)
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
-        model = build(s)
+        model = build(s, weights)
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:

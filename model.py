@@ -588,7 +588,7 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     return model, content["settings"]
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor]):
+def load_weights(model: CLIP, state: dict[str, Tensor]):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # it lists all tensors that are missing, unknown or of another shape
@@ -621,7 +621,7 @@ BERT = {
     ".blocks.": ".transformer.encoder.layer.", ".attn.out.": ".attention.output.dense.",
     ".ln_1.": ".attention.output.LayerNorm.", ".attn.": ".attention.self.", ".fc.": ".intermediate.dense.",
     ".proj.0.": ".output.dense.", ".ln_2.": ".output.LayerNorm.", ".pooler.0.": ".transformer.pooler.dense.",
-    ".ln_pre.": ".transformer.embeddings.LayerNorm."}
+    ".ln_pre.": ".transformer.embeddings.LayerNorm.", ".weight": ".gamma", ".bias": ".beta"}  # the last: older files'
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
                "text.transformer.embeddings.position_ids")
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
@@ -653,7 +653,7 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
     overrides = told | dict(activation=activation) if activation else told
     model = from_state_dict(state, **overrides)
-    source = "as told" if overrides else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
+    source = "as told" if overrides else "as is usual; OpenAI's, MetaCLIP's and DFN's want --activation quickgelu"
     print(f"{path.name}: activation {model.config.activation} ({source})")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
     return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
@@ -724,19 +724,15 @@ def read_open_clip(state):
 
 def read_lotlip(state):
     """State dict of LoTLIP's release -> settings, state dict in our names."""
-    image = {name: value for name, value in state.items() if name.startswith("visual.")}
-    text = {name: value for name, value in state.items() if name not in image}
-    settings, ours = read_timm(image)
-    text_settings, text = read_bert(text, corners=2)
-    positions = text["text.positional_embedding"]
-    text["text.positional_embedding"] = positions[:128 - 2]  # the release reads 128 tokens, its corners counted
+    settings, image = read_timm(state)
+    text_settings, text = read_bert(state, corners=2, places=128)
     text["text.proj"] = text.pop("text.proj.weight").mT
-    return settings | text_settings, ours | text
+    return settings | text_settings, image | text
 
 
 def read_timm(state):
-    """State dict of timm's ViT under LoTLIP's names ("visual.trunk.") -> settings, state dict in our names."""
-    ours = {to_ours(name, TIMM): value for name, value in state.items()}
+    """The image tower of LoTLIP's release, which is timm's ViT -> settings, state dict in our names."""
+    ours = {to_ours(name, TIMM): value for name, value in state.items() if name.startswith("visual.")}
     # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
     positions = ours["visual.positional_embedding"][0]  # [1+P, W]
     patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
@@ -746,10 +742,10 @@ def read_timm(state):
     return dict(vision_style="timm"), ours
 
 
-def read_bert(state, corners=0):
-    """State dict of BERT under LoTLIP's names ("text.transformer."), the last of its words being corners -> settings,
-    state dict in our names."""
-    ours = {to_ours(name, BERT): value for name, value in state.items()}
+def read_bert(state, corners=0, places=None):
+    """The rest of LoTLIP's release, whose text tower is BERT -> settings, state dict in our names. It reads texts of
+    up to `places` tokens, corners counted."""
+    ours = {to_ours(name, BERT): value for name, value in state.items() if not name.startswith("visual.")}
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
@@ -761,7 +757,7 @@ def read_bert(state, corners=0):
     ours["text.token_embedding.weight"] = torch.cat([words[:V], words[102:103]])
     if corners:
         ours["text.corner_embedding"] = words[V:] + positions[1:1 + corners]
-    ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:]])
+    ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:places]])
     for query in [name for name in ours if ".attn.query." in name]:
         parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         ours[query.replace("query", "qkv")] = torch.cat(parts)
@@ -798,9 +794,12 @@ def export_open_clip(model: CLIP, file: Path):
 
 # ---- checkpoints: where training starts ------------------------------------------------------------------------------
 
-# What a run may choose anew although its first weights come from a file: `grown` makes them fit.
-FREE = {"image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens", "corner_mask"}
-UNTOLD = {"vision_heads", "text_heads", "activation", "pool"}  # no shape tells these of somebody else's file
+# What a run may choose anew although its first weights come from a file. `grown` makes the weights fit, and the number
+# of a tokenizer's words is compared later.
+FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
+        "corner_mask", "tokenizer")
+NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids")  # heads for other tasks, in files of one tower
+UNTOLD = ("vision_heads", "text_heads", "activation", "pool")  # no shape tells these of somebody else's file
 
 
 def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -812,16 +811,16 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     told = {}
     if part == "init":
         model, known = load_model(path, flags.get("activation"))
-        weights = model.state_dict()
-        settings = asdict(model.config) | dict(tokenizer=known.get("tokenizer", "auto"))
-        told = known.get("told", {name: settings[name] for name in UNTOLD})
+        settings, weights = asdict(model.config), model.state_dict()
+        settings["tokenizer"] = known["tokenizer"]
+        told = known.get("told", settings)
     else:
         settings, weights = load_tower(path, part)
-    fixed = settings.keys() - FREE - (UNTOLD - told.keys())
-    if settings.get("tokenizer") not in ("clip", "scenes"):
-        fixed -= {"tokenizer"}  # a file, which may lie elsewhere now: the number of its words is compared later
+        if part == "init_text":
+            settings["tokenizer"] = str(path.with_name("vocab.txt"))
     for name, value in (settings | told).items():
-        if name in fixed and flags.get(name, value) != value:
+        free = name in FREE or name in UNTOLD and name not in told
+        if not free and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave {flag} away")
     return settings, weights
@@ -829,46 +828,26 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 def load_tower(path: Path, part: str) -> tuple[dict, dict[str, Tensor]]:
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
+    if part == "init_image":
+        prefix, read, sizes, kind = "visual.trunk.", read_timm, image_sizes, VisionTransformer
+    else:
+        prefix, read, sizes, kind = "text.transformer.", read_bert, text_sizes, TextTransformer
     state = read_checkpoint(path)
+    theirs = {}  # under LoTLIP's names
+    for name, value in state.get("model", state).items():
+        name = name.removeprefix("bert.")
+        if not name.startswith(NOT_TOWERS):
+            theirs[prefix + name] = value.float()
     try:
-        if part == "init_image":
-            settings, weights = read_vit(state)
-            tower, prefix = VisionTransformer(CLIPConfig(**settings)), "visual."
-        else:
-            settings, weights = read_text_encoder(state)
-            tower, prefix = TextTransformer(CLIPConfig(**settings)), "text."
-            settings["tokenizer"] = str(path.with_name("vocab.txt"))
-        own = {name.removeprefix(prefix): value for name, value in weights.items()}
-        load_weights(tower, {"proj": tower.proj.data} | own)  # to see that all others are there
-    except KeyError as error:
-        raise UserError(f"{path}: half a checkpoint, or another architecture: there is no {error}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        settings, weights = read(theirs)
+        settings |= sizes(weights)
+        tower = kind(CLIPConfig(**settings))
+        own = {name.split(".", 1)[1]: value for name, value in weights.items()}
+        tower.load_state_dict({"proj": tower.proj.data} | own)  # nothing else may be missing
+    except (KeyError, RuntimeError) as error:
+        first = str(error).splitlines()[-1].strip()[:200]
+        raise UserError(f"{path} is not what --{part.replace('_', '-')} wants, or half of it: {first}") from None
     return settings, weights
-
-
-def read_vit(state):
-    """State dict of timm's ViT -> settings, state dict in our names. Its classifier is dropped."""
-    if "cls_token" not in state:
-        raise UserError("not the state dict of timm's ViT with a class token: name such a file with --init-image")
-    trunk = {f"visual.trunk.{name}": value.float() for name, value in state.items() if not name.startswith("head.")}
-    settings, ours = read_timm(trunk)
-    return settings | image_sizes(ours), ours
-
-
-def read_text_encoder(state):
-    """State dict of Hugging Face's BERT -> settings, state dict in our names. Heads for other tasks are dropped."""
-    encoder = {}
-    for name, value in state.items():
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")  # older files' names
-        name = "text.transformer." + name.replace("LayerNorm.beta", "LayerNorm.bias")
-        is_encoders = re.match(r"text\.transformer\.(embeddings|encoder|pooler)\.", name)
-        if is_encoders and name not in NOT_WEIGHTS:
-            encoder[name] = value.float()
-    if not encoder:
-        raise UserError("not the state dict of Hugging Face's BERT: name such a file with --init-text")
-    settings, ours = read_bert(encoder)
-    return settings | text_sizes(ours), ours
 
 
 def grown(state: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
@@ -878,23 +857,16 @@ def grown(state: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
     there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
     projection, stays as the model has drawn it.
     """
-    towers = {name.split(".")[0] for name in state}
-    full = {}
-    for name, drawn in model.state_dict().items():
-        value = state.get(name)
-        if name == "visual.class_embedding" and "visual" in towers:
-            value = copies(value, len(drawn))
-        elif name == "visual.positional_embedding" and "visual" in towers:
-            value = with_grid(value, len(drawn) - 1)
-        elif name == "text.positional_embedding" and "text" in towers:
-            value = stretched(value, len(drawn))
-        elif name == "text.corner_embedding" and "text" in towers:
-            end = state["text.token_embedding.weight"][-1:]
-            value = copies(end if value is None else value, len(drawn))
-        elif value is None:
-            first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)
-            value = nudged(state[first]) if first in state else drawn
-        full[name] = value
+    if "text.token_embedding.weight" in state:
+        state = {"text.corner_embedding": state["text.token_embedding.weight"][-1:]} | state
+    full = model.state_dict()
+    for name, drawn in full.items():
+        first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
+        if name in state:
+            fit = FITTED.get(name)
+            full[name] = fit(state[name], len(drawn)) if fit else state[name]
+        elif first in state:
+            full[name] = nudged(state[first])
     return full
 
 
@@ -904,35 +876,38 @@ def nudged(x: Tensor) -> Tensor:
 
 
 def copies(rows: Tensor, number: int) -> Tensor:
-    """[n,W] -> [number,W]: the first rows, and where there are too few, nudged copies of them."""
-    more = [nudged(rows[i % len(rows)]) for i in range(len(rows), number)]
+    """[n,W] -> [number,W]: the first rows, and where there are too few, nudged copies of the last."""
+    more = [nudged(rows[-1]) for _ in range(number - len(rows))]
     return torch.stack([*rows[:number], *more])
 
 
-def with_grid(positions: Tensor, patches: int) -> Tensor:
-    """The class token's position and those of another number of patches: [1+P,W] -> [1+patches,W], both grids being
-    square. Interpolated bicubic and antialiased, as in open_clip."""
-    first, grid = positions.tensor_split([1])
-    if len(grid) == patches:
+def regridded(positions: Tensor, places: int) -> Tensor:
+    """Positions of the class token and a square of patches, for another square: [1+P,W] -> [places,W]. Interpolated
+    bicubic and antialiased, as in open_clip."""
+    if places == len(positions):
         return positions
-    side, wanted = round(len(grid) ** 0.5), round(patches ** 0.5)
+    first, grid = positions.tensor_split([1])
+    side, wanted = round(len(grid) ** 0.5), round((places - 1) ** 0.5)
     grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
     grid = F.interpolate(grid, size=wanted, mode="bicubic", antialias=True)
     return torch.cat([first, grid[0].flatten(1).mT])
 
 
 def stretched(positions: Tensor, context: int, kept: int = 20) -> Tensor:
-    """Positions of a text of another length: [L,W] -> [context,W]. Fewer are the first; for more, the `kept` first stay
-    and the rest is interpolated linearly, beyond its end as between its last two (Long-CLIP, 2403.15378)."""
+    """Positions for texts of another length: [L,W] -> [context,W]. A shorter text's are the first. For a longer one the
+    `kept` first stay, and the rest is interpolated linearly, as are those behind its end (Long-CLIP, 2403.15378)."""
     L = len(positions)
     if context <= L:
         return positions[:context]
     kept = min(kept, L - 2)
-    place = kept + torch.arange(context - kept) * (L - kept) / (context - kept)  # among the L
+    place = torch.arange(context, dtype=torch.float)  # in the old positions
+    place[kept:] = kept + (place[kept:] - kept) * (L - kept) / (context - kept)
     before = place.long().clamp(max=L - 2)
-    share = (place - before)[:, None]
-    rest = positions[before] * (1 - share) + positions[before + 1] * share
-    return torch.cat([positions[:kept], rest])
+    return positions[before].lerp(positions[before + 1], (place - before)[:, None])
+
+
+FITTED = {"visual.class_embedding": copies, "text.corner_embedding": copies,
+          "visual.positional_embedding": regridded, "text.positional_embedding": stretched}
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

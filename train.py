@@ -182,7 +182,7 @@ def add_flag(group, name: str, hint, text: str):
         group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
 
 
-def resolve(flags: dict, world: int = 1, started: dict | None = None) -> Settings:
+def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
     is chosen from the machine. Raises UserError."""
     device = flags.get("device", "auto")
@@ -192,7 +192,8 @@ def resolve(flags: dict, world: int = 1, started: dict | None = None) -> Setting
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
     method = METHODS[flags.get("method", Settings.method)]
-    s = Settings(**{"pool": "auto", **SIZES[size], **(started or {}), **method, **flags, "device": device, "size": size})
+    given = {**dict(started), **method, **flags}
+    s = Settings(**{"pool": "auto", **SIZES[size], **given, "device": device, "size": size})
     if isinstance(s.data, str):
         s.data = (s.data,)
     s.data = tuple(s.data)
@@ -467,13 +468,13 @@ def build(s: Settings, weights: dict | None = None) -> CLIP:
     """The model with the weights a run begins with: drawn, or `start_of`'s as far as they go. Raises UserError."""
     torch.manual_seed(s.seed)
     model = CLIP(config_from(s))
-    if not weights:
-        return model
-    words = len(weights.get("text.token_embedding.weight", model.text.token_embedding.weight))
-    if words != s.vocab:
-        raise UserError(f"tokenizer {s.tokenizer} has {s.vocab} tokens, but the weights to start from have {words}: name "
-                        "their own with --tokenizer")
-    model.load_state_dict(grown(weights, model))
+    if weights:
+        state = grown(weights, model)
+        words = len(state["text.token_embedding.weight"])
+        if words != s.vocab:
+            raise UserError(f"--tokenizer {s.tokenizer} has {s.vocab} tokens and the weights to start from have {words}: "
+                            "name theirs")
+        model.load_state_dict(state)
     return model
 
 
@@ -738,7 +739,7 @@ def open_data(s: Settings, flags: dict):
 def open_run(flags: dict, writes: bool = True) -> Run:
     """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
     s = begin(flags)
-    folder, newest, weights = None, None, None
+    folder, newest = None, None
     if writes:
         with together():
             if is_chief():
@@ -746,9 +747,9 @@ def open_run(flags: dict, writes: bool = True) -> Run:
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
     with together():
-        if newest:  # its weights are in the checkpoint
-            s = settings_of(folder, s, flags)
-        elif s.init or s.init_image or s.init_text:
+        if newest:
+            s, weights = settings_of(folder, s, flags), None  # they are in the checkpoint
+        else:
             s, weights = start_of(s, flags)
     set_machine(s)
     with together():

@@ -685,20 +685,21 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
 
 
 def image_sizes(state) -> dict:
-    """The settings of the image tower that the shapes of its tensors tell, and its usual number of heads."""
+    """The settings of the image tower that the shapes of its tensors tell, and what is usual beside them."""
     patch = state["visual.patch_embedding.weight"].shape[-1]
     places, width = state["visual.positional_embedding"].shape
     return dict(
         image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
         patch=patch, vision_width=width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-        vision_heads=width // HEAD_WIDTH.get(width, 64), embed=state["visual.proj"].shape[1])
+        vision_heads=width // HEAD_WIDTH.get(width, 64), embed=state["visual.proj"].shape[1],
+        stem="patch", pool="class", activation="gelu")
 
 
 def text_sizes(state) -> dict:
-    """The settings of the text tower that the shapes of its tensors tell, and its usual number of heads."""
+    """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
     context, width = state["text.positional_embedding"].shape
     return dict(text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
-                context=context, vocab=len(state["text.token_embedding.weight"]))
+                context=context, vocab=len(state["text.token_embedding.weight"]), activation="gelu")
 
 
 def read_open_clip(state):

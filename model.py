@@ -651,9 +651,9 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                         pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    overrides = told | dict(activation=activation) if activation else told
-    model = from_state_dict(state, **overrides)
-    source = "as told" if overrides else "as is usual; OpenAI's, MetaCLIP's and DFN's want --activation quickgelu"
+    known = told | dict(activation=activation) if activation else told
+    model = from_state_dict(state, **known)
+    source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
     print(f"{path.name}: activation {model.config.activation} ({source})")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
     return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
@@ -690,16 +690,21 @@ def image_sizes(state) -> dict:
     places, width = state["visual.positional_embedding"].shape
     return dict(
         image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
-        patch=patch, vision_width=width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-        vision_heads=width // HEAD_WIDTH.get(width, 64), embed=state["visual.proj"].shape[1],
-        stem="patch", pool="class", activation="gelu")
+        patch=patch,
+        vision_width=width,
+        vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=width // HEAD_WIDTH.get(width, 64),
+        embed=state["visual.proj"].shape[1],
+        stem="patch",
+        pool="class")
 
 
 def text_sizes(state) -> dict:
     """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
     context, width = state["text.positional_embedding"].shape
-    return dict(text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
-                context=context, vocab=len(state["text.token_embedding.weight"]), activation="gelu")
+    return dict(
+        text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
+        context=context, vocab=len(state["text.token_embedding.weight"]))
 
 
 def read_open_clip(state):
@@ -799,7 +804,7 @@ def export_open_clip(model: CLIP, file: Path):
 # of a tokenizer's words is compared later.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer")
-NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids")  # heads for other tasks, in files of one tower
+NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
 UNTOLD = ("vision_heads", "text_heads", "activation", "pool")  # no shape tells these of somebody else's file
 
 
@@ -823,35 +828,32 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
         free = name in FREE or name in UNTOLD and name not in told
         if not free and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave {flag} away")
+            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave it away")
     return settings, weights
 
 
-def load_tower(path: Path, part: str) -> tuple[dict, dict[str, Tensor]]:
+def load_tower(path: Path, part: str):
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
     if part == "init_image":
         prefix, read, sizes, kind = "visual.trunk.", read_timm, image_sizes, VisionTransformer
     else:
         prefix, read, sizes, kind = "text.transformer.", read_bert, text_sizes, TextTransformer
     state = read_checkpoint(path)
-    theirs = {}  # under LoTLIP's names
-    for name, value in state.get("model", state).items():
-        name = name.removeprefix("bert.")
-        if not name.startswith(NOT_TOWERS):
-            theirs[prefix + name] = value.float()
+    theirs = {
+        prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names
+        for name, value in state.get("model", state).items() if not name.startswith(NOT_TOWERS)}
     try:
         settings, weights = read(theirs)
         settings |= sizes(weights)
         tower = kind(CLIPConfig(**settings))
         own = {name.split(".", 1)[1]: value for name, value in weights.items()}
-        tower.load_state_dict({"proj": tower.proj.data} | own)  # nothing else may be missing
-    except (KeyError, RuntimeError) as error:
-        first = str(error).splitlines()[-1].strip()[:200]
-        raise UserError(f"{path} is not what --{part.replace('_', '-')} wants, or half of it: {first}") from None
+        load_weights(tower, {"proj": tower.proj.data} | own)  # nothing else may be missing
+    except (KeyError, UserError) as error:
+        raise UserError(f"{path} is no whole file for --{part.replace('_', '-')}: {error}") from None
     return settings, weights
 
 
-def grown(state: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
+def grown(state, model: CLIP) -> dict[str, Tensor]:
     """The state dict of a like model, or of one tower, made to fit the model.
 
     Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
@@ -863,11 +865,12 @@ def grown(state: dict[str, Tensor], model: CLIP) -> dict[str, Tensor]:
     full = model.state_dict()
     for name, drawn in full.items():
         first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
-        if name in state:
-            fit = FITTED.get(name)
-            full[name] = fit(state[name], len(drawn)) if fit else state[name]
-        elif first in state:
-            full[name] = nudged(state[first])
+        if name not in state:
+            full[name] = nudged(state[first]) if first in state else drawn
+        elif state[name].shape == drawn.shape:
+            full[name] = state[name]
+        else:
+            full[name] = FITTED[name](state[name], len(drawn))
     return full
 
 
@@ -885,8 +888,6 @@ def copies(rows: Tensor, number: int) -> Tensor:
 def regridded(positions: Tensor, places: int) -> Tensor:
     """Positions of the class token and a square of patches, for another square: [1+P,W] -> [places,W]. Interpolated
     bicubic and antialiased, as in open_clip."""
-    if places == len(positions):
-        return positions
     first, grid = positions.tensor_split([1])
     side, wanted = round(len(grid) ** 0.5), round((places - 1) ** 0.5)
     grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
@@ -894,15 +895,13 @@ def regridded(positions: Tensor, places: int) -> Tensor:
     return torch.cat([first, grid[0].flatten(1).mT])
 
 
-def stretched(positions: Tensor, context: int, kept: int = 20) -> Tensor:
+def stretched(positions: Tensor, context: int, kept=20) -> Tensor:
     """Positions for texts of another length: [L,W] -> [context,W]. A shorter text's are the first. For a longer one the
     `kept` first stay, and the rest is interpolated linearly, as are those behind its end (Long-CLIP, 2403.15378)."""
     L = len(positions)
-    if context <= L:
-        return positions[:context]
     kept = min(kept, L - 2)
     place = torch.arange(context, dtype=torch.float)  # in the old positions
-    place[kept:] = kept + (place[kept:] - kept) * (L - kept) / (context - kept)
+    place[kept:] = kept + (place[kept:] - kept) * (L - kept) / (max(L, context) - kept)
     before = place.long().clamp(max=L - 2)
     return positions[before].lerp(positions[before + 1], (place - before)[:, None])
 

@@ -464,17 +464,12 @@ def start_of(s: Settings, flags: dict) -> tuple[Settings, dict]:
     return resolve({**flags, "device": s.device}, rank_and_world()[1], started), weights
 
 
-def build(s: Settings, weights: dict | None = None) -> CLIP:
+def build(s: Settings, weights=None) -> CLIP:
     """The model with the weights a run begins with: drawn, or `start_of`'s as far as they go. Raises UserError."""
     torch.manual_seed(s.seed)
     model = CLIP(config_from(s))
     if weights:
-        state = grown(weights, model)
-        words = len(state["text.token_embedding.weight"])
-        if words != s.vocab:
-            raise UserError(f"--tokenizer {s.tokenizer} has {s.vocab} tokens and the weights to start from have {words}: "
-                            "name theirs")
-        model.load_state_dict(state)
+        model.load_state_dict(grown(weights, model))
     return model
 
 
@@ -717,6 +712,9 @@ class Run:
 def open_data(s: Settings, flags: dict):
     """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
     tokenizer = load_tokenizer(s.tokenizer)
+    if (s.init or s.init_text) and s.vocab != tokenizer.vocab_size:
+        raise UserError(f"--tokenizer {s.tokenizer} is not that of the weights to start from, which have {s.vocab} tokens: "
+                        "name theirs")
     s.vocab = tokenizer.vocab_size
     options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping
     dataset = open_dataset(s.data, "train", s.images, *options)

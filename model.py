@@ -603,17 +603,10 @@ def load_weights(model: CLIP, state: dict[str, Tensor]):
 def resized(model: CLIP, image_size: int) -> CLIP:
     """The model for images of another size: the grid of position embeddings is interpolated (bicubic, antialiased: as
     in open_clip). Raises UserError if the size is no multiple of the patch."""
-    c = model.config
-    if image_size == c.image_size:
+    if image_size == model.config.image_size:
         return model
-    other = CLIP(replace(c, image_size=image_size))
-    state = model.state_dict()
-    first, grid = state["visual.positional_embedding"].tensor_split([1])
-    side = c.image_size // c.patch
-    grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
-    grid = F.interpolate(grid, size=image_size // c.patch, mode="bicubic", antialias=True)
-    state["visual.positional_embedding"] = torch.cat([first, grid[0].flatten(1).mT])
-    other.load_state_dict(state)
+    other = CLIP(replace(model.config, image_size=image_size))
+    other.load_state_dict(grown(model.state_dict(), other))
     return other.train(model.training)
 
 
@@ -632,7 +625,7 @@ BERT = {
     ".blocks.": ".transformer.encoder.layer.", ".attn.out.": ".attention.output.dense.",
     ".ln_1.": ".attention.output.LayerNorm.", ".attn.": ".attention.self.", ".fc.": ".intermediate.dense.",
     ".proj.0.": ".output.dense.", ".ln_2.": ".output.LayerNorm.", ".pooler.0.": ".transformer.pooler.dense.",
-    ".ln_pre.": ".transformer.embeddings.LayerNorm."}
+    ".ln_pre.": ".transformer.embeddings.LayerNorm.", ".weight": ".gamma", ".bias": ".beta"}  # the last: older files'
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
                "text.transformer.embeddings.position_ids")
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
@@ -652,23 +645,22 @@ def count(state, pattern):
 def load_released(path: Path, state: dict, activation: str | None = None) -> tuple[CLIP, dict]:
     """`load_model` for somebody else's file. What its shapes do not tell stands in open_clip's JSON beside it, if at
     all: the file's own name with .json, or open_clip_config.json."""
-    known = {}
+    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():
             config = read_json(beside)
             config = config.get("model_cfg", config)
             vision, text = config["vision_cfg"], config["text_cfg"]
-            known = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
-                         pool="average" if vision.get("pool_type") == "avg" else "class")
+            told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
+                        pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
-                known |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    if activation:
-        known["activation"] = activation
+                told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
+    known = told | dict(activation=activation) if activation else told
     model = from_state_dict(state, **known)
     source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
     print(f"{path.name}: activation {model.config.activation} ({source})")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
 
 
 def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
@@ -680,7 +672,6 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     if it is none of these layouts.
     """
     state = {name.removeprefix("module."): value.float() for name, value in state.items()}
-    openai = "input_resolution" in state  # OpenAI's files hold three such numbers beside the weights
     state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
     try:
         if "visual.conv1.weight" in state:
@@ -689,21 +680,35 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
             settings, state = read_lotlip(state)
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
-        patch = state["visual.patch_embedding.weight"].shape[-1]
-        places, vision_width = state["visual.positional_embedding"].shape
-        context, text_width = state["text.positional_embedding"].shape
-        settings |= dict(
-            image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
-            patch=patch, vision_width=vision_width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-            vision_heads=vision_width // HEAD_WIDTH.get(vision_width, 64),
-            text_width=text_width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=text_width // 64,
-            context=context, vocab=len(state["text.token_embedding.weight"]), embed=state["text.proj"].shape[1],
-            activation="quickgelu" if openai else "gelu")
+        settings |= image_sizes(state) | text_sizes(state)
     except KeyError as error:
         raise UserError(f"half a checkpoint, or another architecture: there is no {error}") from None
     model = CLIP(CLIPConfig(**(settings | overrides)))
     load_weights(model, state)
     return model
+
+
+def image_sizes(state) -> dict:
+    """The settings of the image tower that the shapes of its tensors tell, and what is usual beside them."""
+    patch = state["visual.patch_embedding.weight"].shape[-1]
+    places, width = state["visual.positional_embedding"].shape
+    return dict(
+        image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
+        patch=patch,
+        vision_width=width,
+        vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=width // HEAD_WIDTH.get(width, 64),
+        embed=state["visual.proj"].shape[1],
+        stem="patch",
+        pool="class")
+
+
+def text_sizes(state) -> dict:
+    """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
+    context, width = state["text.positional_embedding"].shape
+    return dict(
+        text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
+        context=context, vocab=len(state["text.token_embedding.weight"]))
 
 
 def read_open_clip(state):
@@ -729,9 +734,28 @@ def read_open_clip(state):
 
 def read_lotlip(state):
     """State dict of LoTLIP's release -> settings, state dict in our names."""
-    ours = {}
-    for name, value in state.items():
-        ours[to_ours(name, TIMM if name.startswith("visual.") else BERT)] = value
+    settings, image = read_timm(state)
+    text_settings, text = read_bert(state, corners=2, places=128)
+    text["text.proj"] = text.pop("text.proj.weight").mT
+    return settings | text_settings, image | text
+
+
+def read_timm(state):
+    """The image tower of LoTLIP's release, which is timm's ViT -> settings, state dict in our names."""
+    ours = {to_ours(name, TIMM): value for name, value in state.items() if name.startswith("visual.")}
+    # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
+    positions = ours["visual.positional_embedding"][0]  # [1+P, W]
+    patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
+    ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
+    ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
+    ours["visual.proj"] = torch.eye(positions.shape[1])
+    return dict(vision_style="timm"), ours
+
+
+def read_bert(state, corners=0, places=None):
+    """The rest of LoTLIP's release, whose text tower is BERT -> settings, state dict in our names. It reads texts of
+    up to `places` tokens, corners counted."""
+    ours = {to_ours(name, BERT): value for name, value in state.items() if not name.startswith("visual.")}
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
@@ -739,23 +763,15 @@ def read_lotlip(state):
     words = ours.pop(embeddings + "word_embeddings.weight")
     positions = ours.pop(embeddings + "position_embeddings.weight")
     positions = positions + ours.pop(embeddings + "token_type_embeddings.weight")[:1]
-    C = 2
-    V = len(words) - C
+    V = len(words) - corners
     ours["text.token_embedding.weight"] = torch.cat([words[:V], words[102:103]])
-    ours["text.corner_embedding"] = words[V:] + positions[1:1 + C]
-    positions = torch.cat([positions[:1], positions[1 + C:128]])  # the release reads 128 tokens
-    ours["text.positional_embedding"] = positions
+    if corners:
+        ours["text.corner_embedding"] = words[V:] + positions[1:1 + corners]
+    ours["text.positional_embedding"] = torch.cat([positions[:1], positions[1 + corners:places]])
     for query in [name for name in ours if ".attn.query." in name]:
         parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         ours[query.replace("query", "qkv")] = torch.cat(parts)
-    ours["text.proj"] = ours.pop("text.proj.weight").mT
-    # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
-    positions = ours["visual.positional_embedding"][0]  # [1+P, W]
-    patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
-    ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
-    ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
-    ours["visual.proj"] = torch.eye(positions.shape[1])
-    return dict(vision_style="timm", text_style="bert", text_attention="bidirectional", corner_tokens=C), ours
+    return dict(text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
 def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
@@ -784,6 +800,118 @@ def export_open_clip(model: CLIP, file: Path):
     state, config = to_open_clip(model)
     torch.save(state, file)
     file.with_suffix(".json").write_text(json.dumps(config, indent=1))
+
+
+# ---- checkpoints: where training starts ------------------------------------------------------------------------------
+
+# What a run may choose anew although its first weights come from a file. `grown` makes the weights fit, and the number
+# of a tokenizer's words is compared later.
+FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
+        "corner_mask", "tokenizer")
+NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
+UNTOLD = ("vision_heads", "text_heads", "activation", "pool")  # no shape tells these of somebody else's file
+
+
+def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
+    """A file -> the settings that a run takes from it, and its weights in our names.
+
+    part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
+    UserError, also where one of the user's flags contradicts the file.
+    """
+    told = {}
+    if part == "init":
+        model, known = load_model(path, flags.get("activation"))
+        settings, weights = asdict(model.config), model.state_dict()
+        settings["tokenizer"] = known["tokenizer"]
+        told = known.get("told", settings)
+    else:
+        settings, weights = load_tower(path, part)
+        if part == "init_text":
+            settings["tokenizer"] = str(path.with_name("vocab.txt"))
+    for name, value in (settings | told).items():
+        free = name in FREE or name in UNTOLD and name not in told
+        if not free and flags.get(name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave it away")
+    return settings, weights
+
+
+def load_tower(path: Path, part: str):
+    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
+    if part == "init_image":
+        prefix, read, sizes, kind = "visual.trunk.", read_timm, image_sizes, VisionTransformer
+    else:
+        prefix, read, sizes, kind = "text.transformer.", read_bert, text_sizes, TextTransformer
+    state = read_checkpoint(path)
+    theirs = {
+        prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names
+        for name, value in state.get("model", state).items() if not name.startswith(NOT_TOWERS)}
+    try:
+        settings, weights = read(theirs)
+        settings |= sizes(weights)
+        tower = kind(CLIPConfig(**settings))
+        own = {name.split(".", 1)[1]: value for name, value in weights.items()}
+        load_weights(tower, {"proj": tower.proj.data} | own)  # nothing else may be missing
+    except (KeyError, UserError) as error:
+        raise UserError(f"{path} is no whole file for --{part.replace('_', '-')}: {error}") from None
+    return settings, weights
+
+
+def grown(state, model: CLIP) -> dict[str, Tensor]:
+    """The state dict of a like model, or of one tower, made to fit the model.
+
+    Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
+    there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
+    projection, stays as the model has drawn it.
+    """
+    if "text.token_embedding.weight" in state:
+        state = {"text.corner_embedding": state["text.token_embedding.weight"][-1:]} | state
+    full = model.state_dict()
+    for name, drawn in full.items():
+        first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
+        if name not in state:
+            full[name] = nudged(state[first]) if first in state else drawn
+        elif state[name].shape == drawn.shape:
+            full[name] = state[name]
+        else:
+            full[name] = FITTED[name](state[name], len(drawn))
+    return full
+
+
+def nudged(x: Tensor) -> Tensor:
+    """x with noise of 1% of its standard deviation, so that copies of it can part in training."""
+    return x + 0.01 * x.std() * torch.randn_like(x)
+
+
+def copies(rows: Tensor, number: int) -> Tensor:
+    """[n,W] -> [number,W]: the first rows, and where there are too few, nudged copies of the last."""
+    more = [nudged(rows[-1]) for _ in range(number - len(rows))]
+    return torch.stack([*rows[:number], *more])
+
+
+def regridded(positions: Tensor, places: int) -> Tensor:
+    """Positions of the class token and a square of patches, for another square: [1+P,W] -> [places,W]. Interpolated
+    bicubic and antialiased, as in open_clip."""
+    first, grid = positions.tensor_split([1])
+    side, wanted = round(len(grid) ** 0.5), round((places - 1) ** 0.5)
+    grid = grid.mT.unflatten(1, (side, side))[None]  # [1, W, side, side]
+    grid = F.interpolate(grid, size=wanted, mode="bicubic", antialias=True)
+    return torch.cat([first, grid[0].flatten(1).mT])
+
+
+def stretched(positions: Tensor, context: int, kept=20) -> Tensor:
+    """Positions for texts of another length: [L,W] -> [context,W]. A shorter text's are the first. For a longer one the
+    `kept` first stay, and the rest is interpolated linearly, as are those behind its end (Long-CLIP, 2403.15378)."""
+    L = len(positions)
+    kept = min(kept, L - 2)
+    place = torch.arange(context, dtype=torch.float)  # in the old positions
+    place[kept:] = kept + (place[kept:] - kept) * (L - kept) / (max(L, context) - kept)
+    before = place.long().clamp(max=L - 2)
+    return positions[before].lerp(positions[before + 1], (place - before)[:, None])
+
+
+FITTED = {"visual.class_embedding": copies, "text.corner_embedding": copies,
+          "visual.positional_embedding": regridded, "text.positional_embedding": stretched}
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
 from losses import distributed, method_loss
-from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, load_checkpoint, newest_whole,
-                   packing_trouble, write_whole)
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, load_checkpoint,
+                   newest_whole, packing_trouble, start_from, write_whole)
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
@@ -62,6 +62,11 @@ class Settings(CLIPConfig):
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
     augment: str = "crop"  # of pictures: a random "crop" (the papers), or "strong", DreamLIP's other recipe
     crop: float = 0.9  # least share of a picture that the crop keeps; strong: 0.2
+    # the weights to start from, which fix the model's sizes; left away: drawn
+    init: str = ""  # both towers: a run's folder, or a released file as evaluate.py reads it
+    init_image: str = ""  # the image tower: a file of timm's ViT
+    init_text: str = ""  # the text tower: a file of Hugging Face's BERT, with its vocab.txt beside it
+    lock_image: bool = False  # the image tower stays as it is in the file (2111.07991)
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
@@ -192,8 +197,9 @@ def add_flag(group, name: str, hint, text: str):
         group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
 
 
-def resolve(flags: dict, world: int = 1) -> Settings:
-    """Defaults < the size's row < the method's row < the flags; "auto" is chosen from the machine. Raises UserError."""
+def resolve(flags: dict, world: int = 1, started=()) -> Settings:
+    """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
+    is chosen from the machine. Raises UserError."""
     device = flags.get("device", "auto")
     if device == "auto":
         device = best_device()
@@ -204,7 +210,8 @@ def resolve(flags: dict, world: int = 1) -> Settings:
     row = SIZES[size]
     if row["kinds"] == BASE["kinds"]:
         row = row | RECIPES.get(flags.get("method"), {})
-    s = Settings(**{"pool": "auto", **row, **method, **flags, "device": device, "size": size})
+    given = {**dict(started), **method, **flags}
+    s = Settings(**{"pool": "auto", **row, **given, "device": device, "size": size})
     if isinstance(s.data, str):
         s.data = (s.data,)
     s.data = tuple(s.data)
@@ -250,6 +257,10 @@ def check(s: Settings, world: int = 1):
     check_device(s.device)
     if s.data == ("scenes",) and (s.caption_fields or s.image_root):
         raise UserError("--caption-fields and --image-root are for files: leave them away, or name some with --data")
+    if s.init and (s.init_image or s.init_text):
+        raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
+    if s.lock_image and not (s.init or s.init_image):
+        raise UserError("--lock-image keeps an image tower as it is in a file: add --init or --init-image")
     slots = text_slots(s)
     if not slots:
         raise UserError("no text is left to train on: give --raw-caption, --sub-captions, --long-texts or "
@@ -460,7 +471,8 @@ def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed(network, *chunk, s)
-            torch.autograd.backward([out[name] for name in grads], [grads[name][i] for name in grads])
+            trained = [name for name in grads if out[name].requires_grad]  # not those of a locked tower
+            torch.autograd.backward([out[name] for name in trained], [grads[name][i] for name in trained])
             mark("backward")
     return loss.detach(), parts
 
@@ -481,15 +493,31 @@ class State:
     bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
 
 
-def build(s: Settings) -> CLIP:
-    """The model with the weights a run begins with. Raises UserError."""
+def start_of(s: Settings, flags: dict) -> tuple[Settings, dict]:
+    """The settings of a new run with what the files of --init, --init-image and --init-text tell, and their weights.
+    Raises UserError."""
+    started, weights = {}, {}
+    for part in ("init", "init_image", "init_text"):
+        if getattr(s, part):
+            told, tensors = start_from(Path(getattr(s, part)), part, flags)
+            started |= told
+            weights |= tensors
+    return resolve({**flags, "device": s.device}, rank_and_world()[1], started), weights
+
+
+def build(s: Settings, weights=None) -> CLIP:
+    """The model with the weights a run begins with: drawn, or `start_of`'s as far as they go. Raises UserError."""
     torch.manual_seed(s.seed)
-    return CLIP(config_from(s))
+    model = CLIP(config_from(s))
+    if weights:
+        model.load_state_dict(grown(weights, model))
+    return model
 
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
     model.layout = text_layout(model, s)
+    model.visual.requires_grad_(not s.lock_image)
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
     vision = len(model.visual.blocks)
@@ -573,7 +601,7 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
         decays = not is_embedding or s.decay_embeddings and "class" not in name
-        if name == "logit_scale":
+        if name == "logit_scale" or not p.requires_grad:
             continue
         if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
             matrices.append(p)
@@ -786,6 +814,9 @@ class Run:
 def open_data(s: Settings, flags: dict):
     """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
     tokenizer = load_tokenizer(s.tokenizer)
+    if (s.init or s.init_text) and s.vocab != tokenizer.vocab_size:
+        raise UserError(f"--tokenizer {s.tokenizer} is not that of the weights to start from, which have {s.vocab} tokens: "
+                        "name theirs")
     s.vocab = tokenizer.vocab_size
     options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping, s.augment
     dataset = open_dataset(s.data, "train", s.images, *options)
@@ -815,13 +846,15 @@ def open_run(flags: dict, writes: bool = True) -> Run:
                 folder = run_folder(s)
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
-        with together():
-            if newest:
-                s = settings_of(folder, s, flags)
+    with together():
+        if newest:
+            s, weights = settings_of(folder, s, flags), None  # they are in the checkpoint
+        else:
+            s, weights = start_of(s, flags)
     set_machine(s)
     with together():
         tokenizer, dataset, held_out = open_data(s, flags)
-        model = build(s)
+        model = build(s, weights)
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:

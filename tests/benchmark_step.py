@@ -2,15 +2,14 @@
 lengths.
 
     python tests/benchmark_step.py --rounds 5 --precision fp32                       size tiny on the CPU
-    python tests/benchmark_step.py --size base-16 --batch 512 --device cuda --compile
+    python tests/benchmark_step.py --size base-16 --batch 512 --device cuda
 
 Rows:   ours       train.py's step: texts without padding, fused losses
         padded     ours, but every text padded to the context, attention and losses by stored matrices
         open_clip  the same architecture in open_clip (pip install open_clip_torch), under autocast too, its attention
                    by PyTorch's SDPA, K texts padded to the context, its loss slot by slot, as DreamLIP's release does
-        compiled   ours block by block, as --compile does; open_clip's two towers
 The grouping loss is left out of all, open_clip having none; "ours + grouping" shows what it costs. Where a step's time
-goes, train.py --profile says.
+goes, train.py --profile says. Flags other than --rounds are train.py's.
 """
 import argparse
 import dataclasses
@@ -82,7 +81,7 @@ def stored(step, batch):
     fused.set_mode("auto")
 
 
-def their_step(s, compiled=False):
+def their_step(s):
     vision = dict(
         image_size=s.image_size,
         patch_size=s.patch,
@@ -98,9 +97,6 @@ def their_step(s, compiled=False):
         heads=s.text_heads,
     )
     model = open_clip.model.CLIP(s.embed, vision, text).to(s.device)
-    if compiled:
-        model.visual.compile()
-        model.transformer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     loss = ClipLoss()
 
@@ -140,7 +136,7 @@ def timed(step, batch, device):
     return time.perf_counter() - start
 
 
-def alternate(steps, s, rounds, warm):
+def alternate(steps, s, rounds, warm=2):
     """Runs the steps in turn, always on the same batch -> {name: seconds of each turn}."""
     times = {name: [] for name in steps}
     for turn in range(-warm, rounds):
@@ -155,22 +151,16 @@ COMPARED = [
     ("padded", "ours"),
     ("open_clip", "ours"),
     ("open_clip", "ours + grouping"),
-    ("open_clip, compiled", "ours, compiled"),
 ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", action="store_true", help="add ours and open_clip compiled")
-    options = parser.parse_args()
-    chosen = {name: getattr(options, name) for name in ("size", "batch", "device", "precision")}
-    plain = dict(raw_caption=False, grouping="none", stem="patch", pool="class")
-    s = train.resolve(dict(chosen, **plain, sub_captions=8, context=77, vocab=49408))
+    options, flags = parser.parse_known_args()
+    texts = dict(sub_captions=8, raw_caption=False, context=77, vocab=49408)
+    plain = dict(grouping="none", stem="patch", pool="class")
+    s = train.resolve({"size": "tiny", "batch": 64, **train.parse_flags(flags), **texts, **plain})
     train.set_machine(s)
     ours, model = our_step(s)
     tower = text_tower(s, model)
@@ -182,19 +172,15 @@ def main():
         "text tower": tower,
         "text tower, padded": padded(tower, model),
     }
-    if options.compile:
-        steps["ours, compiled"] = our_step(s, compile=True)[0]
-        steps["open_clip, compiled"] = their_step(s, compiled=True)
     print(f"{s.size}, K = {s.sub_captions}, batch {s.batch}, {s.device}, {s.precision}, texts {model.layout}, "
           f"torch {torch.__version__}")
-    times = alternate(steps, s, options.rounds, warm=5 if options.compile else 2)
+    times = alternate(steps, s, options.rounds)
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"{name:20} {1000 * middle:9.1f} ms {s.batch / middle:8.0f} images/s")
     for slower, faster in COMPARED:
-        if slower in times and faster in times:  # turn by turn: noise hits both
-            ratio = statistics.median(x / y for x, y in zip(times[slower], times[faster]))
-            print(f"{slower} / {faster}: {ratio:.2f}")
+        ratio = statistics.median(x / y for x, y in zip(times[slower], times[faster]))  # turn by turn: noise hits both
+        print(f"{slower} / {faster}: {ratio:.2f}")
 
 
 if __name__ == "__main__":

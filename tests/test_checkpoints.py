@@ -31,7 +31,7 @@ CLIP_SHAPE = dict(image=32, patch=16, vision=(64, 1, 64), text=(64, 1, 1), conte
 
 @pytest.mark.parametrize("size", [16, 40, 64])
 @torch.no_grad()
-def test_at_another_resolution_the_positions_are_interpolated_as_open_clip_does(size):
+def test_at_another_resolution_positions_are_interpolated_as_by_open_clip(size):
     theirs, overrides = reference(SHAPE)
     other, _ = reference({**SHAPE, "image": size})
     state = theirs.state_dict()
@@ -182,7 +182,7 @@ def vocabulary(folder):
     return len(words.splitlines())
 
 
-def test_word_pieces_are_berts_with_sentences_parted_and_an_end_of_their_own(tmp_path):
+def test_word_pieces_are_berts_with_sentences_parted_and_an_own_end(tmp_path):
     size = vocabulary(tmp_path)
     ours, theirs = WordPieces(tmp_path / "vocab.txt"), transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
     for text in ("A red house. It is on dogs", "a dog", "dogs. dogs. unknown", "a " * 30):
@@ -239,7 +239,7 @@ def test_the_activation_may_be_told(tmp_path):
     assert Model(tmp_path / "weights.pt", "cpu", activation="quickgelu").config.activation == "quickgelu"
 
 
-def test_a_run_is_read_from_its_folder_or_its_file_and_an_average_it_kept_counts(tmp_path):
+def test_a_run_is_read_from_its_folder_or_file_and_its_average_counts(tmp_path):
     ours, average = small(branches=3), [torch.randn_like(p) for p in small(branches=3).parameters()]
     settings = vars(ours.config) | dict(method="holistic", lr=1e-3)
     content = dict(settings=settings, model=ours.state_dict(), step=7)

@@ -279,7 +279,7 @@ def answer(number, field="short"):
     return caption(url(jpeg(number)), PROMPTS[field][0])
 
 
-def test_every_format_is_captioned_beside_itself_and_read_with_its_captions(tmp_path, serve):
+def test_every_format_is_captioned_beside_itself_and_read_with_them(tmp_path, serve):
     address, name = serve(), "folder/0000.jpg"
     (tmp_path / "folder").mkdir()
     (tmp_path / name).write_bytes(jpeg(0))
@@ -307,7 +307,7 @@ def test_of_faulty_endpoints_every_image_is_captioned_once_or_reported(tmp_path,
     assert_each_once(data, 80, "background", "short")
 
 
-def test_killed_and_resumed_each_is_captioned_once_and_none_asked_for_again(tmp_path, serve):
+def test_killed_and_resumed_each_is_captioned_and_asked_for_once(tmp_path, serve):
     log, data = tmp_path / "log", shards(tmp_path / "tars", 100)
     log.touch()
     flags = [data, "--endpoint", serve("--delay", 0.03, "--log", log), "--in-flight", 2]

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import time
 
 FAULTS = ("429", "500", "drop", "garbage", "empty", "refusal")
 
@@ -26,7 +25,7 @@ def caption(url, prompt):
 
 class Endpoint:
     def __init__(self, options):
-        self.options, self.pictures, self.busy_until = options, 0, 0
+        self.options, self.pictures = options, 0
         self.log = options.log and open(options.log, "a")
 
     async def serve(self, reader, writer):
@@ -39,9 +38,8 @@ class Endpoint:
                 status, answer = await self.answer(head, body)
                 if status is None:
                     break
-                headers = f"Content-Type: application/json\r\nContent-Length: {len(answer)}"
-                wait = f"Retry-After: {self.options.busy or 0.1}"
-                writer.write(f"HTTP/1.1 {status}\r\n{headers}\r\n{wait}\r\n\r\n{answer}".encode())
+                headers = f"Content-Type: application/json\r\nRetry-After: 0.1\r\nContent-Length: {len(answer)}"
+                writer.write(f"HTTP/1.1 {status}\r\n{headers}\r\n\r\n{answer}".encode())
         writer.close()
 
     async def answer(self, head, body):
@@ -65,15 +63,12 @@ class Endpoint:
 
     def fault(self, text):
         """What is wrong with the answer to this question about a picture, or "" for nothing."""
-        o, now = self.options, time.monotonic()
+        o = self.options
         if self.log:
-            print(now, text, file=self.log, flush=True)
+            print(text, file=self.log, flush=True)
         self.pictures += 1
         if self.pictures == o.dies_after:
             os._exit(0)
-        self.busy_until = self.busy_until or now + o.busy
-        if now < self.busy_until:
-            return "429"
         return random.choice(FAULTS) if random.random() < o.faults else ""
 
 
@@ -82,7 +77,6 @@ async def main():
     p.add_argument("--delay", type=float, default=0.0)
     p.add_argument("--faults", type=float, default=0.0)
     p.add_argument("--status", help="say this to every question, such as '404 Not Found'")
-    p.add_argument("--busy", type=float, default=0.0, help="say 429 with Retry-After for so many seconds")
     p.add_argument("--dies-after", type=int, default=0, help="questions about pictures")
     p.add_argument("--key", default="")
     p.add_argument("--models", default="tiny")

@@ -171,10 +171,6 @@ def test_chunked_stores_no_more_than_a_block_of_logits(monkeypatch):
 def test_torch_finds_the_op_well_registered(rows, cols, device):
     x = embeddings((7, 5), (3, 9, 5), device=device)
     torch.library.opcheck(torch.ops.similarity.logsumexp.default, (*x, rows, cols))
-    x = [t.detach() for t in x]
-    out = torch.ops.similarity.logsumexp(*x)
-    arguments = (*out, *x, *out, rows, cols)
-    torch.library.opcheck(torch.ops.similarity.logsumexp_backward.default, arguments)
 
 
 def compiled(*x, **asked):
@@ -206,18 +202,6 @@ def test_autocast_rounds_the_embeddings_and_nothing_else(mode, path, device):
 def test_inputs_that_do_not_fit_are_named(image, text, named):
     with pytest.raises(RuntimeError, match=named):
         fused.similarity_logsumexp(image, text, 1.0)
-
-
-@pytest.mark.gpu
-def test_gpu_tiles_streams_and_graphs():
-    """More than one tile each way, on a side stream, captured: a hidden synchronisation would fail the capture."""
-    x = embeddings((4500, 64), (2300, 64), torch.bfloat16, "cuda")
-    results(fused.similarity_logsumexp, x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = results(fused.similarity_logsumexp, x)
-    graph.replay()
-    assert_close(found, exact(x), 1e-2)
 
 
 # ---- the CUDA sources on a CPU ---------------------------------------------------------------------------------------
@@ -312,17 +296,13 @@ def test_without_a_compiler_auto_says_so_once_on_raises_and_off_is_silent(tmp_pa
     assert "RuntimeError: --fused on, but the fused similarity op cannot be used here" in on.communicate()[0]
 
 
-def test_an_extension_that_gives_other_numbers_is_not_used(monkeypatch, capsys):
-    """So it is, too, where a GPU refuses the kernels: the first call fails, and the run goes on."""
+def test_an_extension_that_gives_other_numbers_is_not_used(monkeypatch):
     x = embeddings((3, 4), (5, 4))
     monkeypatch.setattr(fused, "_trouble", fused._trouble.__wrapped__)
     plain = fused.reference
     monkeypatch.setattr(fused, "reference", lambda *x: [1.1 * o for o in plain(*x)])
     with pytest.raises(RuntimeError, match="--fused on, but .*it gives wrong numbers for torch.float32 on cpu"):
         fused.similarity_logsumexp(*x)
-    fused.set_mode("auto")
-    assert_close(fused.similarity_logsumexp(*x), fused.reference(*x), 1e-5)
-    assert "WARNING: the fused similarity op cannot be used here" in capsys.readouterr().out
 
 
 def test_a_toolkit_of_another_cuda_than_pytorchs_is_named_before_it_compiles(tmp_path):

@@ -124,7 +124,7 @@ def test_the_negatives_of_a_slot_come_from_that_slot_alone(K):
 
 
 @pytest.mark.parametrize("H, M", [(3, 3), (1, 4), (2, 5), (4, 2)])
-def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_branch_most_like_it(H, M):
+def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M):
     branches = unit(4, H, 6)
     texts = unit(4, M, 6, seed=1)
     terms = []

@@ -43,7 +43,7 @@ def test_splits_and_numbers_share_no_scene():
     assert len(facts) == 900
 
 
-def test_a_scene_has_two_to_six_kinds_of_object_and_its_first_alone_is_large():
+def test_a_scene_has_two_to_six_kinds_of_object_and_its_first_is_large():
     for s in TEST:
         kinds = {o.kind for o in s.objects}
         assert 2 <= len(kinds) == len(s.objects) <= 6
@@ -149,7 +149,7 @@ def command(*flags):
     subprocess.run([sys.executable, *flags], cwd=ROOT, check=True)
 
 
-def test_written_scenes_come_back_with_the_same_pictures_captions_and_boxes(tmp_path):
+def test_written_scenes_come_back_with_the_same_pictures_and_captions(tmp_path):
     command("scenes.py", "--write", tmp_path, "--split", "test", "--n", "20")
     drawn = SceneImages("test", 20, 64, 24)
     read = Pictures(Records(tmp_path / "captions.jsonl"), 64)

@@ -29,13 +29,11 @@ def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path)
         assert settings[0].images == 1000 * claims.TIMES.get(row, 1)
     assert len({run.folder for of_row in runs.values() for run in of_row}) == 2 * len(claims.ROWS)
 
-    in_tables = set()
-    for rows, measures, compared in claims.CLAIMS.values():
-        in_tables |= set(rows)
-        assert set(measures) <= claims.MEASURES.keys()
-        for _, better, than in compared:
-            assert {better, than} <= set(rows)
-    assert in_tables == claims.ROWS.keys()
+    compared = set()
+    for claim in claims.CLAIMS:
+        assert claim.measure in claims.MEASURES
+        compared |= {claim.better, claim.than}
+    assert compared == claims.ROWS.keys()
     assert {*claims.READERS, *claims.BRANCHED} <= claims.ROWS.keys()
 
 
@@ -54,7 +52,7 @@ def test_runs_are_trained_measured_and_when_done_passed_over(tmp_path, monkeypat
     command = [str(tmp_path), "--rows", "raw (CLIP)", "M2M, 5 MLPs", "--seeds", "1", "--jobs", "2"]
     claims.main([*command, "--train-images", "64"])
     written = (tmp_path / "claims.md").read_text()
-    assert "### Holistic CLIP" in written and "| raw, long, 1 corner |" not in written
+    assert "| M2M, 5 MLPs |" in written and "| long alone |" not in written
     assert written in capsys.readouterr().out
     # without two rows to compare there is no figure of claims
     assert {path.name for path in tmp_path.glob("*.png")} == {"reading.png", "branches.png"}
@@ -89,14 +87,26 @@ def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.Run, "result", pretend)
     for seeds in (1, 2):  # of a single seed the intervals have no end
         claims.main([str(tmp_path), "--seeds", str(seeds)])
-        for figure in ("claims", "localisation", "reading", "branches"):
+        for figure in ("claims", "reading", "branches"):
             assert Image.open(tmp_path / f"{figure}.png").size[0] > 600
     written = (tmp_path / "claims.md").read_text()
-    assert "28 rows × 2 seeds, 3416 minutes" in written
+    assert "22 rows × 2 seeds, 2684 minutes" in written
     assert "| raw (CLIP) | 61.0 ± 1.4 | 61.0 ± 1.4 |" in written
     assert "| long alone | 11.0 ± 1.4 | 61.0 ± 1.4 |" in written
     assert "| chance | 7.0 ± 0.0 |" in written
-    assert "*long alone* less *raw (CLIP)* | **-50.0** ± 0.0 | +0.0 ± 0.0 |" in written
+    assert "*raw (CLIP)* over *long alone* | short R@1 | +50.0 | **holds** | 0.0 | 1.00 × |" in written
+
+
+def test_a_verdict_is_of_the_whole_interval():
+    claim = claims.Claim("paper", "better", "a", "b", "zero-shot")
+
+    def judge(*differences):
+        return claims.judge(claim, {"a": {"zero-shot": np.array(differences)}, "b": {"zero-shot": np.zeros(len(differences))}})
+
+    assert judge(5.0, 6.0, 7.0) == (6.0, pytest.approx(2.48, abs=0.01), "holds")
+    assert judge(-5.0, -6.0, -7.0)[2] == "does not hold"
+    assert judge(-1.0, 3.0, 4.0)[2] == judge(9.0)[2] == "not told apart"
+    assert claims.judge(claim, {"a": {}}) is None
 
 
 def test_a_row_that_fails_ends_in_a_sentence_with_the_last_words_of_its_log(tmp_path, monkeypatch):

@@ -76,20 +76,16 @@ MEASURES = {  # a name for the tables: the metrics that it is the mean of
     "unseen pairs": ("unseen colour and object",),
     "pointing": ("pointing by sentence",),
     "mIoU": ("mIoU",),
-    "centred": ("pointing by sentence, centred",),
     "by name": ("pointing by name",),
-    "by name, centred": ("pointing by name, centred",),
     "weight on object": ("grouped by sentence",),
     "patches grouped": ("patches grouped",),
-    "patches alike": ("patches alike",),
-    "locality": ("locality of patches",),
     "group finds its text": ("group finds its sentence",),
     "in a wrong image": ("group finds its sentence, wrong image",),
     "minutes": ("minutes of training",),
 }
 USUAL = ("short R@1", "long R@1", "by sentence R@1", "zero-shot", "unseen pairs", "pointing", "mIoU", "minutes")
-LOCAL = ("zero-shot", "pointing", "mIoU", "centred", "by name", "by name, centred", "weight on object",
-         "patches grouped", "patches alike", "locality", "group finds its text", "in a wrong image")
+LOCAL = ("zero-shot", "pointing", "mIoU", "by name", "weight on object", "patches grouped", "group finds its text",
+         "in a wrong image")
 CLAIMS = {  # paper: the rows and measures of its table, and its claims: what is said, of which row, beside which
     "DreamLIP": (
         ["raw (CLIP)", "raw, twice the images", "raw, whole long", "raw, sub-captions", "raw, sub-captions, short",
@@ -247,7 +243,7 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     print(text)
     draw_claims(values, list(CLAIMS), USUAL[:-1], folder / "claims.png")
     draw_claims(values, ["Localisation"], LOCAL, folder / "localisation.png")
-    draw_probe(draw_reading, results, READERS, "reading", ("length", "place"), folder / "reading.png")
+    draw_probe(draw_reading, results, READERS, "reading", ("length",), folder / "reading.png")
     draw_probe(draw_branches, results, BRANCHED, "specialisation", ("matrix",), folder / "branches.png")
 
 

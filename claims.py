@@ -235,7 +235,7 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     (folder / "claims.md").write_text(text)
     print(text)
     draw_claims(values, folder / "claims.png")
-    draw_probe(draw_reading, results, READERS, "reading", ("length", "place"), folder / "reading.png")
+    draw_probe(draw_reading, results, READERS, "reading", ("length",), folder / "reading.png")
     draw_probe(draw_branches, results, BRANCHED, "specialisation", ("matrix",), folder / "branches.png")
 
 

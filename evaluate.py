@@ -1,4 +1,4 @@
-"""Evaluate models: zero-shot classification, retrieval by short and long captions, segmentation, probes that explain.
+"""Evaluate models: zero-shot classification, retrieval by short and long captions, pointing, segmentation.
 
     python evaluate.py runs/dreamlip-tiny                 a run on its own held-out data, with figures in its folder
     python evaluate.py runs/*                             methods as rows, mean and spread over seeds, against clip
@@ -7,13 +7,12 @@
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
 
-All numbers but ranks are in percent, and each stands beside its chance level. A tie counts against the model. A run's
+All numbers are in percent, and each stands beside its chance level. A tie counts against the model. A run's
 standard evaluation is written into its folder, as evaluation.json. Any other (--images, --data, --branch, best.pt ...)
 is written into a folder of its own in there, or into --out.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -21,10 +20,8 @@ import os
 import re
 import sys
 import textwrap
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,18 +53,15 @@ class Model:
     branch: "mean", "max" or a number. Raises UserError.
     """
 
-    def __init__(
-        self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256
-    ):
+    def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256):
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
         clip = resized(clip, image_size or clip.config.image_size)
-        device = device or best_device()
-        cuda = device.startswith("cuda")
-        self.device = device
-        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=cuda)
+        self.device = device or best_device()
+        cuda = self.device.startswith("cuda")
+        self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=cuda)
         self.workers = min(8, os.cpu_count()) if cuda else 0
-        self.clip = clip.to(device).eval()
+        self.clip = clip.to(self.device).eval()
         self.config = clip.config
         self.side = clip.config.image_size // clip.config.patch
         self.batch = batch
@@ -76,17 +70,13 @@ class Model:
         self.folder = folder if "seed" in self.settings else None
         self.name = folder.name if path.is_dir() else f"{folder.name}-{path.stem}"
         self.branch = branch
-        branches = list(map(str, range(clip.config.branches)))
+        branches = [str(h) for h in range(clip.config.branches)]
         if branch not in ("mean", "max", *branches):
-            raise UserError(
-                f"--branch {branch}: take mean, max, or one of this model's: {', '.join(branches)}"
-            )
+            raise UserError(f"--branch {branch}: take mean, max, or one of this model's: {', '.join(branches)}")
         self.tokenizer = load_tokenizer(tokenizer or self.settings["tokenizer"])
         if self.tokenizer.vocab_size != clip.config.vocab:
-            raise UserError(
-                f"{path} was not trained with tokenizer {self.tokenizer.name!r}, whose vocabulary is "
-                "another: name its own with --tokenizer"
-            )
+            raise UserError(f"{path} was not trained with tokenizer {self.tokenizer.name!r}, whose vocabulary is another: "
+                            "name its own with --tokenizer")
 
     @torch.no_grad()
     def batches(self, items, load=tuple):
@@ -107,9 +97,7 @@ class Model:
                 with self.autocast:
                     branches, patches = self.clip.encode_image(images)
                 if not branches.isfinite().all():
-                    raise UserError(
-                        f"{self.name} embeds images as NaN or infinity: take another checkpoint"
-                    )
+                    raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
                 yield branches, patches, *rest
         except UserError as error:
             raise one_sentence(error) from None
@@ -136,11 +124,7 @@ class Model:
     def embed(self, pictures):
         """N pictures, paths or PIL images -> [N,D], unit-norm; beside `texts`, for use from Python."""
         prepare = preparation(self.config.image_size)
-
-        def load(picture):
-            return prepare(picture if isinstance(picture, Image.Image) else open_picture(picture)),
-
-        branches, = self.images(pictures, load)
+        branches, = self.images(pictures, lambda picture: (prepare(picture),))
         return F.normalize(self.merge(branches)[:, 0], dim=-1)
 
     def merge(self, branches):
@@ -184,7 +168,7 @@ def percent(hits):
 
 
 def recall(queries, candidates, query_of, candidate_of):
-    """R@1, R@5, R@10 and the median rank; arguments as in `ranks`."""
+    """R@1, R@5 and R@10; arguments as in `ranks`."""
     rank = ranks(queries, candidates, query_of, candidate_of)
     C = len(candidate_of)
     sizes = torch.bincount(candidate_of, minlength=int(query_of.max()) + 1)  # of the groups
@@ -192,8 +176,6 @@ def recall(queries, candidates, query_of, candidate_of):
     rows = {}
     for k in (1, 5, 10):
         rows[f"R@{k}"] = percent(rank < k), chance_recall(right, C, k)
-    median = 1 + float(np.median(rank))
-    rows["median rank"] = median, chance_median(right, C)
     return rows
 
 
@@ -221,11 +203,6 @@ def chance_recall(right, C, k):
     return 100 - percent(torch.from_numpy(missed)[right])
 
 
-def chance_median(right, C):
-    """The median rank of a random order: the least k at which half the queries have found a right answer."""
-    return 1.0 + bisect_left(range(1, C), 50, key=lambda k: chance_recall(right, C, k))
-
-
 def classification(images, classes, target):
     """images [N,H,D], classes [C,D], target [N] -> top-1, top-5 and the mean over classes of top-1."""
     C = len(classes)
@@ -242,24 +219,23 @@ class Confusion:
     """Pixels by true and guessed class, and the mean intersection over union of the classes that occur."""
 
     def __init__(self, classes):
-        self.C = classes
-        self.counts = torch.zeros(classes ** 2)
+        self.counts = torch.zeros(classes, classes, dtype=torch.float64)
 
     def add(self, truth, guess):
         """truth, guess: int tensors of one shape; a truth outside 0..C-1 is left out."""
-        known = (truth >= 0) & (truth < self.C)
-        pairs = truth[known] * self.C + guess[known]
-        counts = pairs.bincount(minlength=self.C ** 2)
-        self.counts = self.counts + counts.double()
+        C = len(self.counts)
+        known = (truth >= 0) & (truth < C)
+        pairs = truth[known] * C + guess[known]
+        self.counts += pairs.bincount(minlength=C * C).view(C, C)
 
     def miou(self):
         """(value, chance); chance is that of a uniform guess at every pixel."""
-        counts = self.counts.view(self.C, -1)
-        truth = counts.sum(1)
-        hit = counts.diag()
-        iou = hit / (truth + counts.sum(0) - hit)
-        by_chance = truth / (self.C * truth + truth.sum() - truth)
-        return percent(iou[truth > 0]), percent(by_chance[truth > 0])
+        occurs = self.counts.sum(1) > 0
+        truth = self.counts.sum(1)[occurs]
+        guessed = self.counts.sum(0)[occurs]
+        hit = self.counts.diag()[occurs]
+        by_chance = truth / (len(self.counts) * truth + truth.sum() - truth)
+        return percent(hit / (truth + guessed - hit)), percent(by_chance)
 
 
 def pixel_scores(patches, classes, size):
@@ -267,11 +243,6 @@ def pixel_scores(patches, classes, size):
     side = math.isqrt(len(patches))
     maps = (patches @ classes.T).T.unflatten(1, (side, side))
     return F.interpolate(maps[None], size=size, mode="bilinear")[0]
-
-
-def mean_percent(pairs):
-    """Shares (value, chance) of single images or texts -> their means in percent."""
-    return tuple((100 * torch.tensor(pairs, dtype=torch.float64).mean(0)).tolist())
 
 
 def prefixed(prefix, rows):
@@ -310,18 +281,18 @@ def held_out_metrics(model, dataset, n):
         except BadSample as bad:
             return torch.zeros(3, dataset.size, dataset.size, dtype=torch.uint8), bad
 
-    parts, captions, bad = [], {}, BadCount()
-    number = 0
+    parts, loaded = [], []
     for part, patches, some in model.batches(range(min(n, len(dataset))), load):
         if places:
             places.add(patches)
         parts.append(part)
-        for caption in some:
-            if isinstance(caption, BadSample):
-                bad.add(caption)
-            else:
-                captions[number] = caption
-            number += 1
+        loaded += some
+    captions, bad = {}, BadCount()
+    for number, caption in enumerate(loaded):
+        if isinstance(caption, BadSample):
+            bad.add(caption)
+        else:
+            captions[number] = caption
     if bad:
         print(f"passed over: {bad.report()}")
     branches = torch.cat(parts)[list(captions)]
@@ -338,7 +309,6 @@ def held_out_metrics(model, dataset, n):
         rows |= prefixed("long by sentence", caption_retrieval(images, long, means))
         rows |= scene_classification(model, images, scenes)
         rows |= places.rows()
-        rows["locality of patches"] = locality(model, scenes)
     return rows, branches, captions
 
 
@@ -354,8 +324,7 @@ def scene_classification(model, images, scenes):
     classes = class_embeddings(model, pairs, SCENE_PROMPTS[:1])
     for name, chosen in (("seen", ~unseen), ("unseen", unseen)):
         if chosen.any():
-            found = classification(images[chosen], classes, target[chosen])
-            rows[f"{name} colour and object"] = found["top-1"]
+            rows[f"{name} colour and object"] = classification(images[chosen], classes, target[chosen])["top-1"]
     return rows
 
 
@@ -363,12 +332,10 @@ class Places:
     """Where in a scene patch-text similarity points; `rows` has the metrics.
 
     pointing: is the patch most similar to a sentence about one object (or to the object's name) on the object, that is,
-    does the object's mask cover at least 1/16 of it? centred: less the similarity to the mean of all sentences (names),
-    as CLIP Surgery (2304.05653) takes away what all classes share. grouped by sentence: the share of a sentence's
-    grouping weights (DreamLIP, section 3.3) on such patches; patches grouped: the share of patches whose weight is not
-    0 (100: the weights are dense). patches alike: 100 times the mean cosine between the patches of an image. group
-    finds its sentence: is what a sentence groups more similar to it than to the caption's other sentences; wrong image:
-    the same with the patches of another scene, of which the caption is not true.
+    does the object's mask cover at least 1/16 of it? grouped by sentence: the share of a sentence's grouping weights
+    (DreamLIP, section 3.3) on such patches; patches grouped: the share of patches whose weight is not 0 (100: the
+    weights are dense). group finds its sentence: is what a sentence groups more similar to it than to the caption's
+    other sentences; wrong image: the same with the patches of another scene, of which the caption is not true.
     mIoU: every pixel gets the class, kind or background, whose name its upsampled patches resemble most.
     """
 
@@ -377,13 +344,10 @@ class Places:
         self.side = model.side
         self.threshold = model.settings.get("threshold")
         captions = [scenes.scene(i).captions["long"] for i in range(len(scenes))]
-        embedded = model.texts(sum(captions, [])).cpu()
-        self.centre = embedded.mean(0)
-        self.sentences = embedded.split(list(map(len, captions)))  # of each scene [K, D]
-        self.named = model.texts([article(name) for name, _ in KINDS[:scenes.kinds]]).cpu()
-        grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS]).cpu()
-        ground = F.normalize(grounds.mean(0), dim=0)
-        self.classes = torch.stack([ground, *self.named])  # [1 + kinds, D]
+        self.sentences = model.texts(sum(captions, [])).cpu().split(list(map(len, captions)))  # of each scene [K,D]
+        grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
+        kinds = model.texts([article(name) for name, _ in KINDS[:scenes.kinds]])
+        self.classes = torch.stack([F.normalize(grounds.mean(0), dim=0), *kinds]).cpu()  # [1 + kinds, D]
         self.confusion = Confusion(len(self.classes))
         self.number = 0  # of the next scene
         self.found = defaultdict(list)  # metric: shares (value, chance) of scenes or sentences
@@ -395,136 +359,70 @@ class Places:
             scene = self.scenes.scene(self.number)
             texts = self.sentences[self.number]
             self.number += 1
-            _, mask = self.scenes.draw(scene)
-            mask = torch.from_numpy(mask).long()
-            weights = self._group(cells, wrong, texts)
-            self._point(cells, mask, scene, texts, weights)
-            kinds = torch.tensor([0] + [o.kind + 1 for o in scene.objects])
+            mask = torch.from_numpy(self.scenes.draw(scene)[1]).long()
+            classes = torch.tensor([0] + [o.kind + 1 for o in scene.objects])  # of the mask's numbers
             guess = pixel_scores(cells, self.classes, mask.shape).argmax(0)
-            self.confusion.add(kinds[mask], guess)
+            self.confusion.add(classes[mask], guess)
+            weights = self._group(cells, wrong, texts)
+            for about, text, weight in zip(scene.about, texts, weights):
+                if about >= 0:  # about a single object
+                    name = self.classes[classes[about + 1]]
+                    self._point(cells, mask == about + 1, text, name, weight)
 
     def _group(self, cells, wrong, texts):
         """What texts [K,D] group among patches [P,D], the right ones and wrong ones -> weights of the former [K,P]."""
-        K, P = len(texts), len(cells)
+        K = len(texts)
         both = torch.stack([cells, wrong])
         grouped, (weights, _) = group_patches(both, texts.expand(2, -1, -1), self.threshold)
         finds = (grouped @ texts.T).argmax(-1) == torch.arange(K)  # [2, K]
         right, wrong = finds.double().mean(1)
-        alike = (cells @ cells.T).sum() / P - 1  # without each patch and itself
-        found = {
-            "patches grouped": ((weights > 0).double().mean(), 1),
-            "patches alike": (alike / max(P - 1, 1), 0),
-            "group finds its sentence": (right, 1 / K),
-            "group finds its sentence, wrong image": (wrong, 1 / K),
-        }
-        for name, pair in found.items():
-            self.found[name].append(pair)
+        self.found["patches grouped"].append(((weights > 0).double().mean(), 1))
+        self.found["group finds its sentence"].append((right, 1 / K))
+        self.found["group finds its sentence, wrong image"].append((wrong, 1 / K))
         return weights
 
-    def _point(self, cells, mask, scene, texts, weights):
-        for about, text, weight in zip(scene.about, texts, weights):
-            if about < 0:  # not about a single object
-                continue
-            on = on_object(mask, about, self.side)
-            chance = on.double().mean()
-            name = self.named[scene.objects[about].kind]
-            queries = {
-                "by sentence": text,
-                "by sentence, centred": text - self.centre,
-                "by name": name,
-                "by name, centred": name - self.named.mean(0),
-            }
-            for which, query in queries.items():
-                best = (cells @ query).argmax()
-                self.found[f"pointing {which}"].append((on[best], chance))
-            self.found["grouped by sentence"].append((weight[on].sum(), chance))
+    def _point(self, cells, mask, text, name, weight):
+        """Where a sentence about an object, the object's name, and the sentence's weights point; mask: the object's."""
+        covered = F.avg_pool2d(mask.double()[None], len(mask) // self.side).flatten()
+        on = covered >= 1 / 16  # [P]
+        chance = on.double().mean()
+        self.found["pointing by sentence"].append((on[(cells @ text).argmax()], chance))
+        self.found["pointing by name"].append((on[(cells @ name).argmax()], chance))
+        self.found["grouped by sentence"].append((weight[on].sum(), chance))
 
     def rows(self):
-        rows = {name: mean_percent(pairs) for name, pairs in self.found.items()}
+        rows = {}
+        for name, pairs in self.found.items():
+            shares = torch.tensor(pairs, dtype=torch.float64)
+            rows[name] = tuple(100 * share for share in shares.mean(0).tolist())
         return rows | {"mIoU": self.confusion.miou()}
-
-
-def on_object(mask, k, side):
-    """[P] (bool): which patches of a scene lie on object k, that is, are covered by its mask to 1/16 at least."""
-    covered = F.avg_pool2d((mask == k + 1).double()[None], len(mask) // side)
-    return covered.flatten() >= 1 / 16
-
-
-def locality(model, scenes, n=300):
-    """Does a patch embedding tell of its own place? A scene's smaller object is taken away: what share of the squared
-    change of all patch embeddings lies on the patches where it was, in percent? -> (value, chance: a change that is
-    equal everywhere). Near 100: patches are local; at chance every patch knows of the whole picture."""
-    facts = [scenes.scene(i) for i in range(min(n, len(scenes)))]
-    without = [replace(scene, objects=scene.objects[:-1]) for scene in facts]
-
-    def load(scene):
-        image, mask = scenes.draw(scene)
-        return torch.from_numpy(image).permute(2, 0, 1), mask
-
-    patches, masks = [], []
-    for _, some, drawn in model.batches(facts + without, load):
-        patches.append(some.float().cpu())
-        masks += drawn
-    full, less = torch.cat(patches).split(len(facts))  # [n, P, D]
-    changes = (full - less).square().sum(-1)  # [n, P]
-    shares = []
-    for scene, mask, change in zip(facts, masks, changes):
-        on = on_object(torch.from_numpy(mask), len(scene.objects) - 1, model.side)
-        if on.any():
-            shares.append((change[on].sum() / change.sum(), on.float().mean()))
-    value, chance = 100 * torch.tensor(shares).mean(0)
-    return value.item(), chance.item()
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
 
 def reading(model, images, captions, n=500):
-    """Which part of a long caption does the model read? images [N,h,D], captions: data.Captions.
-
-    length: [sentences, R@1 to image, to text, chance], where only the first sentences are given. place: [p, share],
-    where two captions are the same sentences but for one telling sentence at place p, which is right in one and another
-    picture's in the other: how often is the right caption the more similar one (chance 50; captions alike to the model,
-    as behind its context, count half)?
-    """
+    """How far into a long caption does the model read? images [N,h,D], captions: data.Captions -> length:
+    [sentences, R@1 to image, to text, chance], where only the first sentences are given."""
     images, captions = images[:n], captions[:n]
-    counts = [len(c.long) for c in captions]
+    longest = max(len(c.long) for c in captions)
     length = []
-    for sentences in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, max(counts)}):
-        if sentences <= max(counts):
+    for sentences in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, longest}):
+        if sentences <= longest:
             texts = [" ".join(c.long[:sentences]) for c in captions]
             rows = caption_retrieval(images, texts, model.texts(texts))
             (to_image, chance), (to_text, _) = rows["T2I R@1"], rows["I2T R@1"]
             length.append([sentences, to_image, to_text, chance])
-
-    places = min(8, int(np.median(counts)))
-    usable = [i for i, count in enumerate(counts) if count >= places]
-    telling, rest = [], []
-    for i in usable:
-        c = captions[i]
-        own = c.long[0]
-        if len(c.perspectives) > 2:
-            own = c.perspectives[2]  # the main object
-        telling.append(own)
-        rest.append([sentence for sentence in c.long if sentence != own][:places - 1])
-    place = []
-    if places > 1 and len(set(telling)) > 1:
-        others = []
-        for i, own in enumerate(telling):
-            others.append(next(text for text in telling[i:] + telling if text != own))
-        for p in range(places):
-            right = with_sentence(model, images[usable], rest, p, telling)
-            wrong = with_sentence(model, images[usable], rest, p, others)
-            preferred = 50 + percent((right - wrong).sign()) / 2
-            place.append([p + 1, preferred])
-    return dict(length=length, place=place)
+    return dict(length=length)
 
 
-def with_sentence(model, images, rest, p, sentences):
-    """[N]: the similarity of each image to its caption, the rest with the given sentence at place p."""
-    texts = []
-    for others, sentence in zip(rest, sentences):
-        texts.append(" ".join([*others[:p], sentence, *others[p:]]))
-    return torch.einsum("nhd,nd->nh", images, model.texts(texts)).amax(1).cpu()
+def probes(model, branches, captions, read=True):
+    """What `reading` and `specialisation` find, as far as the captions are long and the model has branches."""
+    found = {}
+    if read and max(len(c.long) for c in captions) > 1:
+        found["reading"] = reading(model, model.merge(branches), captions)
+    if model.config.branches > 1:
+        found["specialisation"] = specialisation(model, branches, captions)
+    return found
 
 
 def specialisation(model, branches, captions):
@@ -581,17 +479,23 @@ def torchvision_data(kind, path, **options):
     try:
         return getattr(datasets, kind)(path, download=False, **options)
     except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{path} does not hold what torchvision.datasets.{kind} reads ({str(error).split('. ')[0]}); "
-            "nothing is downloaded here"
-        ) from None
+        raise UserError(f"{path} does not hold what torchvision.datasets.{kind} reads ({str(error).split('. ')[0]}); "
+                        "nothing is downloaded here") from None
 
 
-def open_picture(path):
-    try:
-        return load_image(path)
-    except BadSample as bad:
-        raise UserError(f"{bad}: a benchmark needs all its pictures") from None
+def preparation(size):
+    """CLIP's: the shorter side to `size` (bicubic), the centre cut out. Returns a function: path or PIL image -> uint8
+    [3,S,S]. A pair as `size` squeezes the whole picture into height and width."""
+    steps = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def prepare(picture):
+        if not isinstance(picture, Image.Image):
+            try:
+                picture = load_image(picture)
+            except BadSample as bad:
+                raise UserError(f"{bad}: mend it, for no picture is left out here") from None
+        return steps(picture.convert("RGB"))
+    return prepare
 
 
 def find_picture(root, picture):
@@ -666,14 +570,8 @@ LAYOUTS = {
 # A benchmark is a function (model, path) -> {metric: (value, chance)}; BENCHMARKS below names them all.
 
 
-def preparation(size):
-    """CLIP's: the shorter side to `size` (bicubic), the centre cut out; PIL -> uint8 [3,S,S]."""
-    resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
-
-
 def zero_shot(model, dataset, path, names=None, kind=""):
-    """dataset[i] -> (PIL image, class).
+    """dataset[i]: (PIL image or its path, class) -> `classification`.
 
     Names come from classnames.txt in `path`, a line a class in the order of their numbers, if it is there, else from
     `names`, else from the dataset. CLIP's own curated names are in its repository, data/prompts.md and
@@ -686,17 +584,10 @@ def zero_shot(model, dataset, path, names=None, kind=""):
     if file.is_file():
         names = file.read_text().splitlines()
     if len(names) != len(classes):
-        raise UserError(
-            f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line "
-            f"for each class in {file}"
-        )
+        raise UserError(f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line for "
+                        f"each class in {file}")
     prepare = preparation(model.config.image_size)
-
-    def load(sample):
-        image, target = sample
-        return prepare(image.convert("RGB")), target
-
-    branches, target = model.images(dataset, load)
+    branches, target = model.images(dataset, lambda sample: (prepare(sample[0]), sample[1]))
     templates = [template.replace("{}", "{}" + kind) for template in TEMPLATES]
     embedded = class_embeddings(model, names, templates)
     return classification(model.merge(branches), embedded, torch.tensor(target))
@@ -704,11 +595,9 @@ def zero_shot(model, dataset, path, names=None, kind=""):
 
 def image_folder(model, path, names=None):
     try:
-        dataset = ImageFolder(path, loader=open_picture)
+        dataset = ImageFolder(path, loader=Path)  # paths: `zero_shot` opens them
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is no folder of class folders with pictures: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"{path} is no folder of class folders with pictures: {str(error).splitlines()[0]}") from None
     return zero_shot(model, dataset, path, names)
 
 
@@ -725,17 +614,16 @@ def retrieval_set(name, model, path):
         for picture, texts in LAYOUTS[name](path):
             captions[find_picture(root, picture)] += filter(str.strip, texts)
     except (KeyError, TypeError, IndexError, AttributeError, BadSample) as error:
-        raise UserError(
-            f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})"
-        ) from None
+        raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
     if not captions or not all(captions.values()):
         raise UserError(f"{path} is not laid out as {name} was published: pictures without captions")
+    owners = []
+    for number, texts in enumerate(captions.values()):
+        owners += [number] * len(texts)
     prepare = preparation(model.config.image_size)
-    (branches,) = model.images(list(captions), lambda file: (prepare(open_picture(file)),))
+    branches, = model.images(list(captions), lambda file: (prepare(file),))
     texts = model.texts(sum(captions.values(), []))
-    numbers = torch.arange(len(captions))
-    counts = torch.tensor(list(map(len, captions.values())))
-    return retrieval(model.merge(branches), texts, numbers, numbers.repeat_interleave(counts))
+    return retrieval(model.merge(branches), texts, torch.arange(len(captions)), torch.tensor(owners))
 
 
 def voc(model, path):
@@ -744,15 +632,12 @@ def voc(model, path):
     resembles a name of STUFF more; mIoU of objects: among the 20, on their pixels alone."""
     dataset = torchvision_data("VOCSegmentation", path, image_set="val")
     classes = class_embeddings(model, VOC + STUFF, TEMPLATES).cpu()
-    size = (model.config.image_size,) * 2
-    squeeze = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.PILToTensor()])
+    prepare = preparation((model.config.image_size, model.config.image_size))
     everything, objects = Confusion(21), Confusion(20)
 
     def load(sample):
         image, mask = sample
-        return squeeze(image.convert("RGB")), np.array(
-            mask
-        )  # an array, for a tensor would keep a file open
+        return prepare(image), np.array(mask)  # an array, for a tensor would keep a file open
 
     for _, patches, masks in model.batches(dataset, load):
         for cells, mask in zip(patches.float().cpu(), masks):
@@ -767,13 +652,13 @@ def voc(model, path):
 IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets in their sorted order
 BENCHMARKS = {
     "imagefolder": image_folder,
-    "imagenet": functools.partial(image_folder, names=IMAGENET),
+    "imagenet": partial(image_folder, names=IMAGENET),
     "voc": voc,
 }
 for name in TORCHVISION:
-    BENCHMARKS[name] = functools.partial(torchvision_set, name)
+    BENCHMARKS[name] = partial(torchvision_set, name)
 for name in LAYOUTS:
-    BENCHMARKS[name] = functools.partial(retrieval_set, name)
+    BENCHMARKS[name] = partial(retrieval_set, name)
 
 
 def check_benchmarks(wanted):
@@ -793,34 +678,18 @@ def run_benchmarks(model, wanted):
     """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes twice keeps its path."""
     rows = {}
     found = check_benchmarks(wanted)
-    times = Counter(name for name, _ in found)
+    names = [name for name, _ in found]
     for item, (name, path) in zip(wanted, found):
-        label = name if times[name] == 1 else item
+        label = item if names.count(name) > 1 else name
         rows |= prefixed(label, BENCHMARKS[name](model, path))
     return rows
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-PALETTE = (  # Okabe and Ito's
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#56b4e9",
-    "#e69f00",
-    "#000000",
-    "#999999",
-)
-STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "figure.dpi": 120,
-    "legend.frameon": False,
-    "grid.alpha": 0.25,
-}
+PALETTE = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999".split()  # Okabe and Ito's
+STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
+         "figure.dpi": 120, "legend.frameon": False, "grid.alpha": 0.25}
 
 
 def new_figure(width, height, layout="constrained"):
@@ -834,56 +703,34 @@ def save(figure, title, path):
     figure.savefig(path)
 
 
-def draw_image(axis, image, heat=None):
-    """image uint8 [3,S,S]; with heat [side,side], in grey under a heat map from 0 to the heat's greatest."""
+def draw_image(axis, image, heat):
+    """image uint8 [3,S,S] in grey, under a heat map [side,side] from 0 to its greatest."""
     axis.axis("off")
-    if heat is None:
-        axis.imshow(image.permute(1, 2, 0).numpy())
-    else:
-        S = image.shape[-1]
-        axis.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-        axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
-
-
-def draw_heat_maps(lines, title, path):
-    """lines of (picture uint8 [3,S,S], {title: heat [side,side]}): each picture, and each heat map over it."""
-    columns = 1 + max(len(heats) for _, heats in lines)
-    figure = new_figure(2.2 * columns, 2.7 * len(lines))
-    axes = figure.subplots(len(lines), columns, squeeze=False)
-    for row, (image, heats) in zip(axes, lines):
-        for axis in row:
-            axis.axis("off")
-        draw_image(row[0], image)
-        for axis, (name, heat) in zip(row[1:], heats.items()):
-            draw_image(axis, image, heat)
-            axis.set_title(textwrap.fill(name, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
-    figure.colorbar(
-        ScalarMappable(), ax=axes, shrink=0.6, label="weight, as a share of the picture's greatest"
-    )
-    save(figure, title, path)
+    S = image.shape[-1]
+    axis.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
 
 
 def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
-    """Held-out pictures, and over each the weights of the patches that each of its sentences groups."""
-    lines = []
-    numbers = list(captions)
-    for place in spread(len(numbers), pictures):
-        number = numbers[place]
+    """Held-out pictures, and over each the weights of the patches that each of its sentences groups.
+    captions: {number in the dataset: data.Captions}."""
+    numbers = [list(captions)[place] for place in spread(len(captions), pictures)]
+    figure = new_figure(2.2 * (1 + sentences), 2.7 * len(numbers))
+    axes = figure.subplots(len(numbers), 1 + sentences, squeeze=False)
+    for row, number in zip(axes, numbers):
+        for axis in row:
+            axis.axis("off")
         image = dataset[number][0]
+        row[0].imshow(image.permute(1, 2, 0).numpy())
         texts = [*captions[number].long, captions[number].raw][:sentences]
         _, patches = next(model.batches([(image,)]))
         _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
-        heats = weights[0].cpu().unflatten(1, (model.side, -1))
-        lines.append((image, dict(zip(texts, heats))))
-    draw_heat_maps(lines, f"{model.name}: the patches that each sentence groups", path)
-
-
-def draw_matrix(axis, matrix, rows, columns, form):
-    axis.imshow(matrix, cmap="Blues", vmax=2 * matrix.max(), aspect="auto")
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
-    for (y, x), value in np.ndenumerate(matrix):
-        axis.text(x, y, form.format(value), ha="center", va="center")
+        for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
+            draw_image(axis, image, weight.unflatten(0, (model.side, -1)))
+            axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
+    label = "weight, as a share of the picture's greatest"
+    figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label=label)
+    save(figure, f"{model.name}: the patches that each sentence groups", path)
 
 
 def draw_branches(matrices, path):
@@ -892,9 +739,13 @@ def draw_branches(matrices, path):
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, found) in zip(axes, matrices.items()):
         matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
-        rows = [f"branch {h}" for h in range(len(matrix))]
-        draw_matrix(axis, matrix, rows, found["perspectives"], "{:.2f}")
+        names = found["perspectives"]
+        axis.imshow(matrix, cmap="Blues", vmax=2 * matrix.max(), aspect="auto")
         axis.set_title(title)
+        axis.set_yticks(range(len(matrix)), [f"branch {h}" for h in range(len(matrix))])
+        axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        for (y, x), value in np.ndenumerate(matrix):
+            axis.text(x, y, f"{value:.2f}", ha="center", va="center")
     save(figure, "similarity to the own picture's text,\nabove the mean over pictures", path)
 
 
@@ -905,38 +756,25 @@ def draw_curves(model, path):
     names = [name for name in ("contrastive", "grouping", "held_out_loss", "logit_scale") if name in known]
     figure = new_figure(4 * len(names), 3)
     for axis, name in zip(figure.subplots(1, len(names)), names):
-        shown = [line for line in lines if name in line]
-        axis.plot([line["images"] / 1000 for line in shown], [line[name] for line in shown], ".-")
+        points = [(line["images"] / 1000, line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points), ".-")
         axis.set(title=name.replace("_", " "), xlabel="thousand images seen")
         axis.grid()
     save(figure, model.name, path)
 
 
 def draw_reading(curves, path):
-    """{model: what `reading` found} -> R@1 against the sentences given, accuracy against the telling one's place."""
-    figure = new_figure(12.5, 4.2)
-    left, right = figure.subplots(1, 2)
-    for i, (name, found) in enumerate(curves.items()):
-        colour = PALETTE[i] if i < len(PALETTE) else matplotlib.colormaps["turbo"](i / len(curves))
+    """{model: what `reading` found} -> R@1 against the sentences given."""
+    figure = new_figure(9, 4.2)
+    axis = figure.subplots()
+    for colour, (name, found) in zip(itertools.cycle(PALETTE), curves.items()):
         sentences, to_image, to_text, chance = np.transpose(found["length"])
-        left.plot(sentences, to_image, "o-", color=colour, label=name)
-        left.plot(sentences, to_text, "s--", color=colour)
-        if found["place"]:
-            right.plot(*np.transpose(found["place"]), "o-", color=colour)
-    left.plot(sentences, chance, ":", color="grey", label="chance")
-    right.axhline(50, ls=":", color="grey")
-    left.set(
-        title="Does more text help? (to image: ―  to text: ‒ ‒)",
-        ylabel="R@1, %",
-        xlabel="sentences of the long caption given",
-    )
-    right.set(
-        title="Is a sentence read wherever it stands?",
-        ylabel="right caption preferred, %",
-        xlabel="place of the one sentence that differs",
-    )
+        axis.plot(sentences, to_image, "o-", color=colour, label=name)
+        axis.plot(sentences, to_text, "s--", color=colour)
+    axis.plot(sentences, chance, ":", color="grey", label="chance")
+    axis.set(ylabel="R@1, %", xlabel="sentences of the long caption given")
     figure.legend(loc="outside right center")
-    save(figure, "", path)
+    save(figure, "Does more text help? (to image: ―  to text: ‒ ‒)", path)
 
 
 def draw_run(model, dataset, captions, report, folder):
@@ -984,18 +822,19 @@ def summarise(results):
     summary = []
     for runs in groups.values():
         metrics = {}
-        for name, (_, chance) in runs[0]["metrics"].items():
-            values = [run["metrics"][name][0] for run in runs]
+        for name, metric in runs[0]["metrics"].items():
+            values = [run["metrics"][name]["value"] for run in runs]
             mean = float(np.mean(values))
-            metrics[name] = dict(mean=mean, sd=deviation(values), values=values, chance=chance)
+            metrics[name] = dict(mean=mean, sd=deviation(values), values=values, chance=metric["chance"])
         names = [run["name"] for run in runs]
-        name = f"{names[0]}{other_settings(runs[0], results)}"
+        name = names[0] + other_settings(runs[0], results)
         summary.append(runs[0] | dict(name=name, runs=names, metrics=metrics))
-    baselines = [group for group in summary if group["settings"]["method"] == "clip"][:1]
-    for baseline in baselines:
-        for group in summary:
-            if group is not baseline and group["on"] == baseline["on"]:
-                add_differences(group["metrics"], baseline["metrics"])
+    baseline = next((group for group in summary if group["settings"]["method"] == "clip"), None)
+    for group in summary:
+        if baseline and group is not baseline and group["on"] == baseline["on"]:
+            for name in group["metrics"].keys() & baseline["metrics"].keys():
+                metric = group["metrics"][name]
+                metric["difference"] = metric["mean"] - baseline["metrics"][name]["mean"]
     return summary
 
 
@@ -1005,18 +844,12 @@ TOLD = ("negatives", "grouping", "grouping_weight", "sub_captions", "whole_capti
 
 def other_settings(run, others):
     """" (lr=0.01)": what of a run's settings others of its method do not share."""
-    s = run["settings"]
+    settings = [other["settings"] for other in others if other["settings"]["method"] == run["settings"]["method"]]
     told = []
     for name in TOLD:
-        values = {other["settings"].get(name) for other in others if other["settings"]["method"] == s["method"]}
-        if len(values) > 1:
-            told.append(f"{name}={s.get(name)}")
+        if len({s.get(name) for s in settings}) > 1:
+            told.append(f"{name}={run['settings'].get(name)}")
     return f" ({', '.join(told)})" if told else ""
-
-
-def add_differences(metrics, baseline):
-    for name in metrics.keys() & baseline.keys():
-        metrics[name]["difference"] = metrics[name]["mean"] - baseline[name]["mean"]
 
 
 def deviation(values):
@@ -1024,56 +857,40 @@ def deviation(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def headline(groups):
-    names = {}
-    for group in groups:
-        names |= group["metrics"]
-    return [name for name in names if name.endswith(HEADLINE)]
-
-
 def table(groups):
     """Markdown: a row a run, its headline metrics as mean ± sd over seeds (difference from clip), chance last."""
-    names = headline(groups)
-    chances = dict.fromkeys(names)
-    lines = [["%, ± over seeds (beside clip)", *names]]
+    chances = {}
+    for group in groups:
+        for name, metric in group["metrics"].items():
+            if name.endswith(HEADLINE):
+                chances[name] = f"{metric['chance']:.1f}"
+    lines = [["%, ± over seeds (beside clip)", *chances]]
     for group in groups:
         seeds = len(group["runs"])
-        cells = [group["name"]]
-        if seeds > 1:
-            cells = [f"{group['name']}, {seeds} seeds"]
-        for name in names:
-            cell = ""
-            if name in group["metrics"]:
-                m = group["metrics"][name]
-                chances[name] = f"{m['chance']:.1f}"
-                cell = f"{m['mean']:.1f}"
-                if seeds > 1:
-                    cell += f" ± {m['sd']:.1f}"
-                if "difference" in m:
-                    cell += f" ({m['difference']:+.1f})"
-            cells.append(cell)
+        cells = [f"{group['name']}, {seeds} seeds" if seeds > 1 else group["name"]]
+        for name in chances:
+            cells.append(metric_cell(group["metrics"][name], seeds) if name in group["metrics"] else "")
         lines.append(cells)
     lines.append(["chance", *chances.values()])
     return markdown(lines)
 
 
+def metric_cell(metric, seeds):
+    cell = f"{metric['mean']:.1f}"
+    if seeds > 1:
+        cell += f" ± {metric['sd']:.1f}"
+    if "difference" in metric:
+        cell += f" ({metric['difference']:+.1f})"
+    return cell
+
+
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
-def evaluate_run(
-    path,
-    n=None,
-    branch="mean",
-    data=None,
-    figures=True,
-    device=None,
-    benchmarks=(),
-    probe=True,
-    out=None,
-    **options,
-) -> dict:
+def evaluate_run(path, n=None, branch="mean", data=None, figures=True, device=None, benchmarks=(), probe=True, out=None,
+                 **options) -> dict:
     """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and writes evaluation.json
-    (benchmarks.json) and figures -> dict of name, settings, metrics {name: (value, chance)}, data, and reading (None
-    without `probe`).
+    (benchmarks.json) and figures -> dict of name, settings, metrics {name: {value, chance}}, on (what data), and
+    reading (None without `probe`).
 
     What is not the standard evaluation of a run's folder goes to a folder in it, named after what is different; `out`
     takes the place of the run's folder. `options`: Model's. Raises UserError.
@@ -1081,57 +898,43 @@ def evaluate_run(
     path = Path(path)
     model = Model(path, device, branch, **options)
     s = model.settings
-    size = model.config.image_size
-    usual = s.get("eval_images") or 1000
-    report = dict(name=model.name, branch=branch, image_size=size, reading=None)
+    report = dict(name=model.name, branch=branch, image_size=model.config.image_size, reading=None)
+    captions = {}
     if benchmarks:
         rows = run_benchmarks(model, benchmarks)
         report["on"] = " ".join(benchmarks)
     elif data or model.folder:
-        fields = {}
-        if not data:
-            fields = dict(image_root=s["image_root"], caption_fields=s["caption_fields"])
-        dataset = open_dataset(data or s["data"], "test", n or usual, size, s["kinds"], **fields)
-        rows, branches, numbered = held_out_metrics(model, dataset, n or usual)
-        captions = list(numbered.values())
+        count = n or s.get("eval_images") or 1000
+        fields = {} if data else dict(image_root=s["image_root"], caption_fields=s["caption_fields"])
         names = data or s["data"]
-        report["data"] = names if isinstance(names, str) else " ".join(names)
-        report |= dict(kinds=s["kinds"], images=len(captions))
-        report["on"] = "{images} images of {data}, {kinds} kinds of object".format(**report)
-        if probe and max(len(c.long) for c in captions) > 1:
-            report["reading"] = reading(model, model.merge(branches), captions)
-        if model.config.branches > 1:
-            report["specialisation"] = specialisation(model, branches, captions)
+        dataset = open_dataset(names, "test", count, model.config.image_size, s["kinds"], **fields)
+        rows, branches, captions = held_out_metrics(model, dataset, count)
+        report["images"] = len(captions)
+        told = names if isinstance(names, str) else " ".join(names)
+        report["on"] = f"{len(captions)} images of {told}, {s['kinds']} kinds of object"
+        report |= probes(model, branches, list(captions.values()), probe)
     else:
         raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
     print(run_table(model.name, rows))
     print(f"{model.name} on {report['on']}")
 
+    metrics = {name: dict(value=value, chance=chance) for name, (value, chance) in rows.items()}
     weights = path.stem if path.is_file() else None  # such as "best"
-    asked = [weights, n or usual, data, branch, size]
-    folder = report_folder(model, out, asked, [None, usual, None, "mean", s["image_size"]])
+    folder = model.folder
+    asked = [weights, n, data, None if branch == "mean" else branch, options.get("image_size")]
+    words = re.findall(r"\w+", " ".join(str(value) for value in asked if value))
+    if out:
+        folder = Path(out) / model.name
+    elif folder and words:
+        folder = folder / "-".join(["evaluation", *words])
     if folder:
-        metrics = {name: dict(value=value, chance=chance) for name, (value, chance) in rows.items()}
         with saving(folder):
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / ("benchmarks.json" if benchmarks else "evaluation.json")
             file.write_text(json.dumps(report | dict(metrics=metrics), indent=1))
-            if figures and not benchmarks:
-                draw_run(model, dataset, numbered, report, folder)
-    return report | dict(settings=s | dict(weights=weights), metrics=rows)
-
-
-def report_folder(model, out, asked, standard):
-    """The run's own folder for what is standard, else one in it that is named after what is not; `out` goes before."""
-    if out:
-        return Path(out) / model.name
-    changes = []
-    for value, usual in zip(asked, standard):
-        if value != usual:
-            changes.append(re.sub(r"\W+", "-", str(value)).strip("-"))
-    if model.folder and changes:
-        return model.folder / "-".join(["evaluation", *changes])
-    return model.folder
+            if figures and captions:
+                draw_run(model, dataset, captions, report, folder)
+    return report | dict(settings=s | dict(weights=weights), metrics=metrics)
 
 
 @contextmanager
@@ -1141,7 +944,7 @@ def saving(folder):
         yield
         print(f"written to {folder}")
     except OSError as error:
-        print(f"{folder} cannot be written ({error}): take another folder with --out")
+        print(f"{folder} cannot be written ({error}): take another folder")
 
 
 def find_runs(paths):
@@ -1157,20 +960,8 @@ def find_runs(paths):
         else:
             print(f"passed over, no run: {path}")
     if not runs:
-        raise UserError(
-            f"no run among {' '.join(paths)}: name folders with a checkpoint.pt, or files of weights"
-        )
+        raise UserError(f"no run among {' '.join(paths)}: name folders with a checkpoint.pt, or files of weights")
     return list(dict.fromkeys(runs))
-
-
-def check_targets(*targets):
-    """Finds out before the work what could not be written after it."""
-    for target in map(Path, filter(None, targets)):
-        folder = target if target.is_dir() else target.parent
-        if not os.access(folder, os.W_OK):
-            raise UserError(
-                f"{target} cannot be written: name a place in a folder that exists and can be written"
-            )
 
 
 def positive(text):
@@ -1183,14 +974,8 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", help="folders of runs, or files of weights, ours or released ones")
-    add(
-        "--benchmark",
-        dest="benchmarks",
-        nargs="+",
-        default=[],
-        metavar="NAME:PATH",
-        help=f"of {', '.join(BENCHMARKS)}",
-    )
+    add("--benchmark", dest="benchmarks", nargs="+", default=[], metavar="NAME:PATH",
+        help=f"of {', '.join(BENCHMARKS)}")
     add("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
     add("--images", dest="n", type=positive, help="held-out images to use")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
@@ -1201,24 +986,18 @@ def parse(argv):
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
-    add(
-        "--export",
-        nargs=2,
-        metavar=("open_clip", "FILE"),
-        default=(None, None),
-        help="write the weights instead",
-    )
+    add("--export", nargs=2, metavar=("open_clip", "FILE"), default=(None, None), help="write the weights instead")
     return vars(parser.parse_args(argv))
 
 
 def export(model, kind, file):
     if kind != "open_clip":
         raise UserError(f"--export {kind}: the one format there is, is open_clip")
-    export_open_clip(model.clip, Path(file))
-    print(
-        f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
-        f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'"
-    )
+    with saving(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        export_open_clip(model.clip, file)
+        print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
+              f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
 
 
 def main(argv=None):
@@ -1228,10 +1007,9 @@ def main(argv=None):
     runs = find_runs(options.pop("runs"))
     file = options.pop("json")
     kind, weights = options.pop("export")
-    check_targets(file, weights, options["out"])
     if kind:
         sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
-        return export(Model(runs[0], "cpu", **sizes), kind, weights)
+        return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
     results, failed = [], []
     for run in runs:
         try:
@@ -1242,21 +1020,17 @@ def main(argv=None):
     if len(results) > 1:
         print("\n" + table(groups))
     if len({group["on"] for group in groups}) > 1:
-        print(
-            "the runs are evaluated on different data, so their numbers do not compare: give all the same --data"
-        )
+        print("the runs are evaluated on different data, so their numbers do not compare: give all the same --data")
     if file:
-        with saving(Path(file).parent):
-            Path(file).write_text(json.dumps(groups, indent=1))
-    if len(groups) > 1 and options["figures"]:
+        file = Path(file)
+        with saving(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(groups, indent=1))
+    curves = {group["name"]: group["reading"] for group in groups if group["reading"]}
+    if len(groups) > 1 and curves and options["figures"]:
         folder = Path(options["out"] or runs[0].absolute().parent)
         with saving(folder):
-            curves = {}
-            for group in groups:
-                if group["reading"]:
-                    curves[group["name"]] = group["reading"]
-            if curves:
-                draw_reading(curves, folder / "reading.png")
+            draw_reading(curves, folder / "reading.png")
     if failed:
         raise UserError("; ".join(failed))
 

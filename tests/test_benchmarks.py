@@ -128,7 +128,7 @@ def test_every_published_layout_pairs_the_right_pictures_and_texts(name, tmp_pat
         ("coco", "dataset_coco.json", "[1]", "not laid out as coco"),
         ("coco", "dataset_coco.json", "{", "cannot read .*dataset_coco.json"),
         ("coco", "val2014/3.png", None, "no picture .*3.png"),
-        ("coco", "val2014/3.png", "x", "3.png.*needs all its pictures"),
+        ("coco", "val2014/3.png", "x", "3.png.*no picture is left out"),
         ("urban1k", "caption/3.txt", "", "pictures without captions"),
         ("dci", "annotations/3.json", None, "cannot read .*3.json"),
         ("docci", "docci_descriptions.jsonlines", '{"split": "test"}', "not laid out as docci"),

@@ -78,7 +78,7 @@ def pretend(run):
     metrics = {name: dict(value=value, chance=7.0) for names in claims.MEASURES.values() for name in names}
     if run.row == "long alone":
         metrics["short T2I R@1"] = metrics["short I2T R@1"] = dict(value=value - 50, chance=7.0)
-    reading = dict(length=[[1, value, value, 1.0], [2, value, value, 1.0]], place=[[1, value], [2, value]])
+    reading = dict(length=[[1, value, value, 1.0], [2, value, value, 1.0]])
     branches = dict(matrix=[[value, 0.0], [0.0, 1.0]], perspectives=["raw", "long"])
     return dict(metrics=metrics, reading=reading, specialisation=branches)
 

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -1061,6 +1060,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     for part, spent in seconds.most_common():
         say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / step_seconds:5.1f}%")
 
+    from torch.utils.benchmark import Timer  # here, because it takes half a second to import
     n = 8192 if cuda else 1024
     a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5)

@@ -98,7 +98,6 @@ def mode():
     return _mode
 
 
-@torch.compiler.assume_constant_result
 def _use_extension(device):
     if _mode == "off":
         return False
@@ -106,6 +105,10 @@ def _use_extension(device):
     if trouble and _mode == "on":
         raise RuntimeError("--fused on, but " + trouble)
     return not trouble
+
+
+# What torch.compiler.assume_constant_result sets: Dynamo, which that imports, takes two seconds.
+_use_extension._dynamo_marked_constant = True
 
 
 @cache

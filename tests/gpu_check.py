@@ -169,7 +169,7 @@ PARTS = [
     Part("tests", "all pass", PYTEST, 400, partial(judge_text, r"^\d+ passed, \d+ deselected.*"), True),
     Part("sanitizer", "0 errors", SANITIZE, 300, partial(judge_text, "ERROR SUMMARY: 0 errors|not installed")),
     Part("fused loss", "at most 1.6 times four bare matrix products, float32 and bfloat16",
-         "python csrc/benchmark.py --device cuda --n 32768", 200,
+         "python tests/benchmark_fused.py --device cuda --n 32768", 200,
          partial(judge_ratios, r"^fused .*, ([\d.]+) of gemms", 0, 1.6), True),
     *map(training, TRAININGS),
     profiles("small", 0),

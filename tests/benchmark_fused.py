@@ -1,8 +1,8 @@
 """The fused loss beside what it replaces: time ratios from one run, and on a GPU the peak extra memory.
 
-    python csrc/benchmark.py                        # CPU: N = 4096, D = 512, float32 and bfloat16
-    python csrc/benchmark.py --n 2048 --repeats 5   # a minute
-    python csrc/benchmark.py --device cuda --n 32768
+    python tests/benchmark_fused.py                        # CPU: N = 4096, D = 512, float32 and bfloat16
+    python tests/benchmark_fused.py --n 2048 --repeats 5   # a minute
+    python tests/benchmark_fused.py --device cuda --n 32768
 
 Everything timed does one forward and backward pass of the symmetric contrastive loss. The ways take
 turns, so that a machine shared with others disturbs them alike; a time is the best of the turns. `gemms`

@@ -251,18 +251,16 @@ class VisionTransformer(nn.Module):
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """3x3 convolutions: one of stride 2 for each halving of the resolution, doubling the channels, and from the second
-    on one of stride 1 behind it; then a 1x1 to the width. Small models learn shapes from it in a fraction of the images
-    that linear patches need (2106.14881)."""
+    """3x3 convolutions of stride 2, one for each halving of the resolution, each doubling the channels but the last, which
+    brings the width. Small models learn shapes from them in a fraction of the images that linear patches need
+    (2106.14881)."""
     layers, channels = [], 3
     halvings = patch.bit_length() - 1
     for remaining in reversed(range(halvings)):
-        wider = max(8, width * 3 // 4 // 2 ** remaining)
-        layers += [nn.Conv2d(channels, wider, 3, 2, 1), nn.GELU()]
-        if channels > 3:
-            layers += [nn.Conv2d(wider, wider, 3, 1, 1), nn.GELU()]
+        wider = max(8, width * 3 // 4 // 2 ** remaining) if remaining else width
+        layers += [nn.Conv2d(channels, wider, 3, 2, 1), nn.ReLU()]
         channels = wider
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
+    return nn.Sequential(*layers[:-1])
 
 
 def class_token_mask(tokens: int, patches: int, blind: bool = True) -> Tensor:
@@ -397,7 +395,7 @@ class CLIP(nn.Module):
 
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
         if self.config.stem == "conv":
-            for layer in self.visual.patch_embedding[::2]:  # the convolutions; GELUs stand between them
+            for layer in self.visual.patch_embedding[::2]:  # the convolutions; ReLUs stand between them
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         for tower in (self.visual, self.text):

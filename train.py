@@ -119,7 +119,7 @@ class Settings(CLIPConfig):
 # Each method's row: the texts an image brings, the parts the model gets, the losses.
 METHODS = {
     "clip": dict(),
-    "dreamlip": dict(sub_captions=7, grouping="sub-caption"),
+    "dreamlip": dict(sub_captions=3, grouping="sub-caption"),
     "lotlip": dict(long_texts=1, corner_tokens=2),
     "holistic": dict(raw_caption=False, perspectives=5, branches=5),
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
@@ -135,9 +135,10 @@ BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             images=96_000_000, batch=1024, lr=5e-4, warmup=0.02, weight_decay=0.5, decay_embeddings=True, clip_grad=0.0,
             kinds=83)
 
-# What other methods' papers do otherwise at these sizes, as far as they tell: Holistic CLIP's 100 epochs of CC3M, SPARC's
-# batch and 2,500 steps of warm-up.
+# What each paper does otherwise at these sizes, as far as it tells: DreamLIP's K = 8, with the raw caption; Holistic CLIP's
+# 100 epochs of CC3M; SPARC's batch and its 2,500 steps of warm-up.
 RECIPES = {
+    "dreamlip": dict(sub_captions=7),
     "holistic": dict(images=290_000_000, batch=2048, warmup=0.014),
     "sparc": dict(images=3_200_000_000, batch=16_384, warmup=0.013, weight_decay=0.2),
 }
@@ -205,10 +206,11 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
-    method = METHODS[flags.get("method", Settings.method)]
+    name = flags.get("method", Settings.method)
     row = SIZES[size]
+    method = METHODS[name]
     if row["kinds"] == BASE["kinds"]:
-        row = row | RECIPES.get(flags.get("method"), {})
+        method = method | RECIPES.get(name, {})
     given = {**dict(started), **method, **flags}
     s = Settings(**{"pool": "auto", **row, **given, "device": device, "size": size})
     if isinstance(s.data, str):

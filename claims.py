@@ -30,7 +30,7 @@ from train import parse_flags, train
 # ---- the rows, the measures, the claims ------------------------------------------------------------------------------
 
 # All rows train on the same scenes, with the same seeds, and see equally many images, those of TIMES apart.
-COMMON, IMAGES = "--size tiny --kinds 12", 24_000
+COMMON, IMAGES = "--size tiny --kinds 12", 18_000
 if torch.cuda.is_available():
     COMMON, IMAGES = "--size tiny --kinds 24", 200_000
 TIMES = {"raw, for as long as DreamLIP": 2.5}
@@ -224,7 +224,8 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     """Trains what is not trained yet of the rows and writes claims.md and figures into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = list_runs(folder, rows, seeds, images)
-    train_runs([run for of_row in runs.values() for run in of_row], jobs)
+    by_seed = sum(zip(*runs.values()), ())  # so that what is done when it is interrupted, are whole seeds
+    train_runs(list(by_seed), jobs)
     results, values, minutes = {}, {}, 0.0
     for row, of_row in runs.items():
         results[row] = [run.result() for run in of_row]

@@ -81,6 +81,14 @@ def say_once(message):
     print(message, flush=True)
 
 
+def check_target(path):
+    """Finds out before the work what could not be written after it. Raises UserError."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
+
+
 def read_json(path: Path):
     """A JSON file's content, or of JSON lines a list. Raises UserError."""
     try:
@@ -1522,7 +1530,7 @@ def contact_sheet(path, shown: list[tuple]):
     try:
         figure.savefig(path, dpi=80)
     except (OSError, ValueError) as error:
-        raise UserError(f"--sheet {path} cannot be written: {error}") from None
+        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def main():
@@ -1536,6 +1544,8 @@ def main():
     options = parser.parse_args()
     if options.look_images < 1:
         raise UserError(f"--look-images must be at least 1, not {options.look_images}")
+    if options.sheet:
+        check_target(options.sheet)
     look(options.look, options.image_root, read_fields(options.caption_fields), load_tokenizer(options.tokenizer),
          options.look_images, options.sheet)
 

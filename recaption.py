@@ -22,17 +22,15 @@ import math
 import os
 import re
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from data import (
-    BadCount, BadSample, Parser, Records, UserError, captions_path, hashed, load_image, read_json, split_sentences)
+from data import (BadCount, BadSample, Parser, Records, UserError, captions_path, check_target, contact_sheet, hashed,
+                  load_image, read_json, split_sentences)
 
 try:
     import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
@@ -430,23 +428,20 @@ async def recaption(records, s, progress):
 def preview(path, s):
     """Prints the first captions, and draws the pictures beside them."""
     records = Records(s.data, s.image_root)  # anew, with the captions just written
-    shown = min(len(records), s.limit or 8, 16)
-    figure = Figure(figsize=(16, 4 * shown))
-    figure.subplots_adjust(left=0, right=0.3)
-    for i, axis in enumerate(figure.subplots(shown, squeeze=False).flat):
-        axis.axis("off")
+    shown = []
+    for i in range(min(len(records), s.limit or 8, 16)):
         try:
             record = records[i]
-            axis.imshow(load_image(record.image))
+            picture = load_image(record.image)
         except BadSample as bad:
             print(bad)
             continue
-        text = record.key
+        texts = [record.key]
         for name, value in record.row.get("captions", {}).items():
-            text += "\n" + textwrap.fill(f"{name}: {value}", 120)
-        print(text, end="\n\n")
-        axis.text(1.05, 1, text, va="top", transform=axis.transAxes, parse_math=False)
-    figure.savefig(path, dpi=80)
+            texts.append(f"{name}: {value}")
+        print("\n".join(texts), end="\n\n")
+        shown.append((picture, texts))
+    contact_sheet(path, shown)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -476,6 +471,8 @@ def parse_flags(argv=None):
                             "crops")
     if s.dense:
         s.fields.append("dense")
+    if s.preview:
+        check_target(s.preview)
     return s
 
 

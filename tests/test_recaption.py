@@ -401,3 +401,5 @@ def test_limit_takes_the_first_images_and_the_preview_shows_them(tmp_path, serve
     assert run(*flags) == 0 and run(*flags) == 0
     assert_each_once(data, 4, "short")
     assert min(Image.open(tmp_path / "p.png").size) > 200 and answer(0) in capsys.readouterr().out
+    with pytest.raises(UserError, match="gone/p.png cannot be written"):
+        run(*flags[:-1], tmp_path / "gone/p.png")

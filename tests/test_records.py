@@ -733,7 +733,7 @@ def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path
 
 @pytest.mark.parametrize("flags, named", [
     ("--look gone.tar", "no file gone.tar"), ("--look scenes", "python scenes.py --write"),
-    ("--look a --sheet a.xyz", "--sheet a.xyz")])
+    ("--look a --sheet a.xyz", "a.xyz cannot be written"), ("--look a --sheet gone/a.png", "a folder that exists")])
 def test_a_mistake_in_a_look_is_one_sentence(tmp_path, monkeypatch, flags, named):
     shards(tmp_path / "a", (3,))
     monkeypatch.chdir(tmp_path)

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from csrc import fused
 from data import text_slots
 
 EPS = 1e-6
+REGROUPED = 8  # images in which a text groups patches with --negatives regrouped
 # A similarity matrix of more entries is streamed by the fused op instead of stored: it saves memory, not time. The
 # similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at s = 100 the 8
 # bits of bfloat16 round a logit by up to 0.2, and the product is less than a hundredth of a step's work.
@@ -193,28 +193,26 @@ def regrouping_loss(
     allowed: Tensor | None = None,
 ) -> Tensor:
     """The grouping loss with FLAIR's negatives (2412.03561): what a text groups in its own image, against what the same
-    text groups in the others. patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts
-    t_ik of CE(s·<g_j(t_ik), t_ik> over images j, i).
+    text groups in others: the REGROUPED - 1 images behind its own in the global batch, or all if they are fewer.
+
+    patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts t_ik of
+    CE(s·<g_j(t_ik), t_ik> over images j, i).
 
     With the other negatives a group is made by one text and compared with others, so a group that only repeats the text
     that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
     """
-    B, K, _ = texts.shape
+    B = len(texts)
     images, first = patches, 0  # of all ranks, [N, P, D], and the number of this rank's first
     if distributed():
         images = Gather.apply(patches.flatten(1)).unflatten(1, patches.shape[1:])
         first = dist.get_rank() * B
-    own = torch.arange(first, first + B, device=texts.device)
-
-    def slot_loss(text, allowed):  # [B, D], [B, P]
-        grouped, _ = group_patches(images, text.expand(len(images), -1, -1), threshold, allowed)  # [N, B, D]
-        return F.cross_entropy(logit_scale * (grouped * text).sum(-1).mT, own)
-
-    total = 0
-    for k in range(K):  # a slot's N · B groups are computed again in the backward pass: the memory is one slot's
-        places = None if allowed is None else allowed[:, k]
-        total = total + checkpoint(slot_loss, texts[:, k], places, use_reentrant=False)
-    return total / K
+    logits = []
+    for shift in range(min(REGROUPED, len(images))):
+        others = images.roll(-shift, 0)[first:first + B]
+        grouped, _ = group_patches(others, texts, threshold, allowed)  # [B, K, D]
+        logits.append(logit_scale * (grouped * texts).sum(-1))
+    logits = torch.stack(logits)  # [images, B, K], the text's own image first
+    return (logits.logsumexp(0) - logits[0]).mean()
 
 
 def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, dict]:

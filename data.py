@@ -37,7 +37,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -758,16 +758,13 @@ IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "i
                 "image/key", "key")
 
 
-def image_field(row: dict) -> str:
-    """The path or URL of a row's image, under the first of the usual names. Raises BadSample."""
-    by_name = {name.lower(): value for name, value in reversed(row.items())}
-    for name in IMAGE_FIELDS:
-        image = by_name.get(name)
-        if name in by_name:
-            break
-    if not isinstance(image, str) or not image.strip():
-        raise BadSample("no image named", str(row.get("key", ""))[:80])
-    return image.strip()
+def image_field(row: dict, part: str = "") -> str:
+    """The path or URL of a row's image, under the first of the usual names whose text has this part. Raises BadSample."""
+    for wanted in IMAGE_FIELDS:
+        for name, image in row.items():
+            if name.lower() == wanted and isinstance(image, str) and image.strip() and part in image:
+                return image.strip()
+    raise BadSample("no image named", str(row.get("key", ""))[:80])
 
 
 def last_part(location: str) -> str:
@@ -949,29 +946,29 @@ def json_rows(path):
         yield bad
 
 
-def parquet_rows(path):
-    """The rows of a Parquet file as they are. Raises UserError."""
+def parquet_batches(path):
+    """The rows of a Parquet file as they are, in lists of up to 1,000. Raises UserError."""
     try:
         from pyarrow.parquet import ParquetFile  # here, because no other format needs it
     except ImportError:
         raise UserError(f"{path} is Parquet, which pyarrow reads: pip install pyarrow") from None
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(256):
-                yield from batch.to_pylist()
+            for batch in file.iter_batches(1000):
+                yield batch.to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
-def parquet_texts(path):
+def parquet_rows(path):
     """The rows of a Parquet file of captions. Raises UserError where the pictures are in it, too."""
-    for row in parquet_rows(path):
+    for row in chain.from_iterable(parquet_batches(path)):
         if isinstance(row.get("image"), dict):
             raise UserError(f"{path} has its pictures inside: python data.py --shards {path} FOLDER writes tar shards")
         yield row
 
 
-TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": json_rows, ".json": json_rows, ".parquet": parquet_texts}
+TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": json_rows, ".json": json_rows, ".parquet": parquet_rows}
 
 
 def copy_table(path, copy):
@@ -1215,11 +1212,10 @@ def new_captions(sidecar: Index, key: int) -> dict:
 def identities(record: Record) -> list[str]:
     """What a picture is known by: the URL in its row, if there is one, then its key's last part up to the first dot."""
     found = []
-    for name, value in record.row.items():
-        if name.lower() in IMAGE_FIELDS and "://" in str(value):
-            found.append(value)
+    with suppress(BadSample):  # raised where there is none
+        found.append(image_field(record.row, "://"))
     name, _, _ = last_part(record.key).partition(".")
-    return [*found[:1], name]
+    return [*found, name]
 
 
 def texts_to_join(row: dict, fields: dict) -> dict:
@@ -1279,23 +1275,21 @@ def join(captions: str, pattern: str, fields: dict):
           f"URL, {matched[False]:,} by key or name")
 
 
-def write_shards(pattern: str, name: str):
-    """Parquet files with the pictures inside -> tars of 1,000 samples: KEY.jpg as its bytes are, KEY.json the other
-    columns. Raises UserError."""
-    folder = Path(name)
-    if folder.exists():
+def write_shards(pattern: str, folder: str):
+    """Parquet files with the pictures inside -> tars of up to 1,000 samples: KEY.jpg as its bytes are, KEY.json the
+    other columns. Raises UserError."""
+    if os.path.exists(folder):
         raise UserError(f"--shards {folder} exists: name a new folder")
-    rows = enumerate(chain.from_iterable(map(parquet_rows, find_files(pattern))))
-    while part := list(islice(rows, 1000)):
-        first, _ = part[0]
-        with written_whole(folder / f"{first // 1000:05}.tar") as temporary, tarfile.open(temporary, "w") as tar:
-            for number, row in part:
+    batches = chain.from_iterable(map(parquet_batches, find_files(pattern)))
+    for shard, rows in enumerate(batches):
+        with written_whole(Path(folder, f"{shard:05}.tar")) as temporary, tarfile.open(temporary, "w") as tar:
+            for number, row in enumerate(rows):
                 picture = row.pop("image", None)
                 if not isinstance(picture, dict):
                     raise UserError(f"--shards {pattern} has no pictures: a column image with bytes is wanted")
                 contents = {"jpg": picture["bytes"] or b"", "json": json.dumps(row, default=str).encode()}
                 for extension, content in contents.items():
-                    member = tarfile.TarInfo(f"{number:08}.{extension}")
+                    member = tarfile.TarInfo(f"{shard:05}{number:04}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
 
@@ -1419,10 +1413,7 @@ class Pictures:
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
             if augmented and self.augment == "strong":
                 image = change_colours(image)
-        left, top, right, bottom = box
-        kept = left / width, top / height, right / width, bottom / height
-        captions = captions.within(kept)
-        return image, captions
+        return image, captions.within(np.divide(box, (width, height, width, height)))
 
     def order(self, rng, window):
         """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read

@@ -199,7 +199,6 @@ def test_dreamlips_csv_is_read_with_quotes_and_line_breaks_in_its_captions(tmp_p
     ("iiw.jsonl", '{"image/key": "7", "IIW": "A dog. It runs."}'),
     ("share.json", '[\n{"image": "7.jpg", "conversations": [{"from": "gpt", "value": "A dog. It runs."}]}]'),
     ("holistic.json", '{"image": "7.jpg", "caption": ["A dog.", "It runs."]}\n'),
-    ("metadata.jsonl", '{"file_name": "7.jpg", "text": "A dog. It runs."}'),
     ("new.captions.jsonl", '{"key": "seven", "image": "7.jpg", "captions": {"long": "A dog. It runs."}}')])
 def test_rows_name_their_image_by_url_or_path_under_any_of_the_usual_names(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -248,26 +247,20 @@ def test_a_hugging_face_image_folder_is_read_by_its_metadata(tmp_path):
 def test_a_large_array_is_read_piece_by_piece_and_damage_costs_its_piece(tmp_path, monkeypatch):
     monkeypatch.setattr("data.PIECE", 1000)
     text = json.dumps(rows(200), indent=1)
-    (tmp_path / "whole.json").write_text(text)
-    records = Records(tmp_path / "whole.json")
-    assert [record.row for record in records] == rows(200)
-    assert not records.bad
     (tmp_path / "torn.json").write_text(text.replace('"100.jpg"', '"100.jpg'))
     records = Records(tmp_path / "torn.json")
-    assert 100 < len(records) < 200
-    assert keys(records)[:100] + keys(records)[-1:] == [f"{i}.jpg" for i in (*range(100), 199)]
+    first, last = [records[i].row for i in range(100)], records[len(records) - 1].row
+    assert first + [last] == rows(100) + [row(199)]
     assert records.bad.counts == {"JSON does not parse": 1}
 
 
-def test_compressed_lines_are_read_up_to_where_they_are_cut_off(tmp_path):
-    lines = [json.dumps({"key": f"{i:09}", "caption_llava": "One. Two."}) for i in range(30)]
-    content = gzip.compress("\n".join(lines).encode())
-    (tmp_path / "llava.jsonl.gz").write_bytes(content)
-    records = Records(tmp_path / "llava.jsonl.gz", "images")
-    assert records[7].image == Path("images/000000007.jpg")
-    assert len(records) == 30
-    (tmp_path / "llava.jsonl.gz").write_bytes(content[:-20])
-    assert Records(tmp_path / "llava.jsonl.gz").bad.counts == {"JSON does not parse": 1}
+def test_compressed_lines_are_read_and_it_is_counted_where_they_are_cut_off(tmp_path):
+    path = tmp_path / "llava.jsonl.gz"
+    content = gzip.compress(b'{"key": "0007", "caption_llava": "One."}\n{"key": "0008"}\n')
+    path.write_bytes(content)
+    assert [record.image for record in Records(path, "images")] == [Path("images/0007.jpg"), Path("images/0008.jpg")]
+    path.write_bytes(content[:-20])
+    assert Records(path).bad.counts == {"JSON does not parse": 1}
 
 
 def parquet(path, rows):
@@ -296,8 +289,6 @@ def test_parquet_with_pictures_becomes_shards(tmp_path, monkeypatch):
     records = Records(tmp_path / "shards")
     assert [record.image for record in records] == PICTURES
     assert records[63].row == {"id": 63, "conversations": answer}
-    with pytest.raises(SystemExit, match="name a new folder"):
-        command(monkeypatch, "--shards", path, tmp_path / "shards")
 
 
 def test_without_pyarrow_parquet_is_refused_in_one_sentence(tmp_path, monkeypatch):
@@ -320,64 +311,48 @@ def cc3m(tmp_path):
     return f"{tmp_path}/*.tar"
 
 
-@pytest.mark.parametrize("name, identity, way", [
-    ("a.jsonl", {"key": "00000000{}", "url": "https://a.b/{}/x.jpg"}, "5 by URL, 0 by key"),
-    ("a.jsonl", {"key": "00000005{}", "image_url": "https://a.b/{}/x.jpg"}, "5 by URL, 0 by key"),
-    ("a.json", {"key": "00000000{}"}, "0 by URL, 5 by key"),
-    ("a.csv", {"image": "cc3m/00000000{}.png"}, "0 by URL, 5 by key")])
-def test_captions_are_joined_to_shards_by_url_or_else_by_key_or_file_name(tmp_path, cc3m, monkeypatch, capsys, name,
-                                                                         identity, way):
-    table = []
-    for i in (5, 0, 2, 3, 7, 10, 11):
-        known_by = {field: text.format(i) for field, text in identity.items()}
-        table.append({**known_by, "caption": "alt", "longSV_captions": f"SV {i}."})
-    if name == "a.csv":
-        table = [",".join(row) for row in (table[0], *(row.values() for row in table))]
-    path = write(tmp_path, [json.dumps(table)] if name == "a.json" else table, name)
+@pytest.mark.parametrize("name, content, way", [
+    ("a.jsonl", '{"key": "000000004", "url": "https://a.b/5/x.jpg", "long": "five"}', "1 by URL, 0 by key"),
+    ("a.csv", "Image Path,caption,longSV_captions\nhttps://a.b/5/x.jpg,alt,five", "1 by URL, 0 by key"),
+    ("lotlip.csv", "url,caption\nhttps://a.b/5/x.jpg,five", "1 by URL, 0 by key"),
+    ("a.json", '[{"key": "000000005", "long": "five"}, {"key": "000000009", "long": "nine"}]', "0 by URL, 1 by key"),
+    ("a.tsv", "path\tlong\na/000000005.png\tfive\na/000000001.png\tone\nb/000000001.png\tone", "0 by URL, 1 by key")])
+def test_captions_are_joined_to_shards_by_url_or_else_by_key_or_by_a_file_name_that_comes_once(
+        tmp_path, cc3m, monkeypatch, capsys, name, content, way):
+    path = tmp_path / name
+    path.write_text(content)
+    kind = "long=caption" if name == "lotlip.csv" else ""
     for _ in range(2):  # what it has written it may write again
-        command(monkeypatch, "--join", path, cc3m)
-        assert capsys.readouterr().out == f"5 of 8 samples have captions of 7 rows now: {way} or name\n"
+        command(monkeypatch, "--join", path, cc3m, "--caption-fields", kind)
+        assert way in capsys.readouterr().out
     captions = [read_captions(record.row) for record in Records(cc3m)]
-    assert [c.raw for c in captions] == [f"raw {i}" for i in range(8)]
-    assert [c.long[0] for c in captions] == ["SV 0.", "raw 1", "SV 2.", "SV 3.", "raw 4", "SV 5.", "raw 6", "SV 7."]
+    expected = [f"raw {i}" for i in range(8)]
+    assert [c.raw for c in captions] == expected
+    expected[5] = "five"
+    assert [c.long[0] for c in captions] == expected
 
 
-def test_a_column_caption_is_joined_under_the_kind_that_the_flag_names(tmp_path, cc3m, monkeypatch):
-    path = write(tmp_path, ["url,caption", "https://a.b/6/x.jpg,One. Two."], "lotlip.csv")
-    with pytest.raises(SystemExit, match="check --caption-fields"):
-        command(monkeypatch, "--join", path, cc3m)
-    command(monkeypatch, "--join", path, cc3m, "--caption-fields", "long=caption")
-    assert read_captions(Records(cc3m)[6].row) == Captions("raw 6", [], ["One.", "Two."], ["raw 6"])
-
-
-def test_a_name_that_files_in_two_folders_have_joins_neither(tmp_path, cc3m, monkeypatch):
-    names = ["a/000000000", "b/000000000", "a/000000001"]
-    table = [{"image": f"{name}.jpg", "long": f"{name}."} for name in names]
-    command(monkeypatch, "--join", write(tmp_path, table), cc3m)
-    assert [record.row.get("captions") for record in Records(cc3m)][:3] == [{}, {"long": "a/000000001."}, {}]
-
-
-@pytest.mark.parametrize("table, named", [
-    ("gone.csv", "no file gone.csv"),
-    ("link,long\n0,One.", r"none of 0 rows in a.csv .*1 × no image named.* column image, "),
-    ("url,long\nhttps://a.b/9/x.jpg,One.", "none of 1 rows in a.csv")])
-def test_captions_that_cannot_be_joined_are_refused_in_one_sentence(tmp_path, cc3m, monkeypatch, table, named):
+@pytest.mark.parametrize("table, content, named", [
+    ("gone.csv", "", "no file gone.csv"),
+    ("a.csv", "link,long\n0,One.", r"none of 0 rows in a.csv .*1 × no image named.* column image, "),
+    ("a.csv", "url,caption\nhttps://a.b/6/x.jpg,One.", "check --caption-fields"),
+    ("a.csv", "url,key,long\nhttps://a.b/9/x.jpg,000000005,One.", "none of 1 rows in a.csv")])
+def test_captions_that_cannot_be_joined_are_refused_in_one_sentence(tmp_path, cc3m, monkeypatch, table, content, named):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.csv").write_text(table)
+    (tmp_path / "a.csv").write_text(content)
     with pytest.raises(SystemExit, match=f"^error: .*{named}") as caught:
-        command(monkeypatch, "--join", table if "," not in table else "a.csv", "*.tar")
+        command(monkeypatch, "--join", table, "*.tar")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_join_leaves_a_sidecar_alone_that_it_has_not_written(tmp_path, cc3m, monkeypatch):
-    line = {"key": "000000005", "captions": {"short": "s"}}
-    sidecar = Path(write(tmp_path, [line], "1.captions.jsonl"))
+    sidecar = tmp_path / "1.captions.jsonl"
+    sidecar.write_text('{"key": "000000005", "captions": {"short": "s"}}')
     path = write(tmp_path, [{"key": f"00000000{i}", "long": "One."} for i in range(8)])
     with pytest.raises(SystemExit, match="1.captions.jsonl has captions that --join has not written"):
         command(monkeypatch, "--join", path, cc3m)
-    assert json.loads(sidecar.read_text()) == line
-    assert not (tmp_path / "0.captions.jsonl").exists()
+    assert "short" in sidecar.read_text()
 
 
 # ---- sidecars of new captions ----------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
     records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
     python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
+    python data.py --join captions.csv 'cc3m/*.tar'      captions of other files -> NAME.captions.jsonl beside each shard
+    python data.py --shards 'recap/*.parquet' FOLDER     Parquet with the pictures inside -> tar shards
 """
 
 import argparse
@@ -30,11 +32,12 @@ import tarfile
 import textwrap
 import urllib.parse
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -449,13 +452,18 @@ def torch_seeded(rng: random.Random | None):
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
 
 # Where each kind of text is found, by the names that published files use: DreamLIP's columns (SV ShareGPT4V, IB
-# InstructBLIP, LLA LLaVA-1.5), img2dataset's and Holistic CLIP's "caption", re-captioning's own. Of "raw" and "caption"
-# the first name found counts; short and long captions are taken from all. `--caption-fields` names others.
+# InstructBLIP, LLA LLaVA-1.5), img2dataset's and Holistic CLIP's "caption", re-captioning's own; Hugging Face's "text",
+# Recap-DataComp (org_, re_caption), PixelProse (original_, vlm_caption), CaptionEmporium (caption_llava), DOCCI
+# ("description"), DCI (short_, extra_caption), IIW, and "conversations", whose answer is a long caption (ShareGPT4V,
+# LLaVA-ReCap). Of "raw" and "caption" the first name found counts; short and long captions are taken from all.
+# `--caption-fields` names others.
 FIELDS = {
     "caption": ("caption",),  # a string, or a list of M texts, the raw caption first
-    "raw": ("raw", "raw_caption"),
-    "short": ("short", "shortSV_captions", "shortIB_captions", "shortLLA_captions"),
-    "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption"),
+    "raw": ("raw", "raw_caption", "text", "org_caption", "original_caption"),
+    "short": ("short", "shortSV_captions", "shortIB_captions", "shortLLA_captions", "caption_llava_short",
+              "short_caption"),
+    "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption", "description",
+             "re_caption", "vlm_caption", "caption_llava", "extra_caption", "IIW", "conversations"),
     **{name: (name,) for name in PERSPECTIVES if name != "raw"},
 }
 DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # with --region-grouping, of "long", too
@@ -470,6 +478,14 @@ class Captions:
     long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
     boxes: list[tuple | None] = field(default_factory=list)  # of each sentence of `long`; None: no place; []: all None
+    models: list[str] = field(default_factory=list)  # whose caption each sentence of `long` is of; []: all of one
+
+    def long_captions(self) -> list[list[str]]:
+        """The sentences of each model's long caption."""
+        captions = {}
+        for sentence, model in zip(self.long, self.models or [""] * len(self.long)):
+            captions.setdefault(model, []).append(sentence)
+        return list(captions.values())
 
     def within(self, crop: tuple) -> "Captions":
         """The captions of what a crop leaves of the image: their boxes as shares of it. A sentence whose box has its
@@ -480,24 +496,21 @@ class Captions:
         if not self.boxes:
             return self
         left, top, right, bottom = crop
-        long, boxes = [], []
-        for sentence, box in zip(self.long, self.boxes):
+        long, boxes, models = [], [], []
+        for n, (sentence, box) in enumerate(zip(self.long, self.boxes)):
             if box:
-                x0, y0, x1, y1 = box
-                if not (2 * left <= x0 + x1 <= 2 * right and 2 * top <= y0 + y1 <= 2 * bottom):
+                corners = np.reshape(box, (2, 2))
+                x, y = corners.mean(0)
+                if not (left <= x <= right and top <= y <= bottom):
                     continue
-                w = right - left
-                h = bottom - top
-                x0 = max((x0 - left) / w, 0)
-                y0 = max((y0 - top) / h, 0)
-                x1 = min((x1 - left) / w, 1)
-                y1 = min((y1 - top) / h, 1)
-                box = x0, y0, x1, y1
+                shares = (corners - (left, top)) / (right - left, bottom - top)
+                box = tuple(shares.clip(0, 1).flatten().tolist())
             long.append(sentence)
             boxes.append(box)
+            models += self.models[n:n + 1]
         if not long:
             return replace(self, boxes=[])
-        return replace(self, long=long, boxes=boxes)
+        return replace(self, long=long, boxes=boxes, models=models)
 
 
 def read_fields(text: str, dense: bool = False) -> dict:
@@ -543,14 +556,17 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
 
     placed = []
     for name_of_field in fields["long"]:
-        placed += with_boxes(row.get(name_of_field), name)
+        model = name_of_field.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
+        for text, box in with_boxes(row.get(name_of_field), name):
+            placed.append((text, box, model))
     if not placed:
-        placed = [(text, None) for text in listed[1:] or listed or [raw]]
-    long, boxes = [], []
-    for text, box in placed:
+        placed = [(text, None, "") for text in listed[1:] or listed or [raw]]
+    long, boxes, models = [], [], []
+    for text, box, model in placed:
         for sentence in split_sentences(text):
             long.append(sentence)
             boxes.append(box)
+            models.append(model)
     if not long:
         long, boxes = [raw], [None]
 
@@ -561,7 +577,9 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     short = [" ".join(texts) for texts in found["short"]]
     if not any(boxes):
         boxes = []
-    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes)
+    if len(set(models)) == 1:
+        models = []
+    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes, models)
 
 
 def find_raw(found: dict, listed: list[str]) -> str:
@@ -581,6 +599,8 @@ def clean_field(value) -> list[str]:
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, dict) and "box" in part:
             part = part.get("text")
+        elif isinstance(part, dict) and part.get("from") == "gpt":  # the answer in a conversation
+            part = part.get("value")
         if isinstance(part, str) and part.strip():
             texts.append(part.strip()[:LONGEST_TEXT])
     return texts
@@ -616,24 +636,28 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     """The T texts of one image for one step, in the order of text_slots, each with its box, if it has one.
 
     Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short captions, the raw one unless it has a
-    slot of its own, and, in the share `whole_caption` of the draws, all sentences as one text: without replacement
-    while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all).
+    slot of its own, and, in the share `whole_caption` of the draws, a whole long caption as one text: without
+    replacement while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all)
+    of one model's caption, each text of another model's while they last.
     """
     slots = text_slots(s)
+    captions = c.long_captions()
+    rng.shuffle(captions)  # of one caption this draws no random number
     pool = list(zip(c.long, c.boxes or [None] * len(c.long)))
     if s.short_caption:
         pool += [(text, None) for text in c.short]
     if not s.raw_caption:
         pool.append((c.raw, None))
     if rng.random() < s.whole_caption:
-        pool.append((" ".join(c.long), None))
+        pool.append((" ".join(captions[0]), None))
 
     texts = [(c.raw, None)] * slots.count("raw")
     texts += draw_sub_captions(pool, slots.count("sub"), s.sampling, rng)
-    for _ in range(slots.count("long")):
-        n = s.long_sentences or len(c.long)
-        start = rng.randrange(max(len(c.long) - n, 0) + 1)
-        texts.append((" ".join(c.long[start:start + n]), None))
+    for j in range(slots.count("long")):
+        sentences = captions[j % len(captions)]
+        n = s.long_sentences or len(sentences)
+        start = rng.randrange(max(len(sentences) - n, 0) + 1)
+        texts.append((" ".join(sentences[start:start + n]), None))
     M = slots.count("perspective")
     texts += [(text, None) for text in c.perspectives[:M]]
     lacking = max(0, M - len(c.perspectives))
@@ -661,10 +685,11 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 
 # A sample is a span of bytes in a file: of a tar the members with its key, of JSON lines its line. All that stays in
 # memory is one SPAN a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
-# one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV) is
-# copied as JSON lines beside its index, and read from there.
+# one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV,
+# Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there.
 SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
-INDEX_VERSION = 4  # of the indices kept: raise it when a scan_ function changes
+INDEX_VERSION = 5  # of the indices kept: raise it when a scan_ function changes
+PIECE = 1 << 20  # characters of a JSON file that are read at a time
 LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
 
 
@@ -737,19 +762,24 @@ def parse_json(content: bytes, name: str) -> dict:
     return row
 
 
-IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "path", "url", "image_url")
+IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "image_file", "path", "url", "image_url",
+                "image/key", "key")
 
 
-def image_field(row: dict) -> str:
-    """The path or URL of a row's image, under the first of the usual names. Raises BadSample."""
-    by_name = {name.lower(): value for name, value in reversed(row.items())}
-    for name in IMAGE_FIELDS:
-        image = by_name.get(name)
-        if name in by_name:
-            break
-    if not isinstance(image, str) or not image.strip():
-        raise BadSample("no image named", str(row.get("key", ""))[:80])
-    return image.strip()
+def image_field(row: dict, part: str = "") -> str:
+    """The path or URL of a row's image, under the first of the usual names whose text has this part. Raises BadSample."""
+    for wanted in IMAGE_FIELDS:
+        for name, image in row.items():
+            if name.lower() == wanted and isinstance(image, str) and image.strip() and part in image:
+                return image.strip()
+    raise BadSample("no image named", str(row.get("key", ""))[:80])
+
+
+def last_part(location: str) -> str:
+    """The file's name in a path or URL."""
+    if "://" in location:
+        location = urllib.parse.urlsplit(location).path
+    return location.rpartition("/")[2]
 
 
 def row_key(row: dict) -> str:
@@ -898,15 +928,66 @@ def csv_rows(path):
                 yield BadSample("row does not parse", where)
 
 
+def json_rows(path):
+    """The objects of a JSON file, in an array or one after another, read piece by piece, for the file may be larger
+    than the memory. Where one does not parse, it and what follows in the same piece are one bad row."""
+    decoder = json.JSONDecoder()
+    open_text = gzip.open if path.suffix == ".gz" else open
+    bad = BadSample("JSON does not parse", path.name)
+    rest = ""
+    try:
+        with open_text(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            while piece := file.read(PIECE):
+                rest += piece
+                end = 0
+                with suppress(ValueError, RecursionError):  # raised where an object ends in a later piece
+                    while True:
+                        row, end = decoder.raw_decode(rest, rest.index("{", end))
+                        yield row
+                rest = rest[end:]
+                if len(rest) > 2 * PIECE:
+                    yield bad
+                    rest = ""
+    except (OSError, EOFError, zlib.error):  # a compressed file that is cut off or damaged
+        rest = "cut off"
+    if rest.strip(" \t\r\n,[]"):
+        yield bad
+
+
+def parquet_batches(path):
+    """The rows of a Parquet file as they are, in lists of up to 1,000. Raises UserError."""
+    try:
+        from pyarrow.parquet import ParquetFile  # here, because no other format needs it
+    except ImportError:
+        raise UserError(f"{path} is Parquet, which pyarrow reads: pip install pyarrow") from None
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                yield batch.to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+        raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def parquet_rows(path):
+    """The rows of a Parquet file of captions. Raises UserError where the pictures are in it, too."""
+    for row in chain.from_iterable(parquet_batches(path)):
+        if isinstance(row.get("image"), dict):
+            raise UserError(f"{path} has its pictures inside: python data.py --shards {path} FOLDER writes tar shards")
+        yield row
+
+
+TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": json_rows, ".json": json_rows, ".parquet": parquet_rows}
+
+
 def copy_table(path, copy):
     """Writes a table as JSON lines. Yields a BadSample for each row that cannot be read. Raises UserError."""
     try:
         with written_whole(copy) as temporary, open(temporary, "w") as file:
-            for row in csv_rows(path):
+            for row in TABLES[path.suffix](path):
                 if isinstance(row, BadSample):
                     yield row
                 else:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(row, default=str) + "\n")  # str: of Parquet's dates and decimals
     except OSError as error:
         raise UserError(f"{copy.parent}, for a copy of {path} as JSON lines, cannot be written ({error.strerror}): set "
                         "MINILIP_CACHE to a folder with room") from None
@@ -924,9 +1005,8 @@ def written_whole(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-READERS = {".tar": (scan_tar, parse_tar), ".jsonl": (scan_lines, parse_lines), ".csv": (scan_lines, parse_lines),
-           ".tsv": (scan_lines, parse_lines), "": (scan_folder, parse_folder)}
-TABLES = (".csv", ".tsv")
+READERS = {".tar": (scan_tar, parse_tar), "": (scan_folder, parse_folder),
+           **dict.fromkeys((".jsonl", ".jsonlines", *TABLES), (scan_lines, parse_lines))}
 
 
 def captions_path(file: Path) -> Path:
@@ -949,15 +1029,16 @@ def expand(pattern: str) -> list[str]:
 def find_files(pattern: str) -> list[Path]:
     """The files, all of one format, that one path of --data stands for. Raises UserError."""
     if os.path.isdir(pattern):
-        return sorted(Path(pattern).glob("*.tar")) or [Path(pattern)]
+        folder = Path(pattern)
+        return sorted(folder.glob("*.tar")) or sorted(folder.glob("metadata.jsonl")) or [folder]
     files = []
     for text in expand(pattern):
         files += map(Path, sorted(glob.glob(text)) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
             trouble = f"--data {file} cannot be read" if file.is_file() else f"no file {file}"
-            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .csv or a folder, and one pattern "
-                            "stands for files of one format")
+            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, .json, .csv, .parquet or "
+                            "a folder, and one pattern stands for files of one format")
     return files
 
 
@@ -1093,7 +1174,9 @@ class Records:
     def locate(self, n: int, image: str) -> Path:
         """The image that a row of file n names: below the root; of a URL the last part counts."""
         if "://" in image:
-            image = urllib.parse.urlsplit(image).path.rpartition("/")[2]
+            image = last_part(image)
+        elif "." not in image:  # a key, as IIW's
+            image += ".jpg"
         return (self.root or self.files[n].parent) / image
 
     def keys(self) -> np.ndarray:
@@ -1118,14 +1201,105 @@ class Records:
         return record
 
 
+def equal(hashes: np.ndarray, wanted) -> slice:
+    """Where a hash stands among sorted ones."""
+    wanted = np.uint64(wanted)
+    return slice(np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right"))
+
+
 def new_captions(sidecar: Index, key: int) -> dict:
     """What the lines of a sidecar say of a key, given by its hash; of two that name a field the later."""
-    first = np.searchsorted(sidecar.spans["key"], np.uint64(key), "left")
-    last = np.searchsorted(sidecar.spans["key"], np.uint64(key), "right")
     found = {}
-    for start, length, _ in sidecar.spans[first:last].tolist():
+    for start, length, _ in sidecar.spans[equal(sidecar.spans["key"], key)].tolist():
         found |= recaptioned(parse_json(sidecar.read(start, length), sidecar.source.name))
     return found
+
+
+# ---- captions joined to shards, and shards made of Parquet -----------------------------------------------------------
+
+def identities(record: Record) -> list[str]:
+    """What a picture is known by: the URL in its row, if there is one, then its key's last part up to the first dot."""
+    found = []
+    with suppress(BadSample):  # raised where there is none
+        found.append(image_field(record.row, "://"))
+    name, _, _ = last_part(record.key).partition(".")
+    return [*found, name]
+
+
+def texts_to_join(row: dict, fields: dict) -> dict:
+    """{field: text} for a sidecar. A field "caption" would hide the picture's own: it goes under the kind that
+    --caption-fields gives it, or stays behind."""
+    row = all_fields(row)
+    texts = {}
+    for kind, names in fields.items():
+        for name in names:
+            if kind != "caption" and clean_field(row.get(name)):
+                texts[kind if name == "caption" else name] = row[name]
+    return texts
+
+
+def join(captions: str, pattern: str, fields: dict):
+    """Writes the texts of a table's rows into a sidecar beside each file of samples. Raises UserError.
+
+    A row is known by its URL. Only if it has none, its key counts, or else its file's name: img2dataset numbers keys
+    anew in each download. In memory are hashes of these alone.
+    """
+    samples = Records(pattern)
+    for sidecar in map(captions_path, samples.files):
+        if sidecar.exists() and not all("joined" in row for row in read_json(sidecar)):
+            raise UserError(f"{sidecar} has captions that --join has not written: move it away")
+    table = Records(captions)
+    hashes = np.zeros(len(table), np.uint64)
+    for i in tqdm(range(len(table)), "reading captions", leave=False):
+        with suppress(BadSample):
+            hashes[i] = hashed(identities(table[i])[0])
+    order = hashes.argsort(kind="stable")
+    hashes = hashes[order]
+
+    matched = Counter()
+    for n, file in enumerate(tqdm(samples.files, "joining", leave=False)):
+        lines = []
+        for i in range(*samples.first[n:n + 2]):
+            with suppress(BadSample):
+                sample = samples[i]
+                texts = {}
+                for known_by in identities(sample):
+                    rows = order[equal(hashes, hashed(known_by))]
+                    is_url = "://" in known_by
+                    if len(rows) == 1 or (len(rows) and is_url):  # files in several folders may have the same name
+                        texts = texts_to_join(table[int(rows[0])].row, fields)
+                        break
+                if texts:
+                    matched[is_url] += 1
+                    lines.append(json.dumps({"key": sample.key, "joined": captions, "captions": texts}) + "\n")
+        if lines:
+            with written_whole(captions_path(file)) as temporary:
+                temporary.write_text("".join(lines))
+    if not matched:
+        raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by URL, "
+                        f"key or file name (left out: {table.bad.report() or 'none'}): check --caption-fields, and that "
+                        f"the pictures are named by a column {', '.join(IMAGE_FIELDS)}")
+    print(f"{matched.total():,} of {len(samples):,} samples have captions of {len(table):,} rows now: {matched[True]:,} by "
+          f"URL, {matched[False]:,} by key or name")
+
+
+def write_shards(pattern: str, folder: str):
+    """Parquet files with the pictures inside -> tars of up to 1,000 samples: KEY.jpg as its bytes are, KEY.json the
+    other columns. Raises UserError."""
+    if os.path.exists(folder):
+        raise UserError(f"--shards {folder} exists: name a new folder")
+    batches = chain.from_iterable(map(parquet_batches, find_files(pattern)))
+    for shard, rows in enumerate(batches):
+        with written_whole(Path(folder, f"{shard:05}.tar")) as temporary, tarfile.open(temporary, "w") as tar:
+            for number, row in enumerate(rows):
+                picture = row.pop("image", None)
+                if not isinstance(picture, dict):
+                    raise UserError(f"--shards {pattern} has no pictures: a column image with bytes is wanted")
+                contents = {"jpg": picture["bytes"] or b"", "json": json.dumps(row, default=str).encode()}
+                for extension, content in contents.items():
+                    member = tarfile.TarInfo(f"{shard:05}{number:04}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -1247,10 +1421,7 @@ class Pictures:
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
             if augmented and self.augment == "strong":
                 image = change_colours(image)
-        left, top, right, bottom = box
-        kept = left / width, top / height, right / width, bottom / height
-        captions = captions.within(kept)
-        return image, captions
+        return image, captions.within(np.divide(box, (width, height, width, height)))
 
     def order(self, rng, window):
         """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
@@ -1493,7 +1664,7 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         except BadSample as error:
             bad.add(error)
             continue
-        texts_of = [c.raw], c.short, c.long, [" ".join(c.long)]
+        texts_of = [c.raw], c.short, c.long, [" ".join(sentences) for sentences in c.long_captions()]
         for kind, texts in zip(lengths, texts_of):
             lengths[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
         if len(shown) < 24:
@@ -1535,10 +1706,14 @@ def contact_sheet(path, shown: list[tuple]):
 
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--look", metavar="DATA", required=True, help="print counts, bad samples, lengths of captions")
+    command = parser.add_mutually_exclusive_group(required=True)
+    command.add_argument("--look", metavar="DATA", help="print counts, bad samples, lengths of captions")
+    command.add_argument("--join", nargs=2, metavar=("CAPTIONS", "SHARDS"),
+                         help="write captions beside shards, found by the picture's URL, key or file name")
+    command.add_argument("--shards", nargs=2, metavar=("PARQUET", "FOLDER"), help="write pictures as tar shards")
     parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
     parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
-    parser.add_argument("--image-root", help="where the image paths in .csv and .jsonl begin")
+    parser.add_argument("--image-root", help="where the image paths in tables and JSON lines begin")
     parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
     parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
     options = parser.parse_args()
@@ -1546,8 +1721,14 @@ def main():
         raise UserError(f"--look-images must be at least 1, not {options.look_images}")
     if options.sheet:
         check_target(options.sheet)
-    look(options.look, options.image_root, read_fields(options.caption_fields), load_tokenizer(options.tokenizer),
-         options.look_images, options.sheet)
+    fields = read_fields(options.caption_fields)
+    if options.join:
+        join(*options.join, fields)
+    elif options.shards:
+        write_shards(*options.shards)
+    else:
+        look(options.look, options.image_root, fields, load_tokenizer(options.tokenizer), options.look_images,
+             options.sheet)
 
 
 if __name__ == "__main__":

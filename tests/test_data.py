@@ -10,6 +10,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import chain, permutations
 
 import hypothesis
 import numpy as np
@@ -586,6 +587,14 @@ LAYOUTS = """
 {"short": "s"} = s | s | s | s
 {"key": "0", "captions": {"raw": "r", "long": "One. Two.", "main_object": "m"}} = r |  | One. / Two. | r / m
 {"raw": "r", "short": "old", "captions": {"short": "new"}} = r | new | r | r
+{"url": "u", "org_caption": "r", "re_caption": "One. Two."} = r |  | One. / Two. | r
+{"url": "u", "original_caption": "r", "vlm_caption": "One. Two."} = r |  | One. / Two. | r
+{"key": "0", "caption": "r", "caption_llava": "One. Two.", "caption_llava_short": "s"} = r | s | One. / Two. | r
+{"image_file": "0.jpg", "description": "One. Two."} = One. Two. |  | One. / Two. | One. Two.
+{"image": "0.jpg", "short_caption": "s", "extra_caption": "One. Two."} = s | s | One. / Two. | s
+{"image/key": "0", "IIW": "One. Two."} = One. Two. |  | One. / Two. | One. Two.
+{"file_name": "0.jpg", "text": "r"} = r |  | r | r
+{"text": "r", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "One. Two."}]} = r |  | One. / Two. | r
 """.strip().splitlines()
 
 
@@ -594,7 +603,7 @@ def test_captions_are_found_in_every_published_layout(case):
     row, found = case.split(" = ")
     raw, short, long, perspectives = found.split(" | ")
     expected = Captions(raw, short.split(" / ") if short else [], long.split(" / "), perspectives.split(" / "))
-    assert read_captions(json.loads(row)) == expected
+    assert replace(read_captions(json.loads(row)), models=[]) == expected
 
 
 @pytest.mark.parametrize("row", [
@@ -610,7 +619,8 @@ def test_a_flag_names_the_fields_that_captions_are_taken_from():
     row = {"caption": "alt", "title": "title", "longSV_captions": ["One.", "Two. Three."], "extra": "Extra one."}
     captions = read_captions(row, read_fields("raw=title, long=extra+longSV_captions,details=extra"))
     expected = Captions("title", [], ["Extra one.", "One.", "Two.", "Three."], ["title", "Extra one."])
-    assert captions == expected
+    assert replace(captions, models=[]) == expected
+    assert captions.long_captions() == [["Extra one."], ["One.", "Two.", "Three."]]
     for wrong in ("rwa=title", "raw=", "raw"):
         with pytest.raises(UserError, match="--caption-fields"):
             read_fields(wrong)
@@ -629,7 +639,7 @@ def drawn(s, captions=CAPTIONS, n=200):
 
 
 @pytest.mark.parametrize("method, slots", [
-    ("clip", ["raw"]), ("dreamlip", ["raw", "sub", "sub", "sub"]), ("lotlip", ["raw", "long"]),
+    ("clip", ["raw"]), ("dreamlip", ["raw"] + 7 * ["sub"]), ("lotlip", ["raw", "long"]),
     ("holistic", ["perspective"] * 5), ("sparc", ["raw"])])
 def test_each_method_draws_its_kinds_of_text(method, slots):
     s = settings(method)
@@ -696,6 +706,41 @@ def test_a_long_text_joins_consecutive_sentences():
     rows = {row[1] for row in drawn(settings("lotlip", long_sentences=3))}
     assert rows == {" ".join(CAPTIONS.long[first:first + 3]) for first in range(6)}
     assert {row[2] for row in drawn(settings("lotlip", long_texts=2, long_sentences=20))} == {WHOLE}
+
+
+DREAMLIP = {  # a row of its CSV, with the captions of three models
+    "raw_caption": "raw", "shortSV_captions": "sv", "shortIB_captions": "ib",
+    "longSV_captions": "SV 0. SV 1. SV 2.", "longIB_captions": "IB 0. IB 1. IB 2.", "longLLA_captions": "LLA 0. LLA 1."}
+
+
+def test_long_texts_are_of_different_models_and_never_of_two():
+    captions = read_captions(DREAMLIP)
+    orders = set()
+    for n in (0, 2):
+        for _, *texts in drawn(settings("lotlip", long_texts=3, long_sentences=n), captions):
+            for text in texts:
+                assert any(text in caption for caption in DREAMLIP.values())
+            orders.add(tuple(text.split()[0] for text in texts))
+    assert orders == set(permutations(["SV", "IB", "LLA"]))
+
+
+def test_a_whole_caption_is_that_of_one_model():
+    whole = {text for name, text in DREAMLIP.items() if name.startswith("long")}
+    rows = drawn(settings(sub_captions=12, whole_caption=1.0), read_captions(DREAMLIP))
+    assert {len(whole.intersection(texts)) for texts in rows} == {1}
+    assert whole <= set(chain.from_iterable(rows))
+
+
+def test_a_flag_takes_the_captions_of_a_single_model():
+    captions = read_captions(DREAMLIP, read_fields("long=longSV_captions,short=shortSV_captions"))
+    assert captions == Captions("raw", ["sv"], ["SV 0.", "SV 1.", "SV 2."], ["raw"])
+
+
+def test_a_crop_and_its_own_sentences_leave_each_sentence_with_its_model():
+    dense = [{"box": [0, 0, 0.5, 1], "text": "SV left."}, {"box": [0.5, 0, 1, 1], "text": "SV right."}]
+    captions = read_captions(DREAMLIP | {"denseSV_captions": dense}, read_fields("", dense=True))
+    expected = [["SV 0.", "SV 1.", "SV 2.", "SV right."], ["IB 0.", "IB 1.", "IB 2."], ["LLA 0.", "LLA 1."]]
+    assert captions.within((0.5, 0, 1, 1)).long_captions() == expected
 
 
 def test_a_pipe_named_like_a_picture_is_not_waited_for(tmp_path):

@@ -1,6 +1,7 @@
 """Every published format is read alike, whatever is broken is counted, named and replaced and costs nothing else, the
 index is kept whole or not at all, and the order of samples depends on nothing but the seed."""
 import csv
+import gzip
 import io
 import json
 import math
@@ -124,6 +125,12 @@ def readable(records):
     return found
 
 
+def command(monkeypatch, *flags):
+    """Runs data.py with these flags."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags)])
+    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Where the indices are kept."""
@@ -188,6 +195,10 @@ def test_dreamlips_csv_is_read_with_quotes_and_line_breaks_in_its_captions(tmp_p
     ("lotlip.csv", "url,caption\nhttps://a.b/c/7.jpg?x=1,A dog. It runs.\n"),
     ("tabs.tsv", "caption\tfilepath\nA dog. It runs.\t7.jpg\n"),
     ("bom.jsonl", '\ufeff{"image": "7.jpg", "caption": ["A dog.", "It runs."]}\n'),
+    ("docci.jsonlines", '{"image_file": "7.jpg", "description": "A dog. It runs."}'),
+    ("iiw.jsonl", '{"image/key": "7", "IIW": "A dog. It runs."}'),
+    ("share.json", '[\n{"image": "7.jpg", "conversations": [{"from": "gpt", "value": "A dog. It runs."}]}]'),
+    ("holistic.json", '{"image": "7.jpg", "caption": ["A dog.", "It runs."]}\n'),
     ("new.captions.jsonl", '{"key": "seven", "image": "7.jpg", "captions": {"long": "A dog. It runs."}}')])
 def test_rows_name_their_image_by_url_or_path_under_any_of_the_usual_names(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -226,6 +237,124 @@ def test_a_caption_of_a_megabyte_costs_at_most_its_own_sample(tmp_path, kind):
     assert TOKENIZER(long, 77).shape == (len(long), 77)
 
 
+def test_a_hugging_face_image_folder_is_read_by_its_metadata(tmp_path):
+    write(pictures(tmp_path, 2), [{"file_name": "1.jpg", "text": "one"}], "metadata.jsonl")
+    record, = Records(tmp_path)
+    assert record.image.read_bytes() == PICTURES[1]
+    assert read_captions(record.row).raw == "one"
+
+
+def test_a_large_array_is_read_piece_by_piece_and_damage_costs_its_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.PIECE", 1000)
+    text = json.dumps(rows(200), indent=1)
+    (tmp_path / "torn.json").write_text(text.replace('"100.jpg"', '"100.jpg'))
+    records = Records(tmp_path / "torn.json")
+    first, last = [records[i].row for i in range(100)], records[len(records) - 1].row
+    assert first + [last] == rows(100) + [row(199)]
+    assert records.bad.counts == {"JSON does not parse": 1}
+
+
+def test_compressed_lines_are_read_and_it_is_counted_where_they_are_cut_off(tmp_path):
+    path = tmp_path / "llava.jsonl.gz"
+    content = gzip.compress(b'{"key": "0007", "caption_llava": "One."}\n{"key": "0008"}\n')
+    path.write_bytes(content)
+    assert [record.image for record in Records(path, "images")] == [Path("images/0007.jpg"), Path("images/0008.jpg")]
+    path.write_bytes(content[:-20])
+    assert Records(path).bad.counts == {"JSON does not parse": 1}
+
+
+def parquet(path, rows):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+    write_table(Table.from_pylist(rows), path)
+    return path
+
+
+def test_parquet_is_read_as_a_table(tmp_path):
+    recap = [{"url": f"https://a.b/{i}.jpg", "re_caption": "One. Two.", "org_caption": f"raw {i}"} for i in range(3)]
+    records = Records(parquet(tmp_path / "recap.parquet", recap))
+    assert [record.row for record in records] == recap
+    assert records[2].image == tmp_path / "2.jpg"
+
+
+def test_parquet_with_pictures_becomes_shards(tmp_path, monkeypatch):
+    answer = [{"from": "gpt", "value": "One. Two."}]
+    rows = [{"image": {"bytes": picture, "path": None}, "id": i, "conversations": answer}
+            for i, picture in enumerate(PICTURES)]
+    path = parquet(tmp_path / "llava.parquet", rows)
+    with pytest.raises(UserError, match="llava.parquet FOLDER"):
+        Records(path)
+    command(monkeypatch, "--shards", path, tmp_path / "shards")
+    records = Records(tmp_path / "shards")
+    assert [record.image for record in records] == PICTURES
+    assert records[63].row == {"id": 63, "conversations": answer}
+
+
+def test_without_pyarrow_parquet_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="a.parquet is Parquet.*pip install pyarrow$"):
+        Records(write(tmp_path, [], "a.parquet"))
+
+
+# ---- captions of other files -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def cc3m(tmp_path):
+    """Two shards of four pictures, as img2dataset writes them."""
+    for n in range(2):
+        samples = []
+        for i in range(4 * n, 4 * n + 4):
+            row = {"url": f"https://a.b/{i}/x.jpg", "caption": f"raw {i}"}
+            samples.append((f"{i:09}", sample(i) | {"json": json.dumps(row).encode()}))
+        shard(tmp_path / f"{n}.tar", samples)
+    return f"{tmp_path}/*.tar"
+
+
+@pytest.mark.parametrize("name, content, way", [
+    ("a.jsonl", '{"key": "000000004", "url": "https://a.b/5/x.jpg", "long": "five"}', "1 by URL, 0 by key"),
+    ("a.csv", "Image Path,caption,longSV_captions\nhttps://a.b/5/x.jpg,alt,five", "1 by URL, 0 by key"),
+    ("lotlip.csv", "url,caption\nhttps://a.b/5/x.jpg,five", "1 by URL, 0 by key"),
+    ("a.json", '[{"key": "000000005", "long": "five"}, {"key": "000000009", "long": "nine"}]', "0 by URL, 1 by key"),
+    ("a.tsv", "path\tlong\na/000000005.png\tfive\na/000000001.png\tone\nb/000000001.png\tone", "0 by URL, 1 by key")])
+def test_captions_are_joined_to_shards_by_url_or_else_by_key_or_by_a_file_name_that_comes_once(
+        tmp_path, cc3m, monkeypatch, capsys, name, content, way):
+    path = tmp_path / name
+    path.write_text(content)
+    kind = "long=caption" if name == "lotlip.csv" else ""
+    for _ in range(2):  # what it has written it may write again
+        command(monkeypatch, "--join", path, cc3m, "--caption-fields", kind)
+        assert way in capsys.readouterr().out
+    captions = [read_captions(record.row) for record in Records(cc3m)]
+    expected = [f"raw {i}" for i in range(8)]
+    assert [c.raw for c in captions] == expected
+    expected[5] = "five"
+    assert [c.long[0] for c in captions] == expected
+
+
+@pytest.mark.parametrize("table, content, named", [
+    ("gone.csv", "", "no file gone.csv"),
+    ("a.csv", "link,long\n0,One.", r"none of 0 rows in a.csv .*1 × no image named.* column image, "),
+    ("a.csv", "url,caption\nhttps://a.b/6/x.jpg,One.", "check --caption-fields"),
+    ("a.csv", "url,key,long\nhttps://a.b/9/x.jpg,000000005,One.", "none of 1 rows in a.csv")])
+def test_captions_that_cannot_be_joined_are_refused_in_one_sentence(tmp_path, cc3m, monkeypatch, table, content, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(SystemExit, match=f"^error: .*{named}") as caught:
+        command(monkeypatch, "--join", table, "*.tar")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_join_leaves_a_sidecar_alone_that_it_has_not_written(tmp_path, cc3m, monkeypatch):
+    sidecar = tmp_path / "1.captions.jsonl"
+    sidecar.write_text('{"key": "000000005", "captions": {"short": "s"}}')
+    path = write(tmp_path, [{"key": f"00000000{i}", "long": "One."} for i in range(8)])
+    with pytest.raises(SystemExit, match="1.captions.jsonl has captions that --join has not written"):
+        command(monkeypatch, "--join", path, cc3m)
+    assert "short" in sidecar.read_text()
+
+
 # ---- sidecars of new captions ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,14 +384,14 @@ def test_new_captions_in_a_sidecar_are_joined_by_key_over_the_files_own(tmp_path
     ("gone.tar", "gone.tar"),
     ("f/{00001..00009}.tar", "00003.tar"),
     ("f/*.csv", r"\*.csv"),
-    ("f/x.parquet", "x.parquet"),
-    ("f/0000[01].tar f/x.parquet", "x.parquet"),
+    ("f/x.xyz", "x.xyz"),
+    ("f/0000[01].tar f/x.xyz", "x.xyz"),
     ("f/{00000.tar,a.jsonl}", "one format"),
     ("empty", "empty"),
     ("f/dots.tar", r"no image: dots.tar/a with .b.jpg")])
 def test_data_that_is_not_there_or_not_known_ends_in_one_sentence(tmp_path, monkeypatch, data, named):
     folder = shards(tmp_path / "f")
-    write(folder, [], "x.parquet")
+    write(folder, [], "x.xyz")
     write(folder, [], "a.jsonl")
     (tmp_path / "empty").mkdir()
     shard(folder / "dots.tar", [("a.b", sample(0))])
@@ -629,7 +758,7 @@ def test_a_batch_is_cut_to_its_longest_text_and_knows_the_length_of_each():
     longest = batch.lengths.max()
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (8, 3, 32, 32)
-    assert batch.tokens.shape == (8, 4, longest)
+    assert batch.tokens.shape == (8, 8, longest)
     ends = (batch.tokens == TOKENIZER.eot).nonzero()[:, 2]
     assert (ends + 1).tolist() == batch.lengths.flatten().tolist()
     assert torch.equal(batch.tokens[3], samples[0, 3][1][:, :longest])
@@ -708,8 +837,7 @@ def test_a_set_that_is_bad_by_its_index_alone_is_refused_before_training(tmp_pat
 
 
 def look(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, flags), "--tokenizer", "scenes"])
-    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    command(monkeypatch, *flags, "--tokenizer", "scenes")
 
 
 def test_a_look_prints_counts_bad_samples_and_lengths_and_draws_a_sheet(tmp_path, monkeypatch, capsys):

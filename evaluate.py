@@ -29,7 +29,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
@@ -88,9 +87,8 @@ class Model:
 
         # Other ways to start workers than by fork would have to pickle `load`.
         start = "fork" if self.workers else None
-        loader = torch.utils.data.DataLoader(
-            items, self.batch, num_workers=self.workers, collate_fn=collate, multiprocessing_context=start
-        )
+        loader = torch.utils.data.DataLoader(items, self.batch, num_workers=self.workers, collate_fn=collate,
+                                             multiprocessing_context=start)
         try:
             for images, *rest in tqdm(loader, "images", leave=False, disable=None):
                 images = normalize(images.to(self.device))
@@ -273,7 +271,6 @@ def held_out_metrics(model, dataset, n):
     """Retrieval among the first n samples of a dataset and, if it draws scenes, all metrics of scenes -> metrics, the
     images' branches [N,H,D], their captions {number: data.Captions}."""
     scenes = getattr(dataset, "scenes", None)
-    places = Places(model, scenes) if scenes else None
 
     def load(i):
         try:
@@ -281,12 +278,12 @@ def held_out_metrics(model, dataset, n):
         except BadSample as bad:
             return torch.zeros(3, dataset.size, dataset.size, dtype=torch.uint8), bad
 
-    parts, loaded = [], []
-    for part, patches, some in model.batches(range(min(n, len(dataset))), load):
-        if places:
-            places.add(patches)
-        parts.append(part)
+    parts, patches, loaded = [], [], []
+    for branches, cells, some in model.batches(range(min(n, len(dataset))), load):
+        parts.append(branches)
         loaded += some
+        if scenes:
+            patches.append(cells.float().cpu())
     captions, bad = {}, BadCount()
     for number, caption in enumerate(loaded):
         if isinstance(caption, BadSample):
@@ -304,11 +301,12 @@ def held_out_metrics(model, dataset, n):
     if long != short:
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
-        means = [F.normalize(texts.mean(0), dim=0) for texts in places.sentences]
-        means = torch.stack(means).to(images.device)
+        sentences = model.texts(sum((c.long for c in captions.values()), []))
+        sentences = sentences.split([len(c.long) for c in captions.values()])  # of each scene [K,D]
+        means = torch.stack([F.normalize(texts.mean(0), dim=0) for texts in sentences])
         rows |= prefixed("long by sentence", caption_retrieval(images, long, means))
         rows |= scene_classification(model, images, scenes)
-        rows |= places.rows()
+        rows |= place_metrics(model, scenes, sentences, patches)
     return rows, branches, captions
 
 
@@ -328,74 +326,53 @@ def scene_classification(model, images, scenes):
     return rows
 
 
-class Places:
-    """Where in a scene patch-text similarity points; `rows` has the metrics.
+def place_metrics(model, scenes, sentences, patches):
+    """Where in a scene patch-text similarity points. sentences: of each scene [K,D]; patches: batches [b,P,D] of them.
 
     pointing: is the patch most similar to a sentence about one object (or to the object's name) on the object, that is,
-    does the object's mask cover at least 1/16 of it? grouped by sentence: the share of a sentence's grouping weights
-    (DreamLIP, section 3.3) on such patches; patches grouped: the share of patches whose weight is not 0 (100: the
-    weights are dense). group finds its sentence: is what a sentence groups more similar to it than to the caption's
-    other sentences; wrong image: the same with the patches of another scene, of which the caption is not true.
-    mIoU: every pixel gets the class, kind or background, whose name its upsampled patches resemble most.
+    does the object's mask cover at least 1/16 of it? patches grouped: the share of patches whose grouping weight
+    (DreamLIP, section 3.3) is not 0 (100: the weights are dense). group finds its sentence: is what a sentence groups
+    more similar to it than to the caption's other sentences; wrong image: the same with the patches of another scene,
+    of which the caption is not true. mIoU: every pixel gets the class, kind or background, whose name its upsampled
+    patches resemble most.
     """
+    grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
+    kinds = model.texts([article(name) for name, _ in KINDS[:scenes.kinds]])
+    classes = torch.stack([F.normalize(grounds.mean(0), dim=0), *kinds]).cpu()  # [1 + kinds, D]
+    confusion = Confusion(len(classes))
+    pairs = []  # of each scene, its patches and those of another one
+    for batch in patches:
+        pairs += zip(batch, batch.roll(1, 0))
+    found = defaultdict(list)  # metric: shares (value, chance) of scenes or sentences
+    for i, (cells, wrong) in enumerate(pairs):
+        scene, texts = scenes.scene(i), sentences[i].cpu()
+        mask = torch.from_numpy(scenes.draw(scene)[1]).long()
+        numbers = torch.tensor([0] + [o.kind + 1 for o in scene.objects])  # of the classes in the mask
+        confusion.add(numbers[mask], pixel_scores(cells, classes, mask.shape).argmax(0))
+        right, grouped = group_shares(cells, texts, model.settings.get("threshold"))
+        found["patches grouped"].append((grouped, 1))
+        found["group finds its sentence"].append((right, 1 / len(texts)))
+        right, _ = group_shares(wrong, texts, model.settings.get("threshold"))
+        found["group finds its sentence, wrong image"].append((right, 1 / len(texts)))
+        for about, text in zip(scene.about, texts):
+            if about >= 0:  # about a single object
+                covered = F.avg_pool2d((mask == about + 1).double()[None], len(mask) // model.side).flatten()
+                on = covered >= 1 / 16  # [P]
+                name = classes[numbers[about + 1]]
+                found["pointing by sentence"].append((on[(cells @ text).argmax()], on.double().mean()))
+                found["pointing by name"].append((on[(cells @ name).argmax()], on.double().mean()))
+    rows = {}
+    for name, shares in found.items():
+        value, chance = 100 * torch.tensor(shares, dtype=torch.float64).mean(0)
+        rows[name] = value.item(), chance.item()
+    return rows | {"mIoU": confusion.miou()}
 
-    def __init__(self, model, scenes):
-        self.scenes = scenes
-        self.side = model.side
-        self.threshold = model.settings.get("threshold")
-        captions = [scenes.scene(i).captions["long"] for i in range(len(scenes))]
-        self.sentences = model.texts(sum(captions, [])).cpu().split(list(map(len, captions)))  # of each scene [K,D]
-        grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
-        kinds = model.texts([article(name) for name, _ in KINDS[:scenes.kinds]])
-        self.classes = torch.stack([F.normalize(grounds.mean(0), dim=0), *kinds]).cpu()  # [1 + kinds, D]
-        self.confusion = Confusion(len(self.classes))
-        self.number = 0  # of the next scene
-        self.found = defaultdict(list)  # metric: shares (value, chance) of scenes or sentences
 
-    def add(self, patches):
-        """patches [b,P,D] of the next scenes."""
-        patches = patches.float().cpu()
-        for cells, wrong in zip(patches, patches.roll(1, 0)):
-            scene = self.scenes.scene(self.number)
-            texts = self.sentences[self.number]
-            self.number += 1
-            mask = torch.from_numpy(self.scenes.draw(scene)[1]).long()
-            classes = torch.tensor([0] + [o.kind + 1 for o in scene.objects])  # of the mask's numbers
-            guess = pixel_scores(cells, self.classes, mask.shape).argmax(0)
-            self.confusion.add(classes[mask], guess)
-            weights = self._group(cells, wrong, texts)
-            for about, text, weight in zip(scene.about, texts, weights):
-                if about >= 0:  # about a single object
-                    name = self.classes[classes[about + 1]]
-                    self._point(cells, mask == about + 1, text, name, weight)
-
-    def _group(self, cells, wrong, texts):
-        """What texts [K,D] group among patches [P,D], the right ones and wrong ones -> weights of the former [K,P]."""
-        K = len(texts)
-        both = torch.stack([cells, wrong])
-        grouped, (weights, _) = group_patches(both, texts.expand(2, -1, -1), self.threshold)
-        finds = (grouped @ texts.T).argmax(-1) == torch.arange(K)  # [2, K]
-        right, wrong = finds.double().mean(1)
-        self.found["patches grouped"].append(((weights > 0).double().mean(), 1))
-        self.found["group finds its sentence"].append((right, 1 / K))
-        self.found["group finds its sentence, wrong image"].append((wrong, 1 / K))
-        return weights
-
-    def _point(self, cells, mask, text, name, weight):
-        """Where a sentence about an object, the object's name, and the sentence's weights point; mask: the object's."""
-        covered = F.avg_pool2d(mask.double()[None], len(mask) // self.side).flatten()
-        on = covered >= 1 / 16  # [P]
-        chance = on.double().mean()
-        self.found["pointing by sentence"].append((on[(cells @ text).argmax()], chance))
-        self.found["pointing by name"].append((on[(cells @ name).argmax()], chance))
-        self.found["grouped by sentence"].append((weight[on].sum(), chance))
-
-    def rows(self):
-        rows = {}
-        for name, pairs in self.found.items():
-            shares = torch.tensor(pairs, dtype=torch.float64)
-            rows[name] = tuple(100 * share for share in shares.mean(0).tolist())
-        return rows | {"mIoU": self.confusion.miou()}
+def group_shares(cells, texts, threshold):
+    """Patches [P,D], texts [K,D] -> the share of texts that find what they group, and of weights that are not 0."""
+    grouped, weights = group_patches(cells[None], texts[None], threshold)
+    finds = (grouped[0] @ texts.T).argmax(1) == torch.arange(len(texts))
+    return finds.double().mean(), (weights > 0).double().mean()
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
@@ -413,16 +390,6 @@ def reading(model, images, captions, n=500):
             (to_image, chance), (to_text, _) = rows["T2I R@1"], rows["I2T R@1"]
             length.append([sentences, to_image, to_text, chance])
     return dict(length=length)
-
-
-def probes(model, branches, captions, read=True):
-    """What `reading` and `specialisation` find, as far as the captions are long and the model has branches."""
-    found = {}
-    if read and max(len(c.long) for c in captions) > 1:
-        found["reading"] = reading(model, model.merge(branches), captions)
-    if model.config.branches > 1:
-        found["specialisation"] = specialisation(model, branches, captions)
-    return found
 
 
 def specialisation(model, branches, captions):
@@ -661,27 +628,23 @@ for name in LAYOUTS:
     BENCHMARKS[name] = partial(retrieval_set, name)
 
 
-def check_benchmarks(wanted):
-    """["NAME:PATH"] -> [(name, path)]. Raises UserError."""
-    found = []
-    for item in wanted:
-        name, _, path = item.partition(":")
-        if name not in BENCHMARKS or not path:
-            raise UserError(f"--benchmark {item}: write NAME:PATH with one of {', '.join(BENCHMARKS)}")
-        if not Path(path).exists():
-            raise UserError(f"--benchmark {name}: there is no {path}")
-        found.append((name, Path(path)))
-    return found
+def check_benchmark(item):
+    """"NAME:PATH" -> (name, path). Raises UserError."""
+    name, _, path = item.partition(":")
+    if name not in BENCHMARKS or not path:
+        raise UserError(f"--benchmark {item}: write NAME:PATH with one of {', '.join(BENCHMARKS)}")
+    if not Path(path).exists():
+        raise UserError(f"--benchmark {name}: there is no {path}")
+    return name, Path(path)
 
 
 def run_benchmarks(model, wanted):
     """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes twice keeps its path."""
     rows = {}
-    found = check_benchmarks(wanted)
-    names = [name for name, _ in found]
+    found = [check_benchmark(item) for item in wanted]
+    times = Counter(name for name, _ in found)
     for item, (name, path) in zip(wanted, found):
-        label = item if names.count(name) > 1 else name
-        rows |= prefixed(label, BENCHMARKS[name](model, path))
+        rows |= prefixed(item if times[name] > 1 else name, BENCHMARKS[name](model, path))
     return rows
 
 
@@ -712,24 +675,22 @@ def draw_image(axis, image, heat):
 
 
 def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
-    """Held-out pictures, and over each the weights of the patches that each of its sentences groups.
-    captions: {number in the dataset: data.Captions}."""
+    """Held-out pictures, and over each the weights of the patches that each of its sentences groups, from 0 to its
+    greatest. captions: {number in the dataset: data.Captions}."""
     numbers = [list(captions)[place] for place in spread(len(captions), pictures)]
     figure = new_figure(2.2 * (1 + sentences), 2.7 * len(numbers))
     axes = figure.subplots(len(numbers), 1 + sentences, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
     for row, number in zip(axes, numbers):
-        for axis in row:
-            axis.axis("off")
         image = dataset[number][0]
         row[0].imshow(image.permute(1, 2, 0).numpy())
         texts = [*captions[number].long, captions[number].raw][:sentences]
         _, patches = next(model.batches([(image,)]))
         _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
-            draw_image(axis, image, weight.unflatten(0, (model.side, -1)))
+            draw_image(axis, image, weight.view(model.side, -1))
             axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
-    label = "weight, as a share of the picture's greatest"
-    figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label=label)
     save(figure, f"{model.name}: the patches that each sentence groups", path)
 
 
@@ -738,12 +699,10 @@ def draw_branches(matrices, path):
     figure = new_figure(8 * len(matrices), 5)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, found) in zip(axes, matrices.items()):
-        matrix = np.round(found["matrix"], 2) + 0.0  # no "-0.00"
-        names = found["perspectives"]
+        matrix = np.array(found["matrix"])
         axis.imshow(matrix, cmap="Blues", vmax=2 * matrix.max(), aspect="auto")
-        axis.set_title(title)
-        axis.set_yticks(range(len(matrix)), [f"branch {h}" for h in range(len(matrix))])
-        axis.set_xticks(range(len(names)), names, rotation=35, ha="right")
+        axis.set(title=title, ylabel="branch", yticks=range(len(matrix)))
+        axis.set_xticks(range(matrix.shape[1]), found["perspectives"], rotation=35, ha="right")
         for (y, x), value in np.ndenumerate(matrix):
             axis.text(x, y, f"{value:.2f}", ha="center", va="center")
     save(figure, "similarity to the own picture's text,\nabove the mean over pictures", path)
@@ -756,9 +715,9 @@ def draw_curves(model, path):
     names = [name for name in ("contrastive", "grouping", "held_out_loss", "logit_scale") if name in known]
     figure = new_figure(4 * len(names), 3)
     for axis, name in zip(figure.subplots(1, len(names)), names):
-        points = [(line["images"] / 1000, line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points), ".-")
-        axis.set(title=name.replace("_", " "), xlabel="thousand images seen")
+        shown = [line for line in lines if name in line]
+        axis.plot([line["images"] for line in shown], [line[name] for line in shown], ".-")
+        axis.set(title=name.replace("_", " "), xlabel="images seen")
         axis.grid()
     save(figure, model.name, path)
 
@@ -784,7 +743,7 @@ def draw_run(model, dataset, captions, report, folder):
         draw_curves(model, folder / "curves.png")
     if "specialisation" in report:
         draw_branches({model.name: report["specialisation"]}, folder / "branches.png")
-    if report["reading"]:
+    if "reading" in report:
         draw_reading({model.name: report["reading"]}, folder / "reading.png")
 
 
@@ -794,11 +753,11 @@ def draw_run(model, dataset, captions, report, folder):
 HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "mIoU")
 
 
-def run_table(title, rows):
-    """{metric: (value, chance)} -> markdown."""
-    lines = [[f"{title}, %", "", "chance"]]
-    for name, (value, chance) in rows.items():
-        lines.append([name, f"{value:.1f}", f"{chance:.1f}"])
+def run_table(report):
+    """A report's metrics as markdown, a line each."""
+    lines = [[f"{report['name']}, %", "", "chance"]]
+    for name, metric in report["metrics"].items():
+        lines.append([name, f"{metric['value']:.1f}", f"{metric['chance']:.1f}"])
     return markdown(lines)
 
 
@@ -886,11 +845,10 @@ def metric_cell(metric, seeds):
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
-def evaluate_run(path, n=None, branch="mean", data=None, figures=True, device=None, benchmarks=(), probe=True, out=None,
-                 **options) -> dict:
+def evaluate_run(path, n=None, branch="mean", data=None, figures=True, device=None, benchmarks=(), out=None, **options):
     """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and writes evaluation.json
-    (benchmarks.json) and figures -> dict of name, settings, metrics {name: {value, chance}}, on (what data), and
-    reading (None without `probe`).
+    (benchmarks.json) and figures -> what it writes: a dict of name, settings, metrics {name: {value, chance}}, on (what
+    data) and probes.
 
     What is not the standard evaluation of a run's folder goes to a folder in it, named after what is different; `out`
     takes the place of the run's folder. `options`: Model's. Raises UserError.
@@ -898,43 +856,52 @@ def evaluate_run(path, n=None, branch="mean", data=None, figures=True, device=No
     path = Path(path)
     model = Model(path, device, branch, **options)
     s = model.settings
-    report = dict(name=model.name, branch=branch, image_size=model.config.image_size, reading=None)
-    captions = {}
+    weights = path.stem if path.is_file() else None  # such as "best"
+    size = model.config.image_size
+    report = dict(name=model.name, branch=branch, image_size=size, settings=s | dict(weights=weights))
     if benchmarks:
         rows = run_benchmarks(model, benchmarks)
         report["on"] = " ".join(benchmarks)
     elif data or model.folder:
         count = n or s.get("eval_images") or 1000
-        fields = {} if data else dict(image_root=s["image_root"], caption_fields=s["caption_fields"])
         names = data or s["data"]
-        dataset = open_dataset(names, "test", count, model.config.image_size, s["kinds"], **fields)
-        rows, branches, captions = held_out_metrics(model, dataset, count)
+        fields = {} if data else dict(image_root=s["image_root"], caption_fields=s["caption_fields"])
+        dataset = open_dataset(names, "test", count, size, s["kinds"], **fields)
+        rows, branches, numbered = held_out_metrics(model, dataset, count)
+        captions = list(numbered.values())
         report["images"] = len(captions)
-        told = names if isinstance(names, str) else " ".join(names)
-        report["on"] = f"{len(captions)} images of {told}, {s['kinds']} kinds of object"
-        report |= probes(model, branches, list(captions.values()), probe)
+        names = names if isinstance(names, str) else " ".join(names)
+        report["on"] = f"{len(captions)} images of {names}, {s['kinds']} kinds of object"
+        if max(len(c.long) for c in captions) > 1:
+            report["reading"] = reading(model, model.merge(branches), captions)
+        if model.config.branches > 1:
+            report["specialisation"] = specialisation(model, branches, captions)
     else:
         raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
-    print(run_table(model.name, rows))
+    report["metrics"] = {name: dict(value=value, chance=chance) for name, (value, chance) in rows.items()}
+    print(run_table(report))
     print(f"{model.name} on {report['on']}")
 
-    metrics = {name: dict(value=value, chance=chance) for name, (value, chance) in rows.items()}
-    weights = path.stem if path.is_file() else None  # such as "best"
-    folder = model.folder
-    asked = [weights, n, data, None if branch == "mean" else branch, options.get("image_size")]
-    words = re.findall(r"\w+", " ".join(str(value) for value in asked if value))
-    if out:
-        folder = Path(out) / model.name
-    elif folder and words:
-        folder = folder / "-".join(["evaluation", *words])
+    asked = [weights, n, data, branch if branch != "mean" else None, options.get("image_size")]
+    folder = report_folder(model, out, asked)
     if folder:
         with saving(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             file = folder / ("benchmarks.json" if benchmarks else "evaluation.json")
-            file.write_text(json.dumps(report | dict(metrics=metrics), indent=1))
-            if figures and captions:
-                draw_run(model, dataset, captions, report, folder)
-    return report | dict(settings=s | dict(weights=weights), metrics=metrics)
+            file.write_text(json.dumps(report, indent=1))
+            if figures and not benchmarks:
+                draw_run(model, dataset, numbered, report, folder)
+    return report
+
+
+def report_folder(model, out, asked):
+    """The run's own folder, or one in it that is named after what was asked for; `out` goes before."""
+    if out:
+        return Path(out) / model.name
+    words = re.findall(r"\w+", " ".join(str(value) for value in asked if value))
+    if model.folder and words:
+        return model.folder / "-".join(["evaluation", *words])
+    return model.folder
 
 
 @contextmanager
@@ -951,14 +918,12 @@ def find_runs(paths):
     """What of the paths can be evaluated, each once; runs/* has figures and folders that are no runs, too."""
     runs = []
     for path in map(Path, paths):
-        if path.name == "checkpoint.pt":
-            path = path.parent
         if not path.exists():
             raise UserError(f"there is no {path}: name folders of runs, or files of weights")
-        if checkpoints(path) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            runs.append(path)
-        else:
+        if not checkpoints(path) and path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
             print(f"passed over, no run: {path}")
+        else:
+            runs.append(path.parent if path.name == "checkpoint.pt" else path)
     if not runs:
         raise UserError(f"no run among {' '.join(paths)}: name folders with a checkpoint.pt, or files of weights")
     return list(dict.fromkeys(runs))
@@ -994,7 +959,7 @@ def export(model, kind, file):
     if kind != "open_clip":
         raise UserError(f"--export {kind}: the one format there is, is open_clip")
     with saving(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(file.parent, exist_ok=True)
         export_open_clip(model.clip, file)
         print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
               f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
@@ -1003,7 +968,8 @@ def export(model, kind, file):
 def main(argv=None):
     options = parse(argv)
     check_device(options["device"] or "cpu")
-    check_benchmarks(options["benchmarks"])
+    for item in options["benchmarks"]:
+        check_benchmark(item)
     runs = find_runs(options.pop("runs"))
     file = options.pop("json")
     kind, weights = options.pop("export")
@@ -1024,9 +990,9 @@ def main(argv=None):
     if file:
         file = Path(file)
         with saving(file.parent):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(file.parent, exist_ok=True)
             file.write_text(json.dumps(groups, indent=1))
-    curves = {group["name"]: group["reading"] for group in groups if group["reading"]}
+    curves = {group["name"]: group["reading"] for group in groups if "reading" in group}
     if len(groups) > 1 and curves and options["figures"]:
         folder = Path(options["out"] or runs[0].absolute().parent)
         with saving(folder):

@@ -184,7 +184,7 @@ def train_row(row: str, flags: list[str]):
 
     threading.Thread(target=stop_with_parent, daemon=True).start()
     folder = train(parse_flags([*flags, "--resume", "auto", "--eval-images", "0"]))
-    evaluate_run(folder, figures=False, probe=row in READERS)
+    evaluate_run(folder, figures=False)
 
 
 def train_runs(runs: list[Run], jobs: int):

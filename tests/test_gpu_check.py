@@ -13,11 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import benchmark_fused  # noqa: E402
 import benchmark_step  # noqa: E402
 import evaluate  # noqa: E402
 import gpu_check  # noqa: E402
 import train  # noqa: E402
-from csrc import benchmark  # noqa: E402
 
 NAMED = {part.name: part for part in gpu_check.PARTS}
 
@@ -72,7 +72,7 @@ def test_weights_further_apart_than_undisturbed_ones_fail(tmp_path):
 
 def test_what_the_benchmark_of_the_loss_prints_is_read(capsys):
     for dtype in (torch.float32, torch.bfloat16):
-        benchmark.report(64, dtype, "cpu", repeats=1)
+        benchmark_fused.report(64, dtype, "cpu", repeats=1)
     judge = NAMED["fused loss"].judge
     assert re.fullmatch(r"[\d.]+ and [\d.]+", judge(capsys.readouterr().out, None)[0])
     fused = "fused      0.0001 s, 0.50 of plain, {} of gemms, 9 bytes\n"

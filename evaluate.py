@@ -958,11 +958,13 @@ def parse(argv):
 def export(model, kind, file):
     if kind != "open_clip":
         raise UserError(f"--export {kind}: the one format there is, is open_clip")
-    with saving(file.parent):
+    try:
         os.makedirs(file.parent, exist_ok=True)
         export_open_clip(model.clip, file)
-        print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
-              f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}): name another file") from None
+    print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
+          f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
 
 
 def main(argv=None):

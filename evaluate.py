@@ -29,6 +29,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
@@ -37,7 +38,7 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, UserError, clean_field, image_field, load_image, load_tokenizer, normalize,
+from data import (BadCount, BadSample, Parser, UserError, check_target, clean_field, image_field, load_image, load_tokenizer, normalize,
                   one_sentence, open_dataset, read_captions, read_json, spread)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, load_model, resized
@@ -691,6 +692,7 @@ def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_image(axis, image, weight.view(model.side, -1))
             axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
+    figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label="weight, as a share of the picture's greatest")
     save(figure, f"{model.name}: the patches that each sentence groups", path)
 
 
@@ -726,7 +728,8 @@ def draw_reading(curves, path):
     """{model: what `reading` found} -> R@1 against the sentences given."""
     figure = new_figure(9, 4.2)
     axis = figure.subplots()
-    for colour, (name, found) in zip(itertools.cycle(PALETTE), curves.items()):
+    for i, (name, found) in enumerate(curves.items()):
+        colour = PALETTE[i] if i < len(PALETTE) else matplotlib.colormaps["turbo"](i / len(curves))
         sentences, to_image, to_text, chance = np.transpose(found["length"])
         axis.plot(sentences, to_image, "o-", color=colour, label=name)
         axis.plot(sentences, to_text, "s--", color=colour)
@@ -958,11 +961,7 @@ def parse(argv):
 def export(model, kind, file):
     if kind != "open_clip":
         raise UserError(f"--export {kind}: the one format there is, is open_clip")
-    try:
-        os.makedirs(file.parent, exist_ok=True)
-        export_open_clip(model.clip, file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error}): name another file") from None
+    export_open_clip(model.clip, file)
     print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
           f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
 
@@ -975,6 +974,8 @@ def main(argv=None):
     runs = find_runs(options.pop("runs"))
     file = options.pop("json")
     kind, weights = options.pop("export")
+    for target in filter(None, (file, weights, options["out"])):
+        check_target(target)
     if kind:
         sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
         return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
@@ -992,7 +993,6 @@ def main(argv=None):
     if file:
         file = Path(file)
         with saving(file.parent):
-            os.makedirs(file.parent, exist_ok=True)
             file.write_text(json.dumps(groups, indent=1))
     curves = {group["name"]: group["reading"] for group in groups if "reading" in group}
     if len(groups) > 1 and curves and options["figures"]:

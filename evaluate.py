@@ -439,39 +439,83 @@ def specialisation(model, branches, captions):
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
-TEMPLATES = (
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "a good photo of a {}.",
-    "a blurry photo of a {}.",
-    "a close-up photo of the {}.",
-    "a cropped photo of a {}.",
-    "a bright photo of the {}.",
-    "a dark photo of a {}.",
-    "a photo of one {}.",
-    "a small {} in a photo.",
-    "a large {} in a photo.",
-    "a picture showing the {}.",
-    "a drawing of a {}.",
+TEMPLATES = (  # CLIP's 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository
+    "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}.",
+    "a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.", "a photo of a hard to see {}.",
+    "a bright photo of a {}.", "a photo of a clean {}.", "a photo of a dirty {}.", "a dark photo of the {}.",
+    "a drawing of a {}.", "a photo of my {}.", "the plastic {}.", "a photo of the cool {}.",
+    "a close-up photo of a {}.", "a black and white photo of the {}.", "a painting of the {}.", "a painting of a {}.",
+    "a pixelated photo of the {}.", "a sculpture of the {}.", "a bright photo of the {}.", "a cropped photo of a {}.",
+    "a plastic {}.", "a photo of the dirty {}.", "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.",
+    "a photo of the {}.", "a good photo of the {}.", "a rendering of the {}.", "a {} in a video game.",
+    "a photo of one {}.", "a doodle of a {}.", "a close-up photo of the {}.", "a photo of a {}.", "the origami {}.",
+    "the {} in a video game.", "a sketch of a {}.", "a doodle of the {}.", "a origami {}.",
+    "a low resolution photo of a {}.", "the toy {}.", "a rendition of the {}.", "a photo of the clean {}.",
+    "a photo of a large {}.", "a rendition of a {}.", "a photo of a nice {}.", "a photo of a weird {}.",
+    "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.", "a sketch of the {}.", "a embroidered {}.",
+    "a pixelated photo of a {}.", "itap of the {}.", "a jpeg corrupted photo of the {}.", "a good photo of a {}.",
+    "a plushie {}.", "a photo of the nice {}.", "a photo of the small {}.", "a photo of the weird {}.",
+    "the cartoon {}.", "art of the {}.", "a drawing of the {}.", "a photo of the large {}.",
+    "a black and white photo of a {}.", "the plushie {}.", "a dark photo of a {}.", "itap of a {}.",
+    "graffiti of the {}.", "a toy {}.", "itap of my {}.", "a photo of a cool {}.", "a photo of a small {}.",
+    "a tattoo of the {}.",
 )
+A_OR_THE = ("a photo of a {}.", "a photo of the {}.")
+CIFAR = (
+    "a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.", "a low contrast photo of a {}.",
+    "a high contrast photo of a {}.", "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
+    "a photo of a big {}.", "a photo of the {}.", "a blurry photo of the {}.", "a black and white photo of the {}.",
+    "a low contrast photo of the {}.", "a high contrast photo of the {}.", "a bad photo of the {}.",
+    "a good photo of the {}.", "a photo of the small {}.", "a photo of the big {}.",
+)
+SET_TEMPLATES = {  # CLIP's for other sets, from its data/prompts.md; a set that is not here takes ImageNet's
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "stl10": A_OR_THE,
+    "food101": ("a photo of {}, a type of food.",),
+    "pets": ("a photo of a {}, a type of pet.",),
+    "flowers102": ("a photo of a {}, a type of flower.",),
+    "dtd": (
+        "a photo of a {} texture.", "a photo of a {} pattern.", "a photo of a {} thing.", "a photo of a {} object.",
+        "a photo of the {} texture.", "a photo of the {} pattern.", "a photo of the {} thing.",
+        "a photo of the {} object.",
+    ),
+    "aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
+    "cars": (
+        "a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "i love my {}!", "a photo of my dirty {}.",
+        "a photo of my clean {}.", "a photo of my new {}.", "a photo of my old {}.",
+    ),
+    "caltech101": (
+        "a photo of a {}.", "a painting of a {}.", "a plastic {}.", "a sculpture of a {}.", "a sketch of a {}.",
+        "a tattoo of a {}.", "a toy {}.", "a rendition of a {}.", "a embroidered {}.", "a cartoon {}.",
+        "a {} in a video game.", "a plushie {}.", "a origami {}.", "art of a {}.", "graffiti of a {}.",
+        "a drawing of a {}.", "a doodle of a {}.", "a photo of the {}.", "a painting of the {}.", "the plastic {}.",
+        "a sculpture of the {}.", "a sketch of the {}.", "a tattoo of the {}.", "the toy {}.",
+        "a rendition of the {}.", "the embroidered {}.", "the cartoon {}.", "the {} in a video game.",
+        "the plushie {}.", "the origami {}.", "art of the {}.", "graffiti of the {}.", "a drawing of the {}.",
+        "a doodle of the {}.",
+    ),
+    "sun397": A_OR_THE,
+}
 VOC = (
     "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, "
     "potted plant, sheep, sofa, train, television monitor"
 ).split(", ")
 STUFF = "sky, wall, floor, ground, grass, road, water, tree, building, ceiling, mountain, fence".split(", ")
 TEST = {"split": "test"}
-TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one), kind of thing
-    "cifar10": ("CIFAR10", {"train": False}, ""),
-    "cifar100": ("CIFAR100", {"train": False}, ""),
-    "stl10": ("STL10", TEST, ""),
-    "food101": ("Food101", TEST, ", a type of food"),
-    "pets": ("OxfordIIITPet", TEST, ", a type of pet"),
-    "flowers102": ("Flowers102", TEST, ", a type of flower"),
-    "dtd": ("DTD", TEST, " texture"),
-    "aircraft": ("FGVCAircraft", TEST, ", a type of aircraft"),
-    "cars": ("StanfordCars", TEST, ", a type of car"),
-    "caltech101": ("Caltech101", {}, ""),
-    "sun397": ("SUN397", {}, ""),
+TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one)
+    "cifar10": ("CIFAR10", {"train": False}),
+    "cifar100": ("CIFAR100", {"train": False}),
+    "stl10": ("STL10", TEST),
+    "food101": ("Food101", TEST),
+    "pets": ("OxfordIIITPet", TEST),
+    "flowers102": ("Flowers102", TEST),
+    "dtd": ("DTD", TEST),
+    "aircraft": ("FGVCAircraft", TEST),
+    "cars": ("StanfordCars", TEST),
+    "caltech101": ("Caltech101", {}),
+    "sun397": ("SUN397", {}),
 }
 
 
@@ -570,13 +614,12 @@ LAYOUTS = {
 # A benchmark is a function (model, path) -> {metric: (value, chance)}; BENCHMARKS below names them all.
 
 
-def zero_shot(model, dataset, path, names=None, kind=""):
+def zero_shot(model, dataset, path, names=None, templates=TEMPLATES):
     """dataset[i]: (PIL image or its path, class) -> `classification`.
 
     Names come from classnames.txt in `path`, a line a class in the order of their numbers, if it is there, else from
     `names`, else from the dataset. CLIP's own curated names are in its repository, data/prompts.md and
-    notebooks/Prompt_Engineering_for_ImageNet.ipynb. kind: a word on what kind of thing a class is, which CLIP
-    (2103.00020, section 3.1.4) found to help.
+    notebooks/Prompt_Engineering_for_ImageNet.ipynb. A class is the mean of its name in all templates.
     """
     classes = getattr(dataset, "classes", None) or dataset.categories
     names = names or [re.sub("[_/]", " ", name) for name in classes]
@@ -588,30 +631,58 @@ def zero_shot(model, dataset, path, names=None, kind=""):
                         f"each class in {file}")
     prepare = preparation(model.config.image_size)
     branches, target = model.images(dataset, lambda sample: (prepare(sample[0]), sample[1]))
-    templates = [template.replace("{}", "{}" + kind) for template in TEMPLATES]
     embedded = class_embeddings(model, names, templates)
     return classification(model.merge(branches), embedded, torch.tensor(target))
 
 
+class ClassFolders(ImageFolder):
+    """Class folders in the order of their names, or of their numbers where all are numbers, as in ImageNet-V2."""
+
+    def find_classes(self, directory):
+        classes, _ = super().find_classes(directory)
+        if all(map(str.isdecimal, classes)):
+            classes.sort(key=int)
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
 def image_folder(model, path, names=None):
     try:
-        dataset = ImageFolder(path, loader=Path)  # paths: `zero_shot` opens them
+        dataset = ClassFolders(path, loader=Path)  # paths: `zero_shot` opens them
     except FileNotFoundError as error:
         raise UserError(f"{path} is no folder of class folders with pictures: {str(error).splitlines()[0]}") from None
     return zero_shot(model, dataset, path, names)
 
 
+def synset_folder(model, path):
+    """ImageNet-R and ImageNet-A: folders of 200 of ImageNet's synsets, which the ids of synsets do not name."""
+    file = path / "classnames.txt"
+    if not file.is_file():
+        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name for "
+                        "each folder, in the order of the ids")
+    return image_folder(model, path)
+
+
 def torchvision_set(name, model, path):
-    dataset, split, kind = TORCHVISION[name]
-    return zero_shot(model, torchvision_data(dataset, path, **split), path, kind=kind)
+    dataset, split = TORCHVISION[name]
+    templates = SET_TEMPLATES.get(name, TEMPLATES)
+    return zero_shot(model, torchvision_data(dataset, path, **split), path, templates=templates)
+
+
+def cut_caption(text):
+    """A long caption as LoTLIP's benchmarks give it to BERT's tokenizer: its sentences, joined by ". "."""
+    parts = [part.strip() for part in re.split(r"\n|</s>|[.]", text)]
+    return ". ".join(filter(None, parts))
 
 
 def retrieval_set(name, model, path):
-    """Retrieval on a published data set; a caption's right answer is its own picture alone."""
+    """Retrieval on a published data set; a caption's right answer is its own picture alone. LoTLIP's text tower gets
+    captions of the sets of long ones cut as LoTLIP cuts them."""
+    cut = model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl")
     root = path.parent if path.is_file() else path
     captions = defaultdict(list)  # of each picture
     try:
         for picture, texts in LAYOUTS[name](path):
+            texts = map(cut_caption, texts) if cut else texts
             captions[find_picture(root, picture)] += filter(str.strip, texts)
     except (KeyError, TypeError, IndexError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
@@ -653,6 +724,9 @@ IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets i
 BENCHMARKS = {
     "imagefolder": image_folder,
     "imagenet": partial(image_folder, names=IMAGENET),
+    "imagenet-v2": partial(image_folder, names=IMAGENET),
+    "imagenet-r": synset_folder,
+    "imagenet-a": synset_folder,
     "voc": voc,
 }
 for name in TORCHVISION:

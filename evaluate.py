@@ -5,7 +5,10 @@
     python evaluate.py RUN --branch max --out FOLDER      branches become one similarity by mean, max, or a number
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets urban1k:Urban1k coco:coco/dataset_coco.json
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
+    python evaluate.py RUN --picture dog.jpg --texts "a brown dog" "a red sofa"       how similar, and where
+    python evaluate.py RUN --search FOLDER "a dog on a sofa"                         a folder's most similar pictures
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
+    python evaluate.py RUN --export transformers FOLDER   for transformers.CLIPModel.from_pretrained(FOLDER)
 
 All numbers are in percent, and each stands beside its chance level. A tie counts against the model. A run's
 standard evaluation is written into its folder, as evaluation.json. Any other (--images, --data, --branch, best.pt ...)
@@ -38,10 +41,11 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, UserError, clean_field, image_field, load_image, load_tokenizer, normalize,
-                  one_sentence, open_dataset, read_captions, read_json, spread)
+from data import (BadCount, BadSample, Parser, Records, UserError, clean_field, contact_sheet, image_field, load_image,
+                  load_tokenizer, normalize, one_sentence, open_dataset, read_captions, read_json, spread,
+                  write_clip_tokenizer)
 from losses import group_patches
-from model import best_device, check_device, checkpoints, export_open_clip, load_model, resized
+from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
@@ -785,18 +789,16 @@ def draw_image(axis, image, heat):
     axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
 
 
-def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
-    """Held-out pictures, and over each the weights of the patches that each of its sentences groups.
-    captions: {number in the dataset: data.Captions}."""
-    numbers = [list(captions)[place] for place in spread(len(captions), pictures)]
-    figure = new_figure(2.2 * (1 + sentences), 2.7 * len(numbers))
-    axes = figure.subplots(len(numbers), 1 + sentences, squeeze=False)
-    for row, number in zip(axes, numbers):
+def draw_groups(model, shown, path):
+    """shown: (image uint8 [3,S,S], its texts) pairs -> a row each: the image, and over it the weights of the patches
+    that each text groups."""
+    columns = 1 + max(len(texts) for _, texts in shown)
+    figure = new_figure(2.2 * columns, 2.7 * len(shown))
+    axes = figure.subplots(len(shown), columns, squeeze=False)
+    for row, (image, texts) in zip(axes, shown):
         for axis in row:
             axis.axis("off")
-        image = dataset[number][0]
         row[0].imshow(image.permute(1, 2, 0).numpy())
-        texts = [*captions[number].long, captions[number].raw][:sentences]
         _, patches = next(model.batches([(image,)]))
         _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
@@ -853,13 +855,84 @@ def draw_reading(curves, path):
 
 def draw_run(model, dataset, captions, report, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
-    draw_groups(model, dataset, captions, folder / "patches.png")
+    shown = []
+    for place in spread(len(captions), 4):
+        number = list(captions)[place]
+        texts = [*captions[number].long, captions[number].raw][:5]
+        shown.append((dataset[number][0], texts))
+    draw_groups(model, shown, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
     if "specialisation" in report:
         draw_branches({model.name: report["specialisation"]}, folder / "branches.png")
     if report["reading"]:
         draw_reading({model.name: report["reading"]}, folder / "reading.png")
+
+
+# ---- pictures of one's own -------------------------------------------------------------------------------------------
+
+def show_picture(model, file, texts, folder):
+    """Prints how similar each text is to a picture, and draws the patches that each groups into picture.png."""
+    image = preparation(model.config.image_size)(file)
+    branches, = model.images([(image,)])
+    cosines = (model.merge(branches)[0] @ model.texts(texts).T).amax(0)
+    shares = 100 * (cosines * model.clip.logit_scale.exp()).softmax(0)
+    print("cosine  softmax  text")
+    for text, cosine, share in zip(texts, cosines.tolist(), shares.tolist()):
+        print(f"{cosine:6.3f} {share:7.1f}%  {text}")
+    draw_groups(model, [(image, texts)], folder / "picture.png")
+
+
+def search(model, pictures, text, folder):
+    """Ranks pictures, in a folder or what else data.Records reads, by their similarity to a text: prints the best ten
+    and draws the best 24 into search.png. Raises UserError."""
+    records = Records(pictures)
+    prepare = preparation(model.config.image_size)
+
+    def load(number):
+        try:
+            record = records[number]
+            picture = load_image(record.image, name=record.key)
+        except BadSample as bad:
+            return prepare(Image.new("RGB", (1, 1))), bad
+        return prepare(picture), record.key
+
+    if not len(records):
+        raise UserError(f"--search {pictures}: there is no picture in it")
+    branches, found = model.images(range(len(records)), load)
+    cosines = (model.merge(branches) @ model.texts([text])[0]).amax(1)
+    ranking = []
+    for number in cosines.argsort(descending=True).tolist():
+        if isinstance(found[number], BadSample):
+            records.bad.add(found[number])
+        else:
+            ranking.append(number)
+    if records.bad:
+        print(f"passed over: {records.bad.report()}")
+    shown = []
+    for number in ranking[:24]:
+        line = f"{cosines[number]:6.3f}  {found[number]}"
+        if len(shown) < 10:
+            print(line)
+        picture = load_image(records[number].image)
+        picture.thumbnail((256, 256))
+        shown.append((picture, [line]))
+    if not shown:
+        raise UserError(f"--search {pictures}: none of its pictures can be read")
+    contact_sheet(folder / "search.png", shown)
+
+
+def show(model, picture, texts, wanted, out):
+    """--picture or --search (wanted: folder and text), with what is drawn in --out or the run's folder."""
+    folder = Path(out) if out else model.folder
+    if not folder:
+        raise UserError(f"{model.name} has no run's folder to draw into: add --out FOLDER")
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if picture:
+            show_picture(model, picture, texts, folder)
+        else:
+            search(model, *wanted, folder)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -1058,20 +1131,33 @@ def parse(argv):
     add("--tokenizer", help="instead of the model's own")
     add("--device", help="cpu, cuda or mps; the fastest there is")
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
+    add("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
+    add("--texts", nargs="+", help="of --picture")
+    add("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder that are most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
-    add("--export", nargs=2, metavar=("open_clip", "FILE"), default=(None, None), help="write the weights instead")
+    add("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
+        help="write the weights instead: open_clip FILE, or transformers FOLDER")
     return vars(parser.parse_args(argv))
 
 
 def export(model, kind, file):
-    if kind != "open_clip":
-        raise UserError(f"--export {kind}: the one format there is, is open_clip")
+    """--export: the weights as open_clip (a file) or transformers (a folder) reads them. Raises UserError."""
+    name = model.tokenizer.name
+    if kind not in ("open_clip", "transformers"):
+        raise UserError(f"--export {kind}: take open_clip or transformers")
     with saving(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        export_open_clip(model.clip, file)
-        print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
-              f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
+        if kind == "open_clip":
+            export_open_clip(model.clip, file)
+            print(f"wrote {file} and open_clip's config of it beside, as .json")
+        else:
+            export_transformers(model.clip, file)
+            if name == "clip":
+                write_clip_tokenizer(file, model.config.context)
+            print(f"wrote {file} for transformers.CLIPModel.from_pretrained")
+        if name != "clip":
+            print(f"its texts are tokens of the tokenizer {name!r}, which {kind} does not have")
 
 
 def main(argv=None):
@@ -1084,6 +1170,13 @@ def main(argv=None):
     if kind:
         sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
         return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
+    picture, texts, wanted = (options.pop(name) for name in ("picture", "texts", "search"))
+    if bool(picture) != bool(texts):
+        raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
+    if picture or wanted:
+        names = ("device", "branch", "image_size", "activation", "tokenizer")
+        model = Model(runs[0], **{name: options[name] for name in names})
+        return show(model, picture, texts, wanted, options["out"])
     results, failed = [], []
     for run in runs:
         try:

@@ -251,18 +251,29 @@ def find_clip_vocabulary():
                     f"at {cached}, or choose --tokenizer scenes")
 
 
-def read_clip_ranks(path):
-    """CLIP's merges file -> {token: rank}. Ids go: 256 bytes, the same 256 ending a word, then one per merge.
-
-    The file writes bytes as printable characters (GPT-2's table), and that table's order is the order of the first ids.
-    The bytes that end a word rank before every merge, so tiktoken joins a word's last byte and its space first of all,
-    as CLIP's merging starts out.
-    """
+def printable_bytes() -> dict[str, int]:
+    """GPT-2's table {printable character: the byte that it stands for}; its order is the order of the first ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
     for i, byte in enumerate(others):
         byte_of[chr(256 + i)] = byte
+    return byte_of
+
+
+def read_merges(path) -> list[str]:
+    """CLIP's merges in their order, each two symbols with a space between."""
+    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+    return list(filter(None, lines[1:1 + CLIP_MERGES]))
+
+
+def read_clip_ranks(path):
+    """CLIP's merges file -> {token: rank}. Ids go: 256 bytes, the same 256 ending a word, then one per merge.
+
+    The file writes bytes as printable characters. The bytes that end a word rank before every merge, so tiktoken joins a word's last byte and its space first of all,
+    as CLIP's merging starts out.
+    """
+    byte_of = printable_bytes()
 
     def token(symbol):
         content = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
@@ -271,8 +282,7 @@ def read_clip_ranks(path):
     tokens = [bytes([byte]) for byte in byte_of.values()]
     tokens += [byte + b" " for byte in tokens]
     try:
-        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-        for line in filter(None, lines[1:1 + CLIP_MERGES]):
+        for line in read_merges(path):
             left, right = line.split()
             tokens.append(token(left) + token(right))
         if len(set(tokens)) < len(tokens):
@@ -282,6 +292,22 @@ def read_clip_ranks(path):
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a CLIP vocabulary ({error!r}): delete it or name another") from None
     return {token: rank for rank, token in enumerate(tokens)}
+
+
+def write_clip_tokenizer(folder: Path, context: int):
+    """CLIP's tokenizer as transformers.CLIPTokenizer reads it from a folder. Raises UserError."""
+    merges = read_merges(find_clip_vocabulary())
+    symbols = list(printable_bytes())
+    symbols += [symbol + "</w>" for symbol in symbols]
+    symbols += [merge.replace(" ", "") for merge in merges]
+    symbols += [SOT, EOT]
+    special = dict(bos_token=SOT, eos_token=EOT, unk_token=EOT, pad_token=EOT)
+    config = dict(tokenizer_class="CLIPTokenizer", do_lower_case=True, model_max_length=context) | special
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def read_tiktoken(path):

@@ -5,7 +5,10 @@
     python evaluate.py RUN --branch max --out FOLDER      branches become one similarity by mean, max, or a number
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets urban1k:Urban1k coco:coco/dataset_coco.json
     python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
+    python evaluate.py RUN --picture dog.jpg --texts "a brown dog" "a red sofa"       how similar, and where
+    python evaluate.py RUN --search FOLDER "a dog on a sofa"                         a folder's most similar pictures
     python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
+    python evaluate.py RUN --export transformers FOLDER   for transformers.CLIPModel.from_pretrained(FOLDER)
 
 All numbers are in percent, and each stands beside its chance level. A tie counts against the model. A run's
 standard evaluation is written into its folder, as evaluation.json. Any other (--images, --data, --branch, best.pt ...)
@@ -38,10 +41,11 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, UserError, check_target, clean_field, image_field, load_image,
-                  load_tokenizer, normalize, one_sentence, open_dataset, read_captions, read_json, spread)
+from data import (BadCount, BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field,
+                  load_image, load_tokenizer, normalize, one_sentence, open_dataset, read_captions, read_json, spread,
+                  write_clip_tokenizer)
 from losses import group_patches
-from model import best_device, check_device, checkpoints, export_open_clip, load_model, resized
+from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
@@ -407,39 +411,83 @@ def specialisation(model, branches, captions):
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
-TEMPLATES = (
-    "a photo of a {}.",
-    "a photo of the {}.",
-    "a good photo of a {}.",
-    "a blurry photo of a {}.",
-    "a close-up photo of the {}.",
-    "a cropped photo of a {}.",
-    "a bright photo of the {}.",
-    "a dark photo of a {}.",
-    "a photo of one {}.",
-    "a small {} in a photo.",
-    "a large {} in a photo.",
-    "a picture showing the {}.",
-    "a drawing of a {}.",
+TEMPLATES = (  # CLIP's 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository
+    "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}.",
+    "a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.", "a photo of a hard to see {}.",
+    "a bright photo of a {}.", "a photo of a clean {}.", "a photo of a dirty {}.", "a dark photo of the {}.",
+    "a drawing of a {}.", "a photo of my {}.", "the plastic {}.", "a photo of the cool {}.",
+    "a close-up photo of a {}.", "a black and white photo of the {}.", "a painting of the {}.", "a painting of a {}.",
+    "a pixelated photo of the {}.", "a sculpture of the {}.", "a bright photo of the {}.", "a cropped photo of a {}.",
+    "a plastic {}.", "a photo of the dirty {}.", "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.",
+    "a photo of the {}.", "a good photo of the {}.", "a rendering of the {}.", "a {} in a video game.",
+    "a photo of one {}.", "a doodle of a {}.", "a close-up photo of the {}.", "a photo of a {}.", "the origami {}.",
+    "the {} in a video game.", "a sketch of a {}.", "a doodle of the {}.", "a origami {}.",
+    "a low resolution photo of a {}.", "the toy {}.", "a rendition of the {}.", "a photo of the clean {}.",
+    "a photo of a large {}.", "a rendition of a {}.", "a photo of a nice {}.", "a photo of a weird {}.",
+    "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.", "a sketch of the {}.", "a embroidered {}.",
+    "a pixelated photo of a {}.", "itap of the {}.", "a jpeg corrupted photo of the {}.", "a good photo of a {}.",
+    "a plushie {}.", "a photo of the nice {}.", "a photo of the small {}.", "a photo of the weird {}.",
+    "the cartoon {}.", "art of the {}.", "a drawing of the {}.", "a photo of the large {}.",
+    "a black and white photo of a {}.", "the plushie {}.", "a dark photo of a {}.", "itap of a {}.",
+    "graffiti of the {}.", "a toy {}.", "itap of my {}.", "a photo of a cool {}.", "a photo of a small {}.",
+    "a tattoo of the {}.",
 )
+A_OR_THE = ("a photo of a {}.", "a photo of the {}.")
+CIFAR = (
+    "a photo of a {}.", "a blurry photo of a {}.", "a black and white photo of a {}.", "a low contrast photo of a {}.",
+    "a high contrast photo of a {}.", "a bad photo of a {}.", "a good photo of a {}.", "a photo of a small {}.",
+    "a photo of a big {}.", "a photo of the {}.", "a blurry photo of the {}.", "a black and white photo of the {}.",
+    "a low contrast photo of the {}.", "a high contrast photo of the {}.", "a bad photo of the {}.",
+    "a good photo of the {}.", "a photo of the small {}.", "a photo of the big {}.",
+)
+SET_TEMPLATES = {  # CLIP's for other sets, from its data/prompts.md; a set that is not here takes ImageNet's
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "stl10": A_OR_THE,
+    "food101": ("a photo of {}, a type of food.",),
+    "pets": ("a photo of a {}, a type of pet.",),
+    "flowers102": ("a photo of a {}, a type of flower.",),
+    "dtd": (
+        "a photo of a {} texture.", "a photo of a {} pattern.", "a photo of a {} thing.", "a photo of a {} object.",
+        "a photo of the {} texture.", "a photo of the {} pattern.", "a photo of the {} thing.",
+        "a photo of the {} object.",
+    ),
+    "aircraft": ("a photo of a {}, a type of aircraft.", "a photo of the {}, a type of aircraft."),
+    "cars": (
+        "a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "i love my {}!", "a photo of my dirty {}.",
+        "a photo of my clean {}.", "a photo of my new {}.", "a photo of my old {}.",
+    ),
+    "caltech101": (
+        "a photo of a {}.", "a painting of a {}.", "a plastic {}.", "a sculpture of a {}.", "a sketch of a {}.",
+        "a tattoo of a {}.", "a toy {}.", "a rendition of a {}.", "a embroidered {}.", "a cartoon {}.",
+        "a {} in a video game.", "a plushie {}.", "a origami {}.", "art of a {}.", "graffiti of a {}.",
+        "a drawing of a {}.", "a doodle of a {}.", "a photo of the {}.", "a painting of the {}.", "the plastic {}.",
+        "a sculpture of the {}.", "a sketch of the {}.", "a tattoo of the {}.", "the toy {}.",
+        "a rendition of the {}.", "the embroidered {}.", "the cartoon {}.", "the {} in a video game.",
+        "the plushie {}.", "the origami {}.", "art of the {}.", "graffiti of the {}.", "a drawing of the {}.",
+        "a doodle of the {}.",
+    ),
+    "sun397": A_OR_THE,
+}
 VOC = (
     "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog, horse, motorbike, person, "
     "potted plant, sheep, sofa, train, television monitor"
 ).split(", ")
 STUFF = "sky, wall, floor, ground, grass, road, water, tree, building, ceiling, mountain, fence".split(", ")
 TEST = {"split": "test"}
-TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one), kind of thing
-    "cifar10": ("CIFAR10", {"train": False}, ""),
-    "cifar100": ("CIFAR100", {"train": False}, ""),
-    "stl10": ("STL10", TEST, ""),
-    "food101": ("Food101", TEST, ", a type of food"),
-    "pets": ("OxfordIIITPet", TEST, ", a type of pet"),
-    "flowers102": ("Flowers102", TEST, ", a type of flower"),
-    "dtd": ("DTD", TEST, " texture"),
-    "aircraft": ("FGVCAircraft", TEST, ", a type of aircraft"),
-    "cars": ("StanfordCars", TEST, ", a type of car"),
-    "caltech101": ("Caltech101", {}, ""),
-    "sun397": ("SUN397", {}, ""),
+TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one)
+    "cifar10": ("CIFAR10", {"train": False}),
+    "cifar100": ("CIFAR100", {"train": False}),
+    "stl10": ("STL10", TEST),
+    "food101": ("Food101", TEST),
+    "pets": ("OxfordIIITPet", TEST),
+    "flowers102": ("Flowers102", TEST),
+    "dtd": ("DTD", TEST),
+    "aircraft": ("FGVCAircraft", TEST),
+    "cars": ("StanfordCars", TEST),
+    "caltech101": ("Caltech101", {}),
+    "sun397": ("SUN397", {}),
 }
 
 
@@ -538,13 +586,12 @@ LAYOUTS = {
 # A benchmark is a function (model, path) -> {metric: (value, chance)}; BENCHMARKS below names them all.
 
 
-def zero_shot(model, dataset, path, names=None, kind=""):
+def zero_shot(model, dataset, path, names=None, templates=TEMPLATES):
     """dataset[i]: (PIL image or its path, class) -> `classification`.
 
     Names come from classnames.txt in `path`, a line a class in the order of their numbers, if it is there, else from
     `names`, else from the dataset. CLIP's own curated names are in its repository, data/prompts.md and
-    notebooks/Prompt_Engineering_for_ImageNet.ipynb. kind: a word on what kind of thing a class is, which CLIP
-    (2103.00020, section 3.1.4) found to help.
+    notebooks/Prompt_Engineering_for_ImageNet.ipynb. A class is the mean of its name in all templates.
     """
     classes = getattr(dataset, "classes", None) or dataset.categories
     names = names or [re.sub("[_/]", " ", name) for name in classes]
@@ -556,30 +603,58 @@ def zero_shot(model, dataset, path, names=None, kind=""):
                         f"each class in {file}")
     prepare = preparation(model.config.image_size)
     branches, target = model.images(dataset, lambda sample: (prepare(sample[0]), sample[1]))
-    templates = [template.replace("{}", "{}" + kind) for template in TEMPLATES]
     embedded = class_embeddings(model, names, templates)
     return classification(model.merge(branches), embedded, torch.tensor(target))
 
 
+class ClassFolders(ImageFolder):
+    """Class folders in the order of their names, or of their numbers where all are numbers, as in ImageNet-V2."""
+
+    def find_classes(self, directory):
+        classes, _ = super().find_classes(directory)
+        if all(map(str.isdecimal, classes)):
+            classes.sort(key=int)
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
 def image_folder(model, path, names=None):
     try:
-        dataset = ImageFolder(path, loader=Path)  # paths: `zero_shot` opens them
+        dataset = ClassFolders(path, loader=Path)  # paths: `zero_shot` opens them
     except FileNotFoundError as error:
         raise UserError(f"{path} is no folder of class folders with pictures: {str(error).splitlines()[0]}") from None
     return zero_shot(model, dataset, path, names)
 
 
+def synset_folder(model, path):
+    """ImageNet-R and ImageNet-A: folders of 200 of ImageNet's synsets, which the ids of synsets do not name."""
+    file = path / "classnames.txt"
+    if not file.is_file():
+        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name for "
+                        "each folder, in the order of the ids")
+    return image_folder(model, path)
+
+
 def torchvision_set(name, model, path):
-    dataset, split, kind = TORCHVISION[name]
-    return zero_shot(model, torchvision_data(dataset, path, **split), path, kind=kind)
+    dataset, split = TORCHVISION[name]
+    templates = SET_TEMPLATES.get(name, TEMPLATES)
+    return zero_shot(model, torchvision_data(dataset, path, **split), path, templates=templates)
+
+
+def cut_caption(text):
+    """A long caption as LoTLIP's benchmarks give it to BERT's tokenizer: its sentences, joined by ". "."""
+    parts = [part.strip() for part in re.split(r"\n|</s>|[.]", text)]
+    return ". ".join(filter(None, parts))
 
 
 def retrieval_set(name, model, path):
-    """Retrieval on a published data set; a caption's right answer is its own picture alone."""
+    """Retrieval on a published data set; a caption's right answer is its own picture alone. LoTLIP's text tower gets
+    captions of the sets of long ones cut as LoTLIP cuts them."""
+    cut = model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl")
     root = path.parent if path.is_file() else path
     captions = defaultdict(list)  # of each picture
     try:
         for picture, texts in LAYOUTS[name](path):
+            texts = map(cut_caption, texts) if cut else texts
             captions[find_picture(root, picture)] += filter(str.strip, texts)
     except (KeyError, TypeError, IndexError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
@@ -621,6 +696,9 @@ IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets i
 BENCHMARKS = {
     "imagefolder": image_folder,
     "imagenet": partial(image_folder, names=IMAGENET),
+    "imagenet-v2": partial(image_folder, names=IMAGENET),
+    "imagenet-r": synset_folder,
+    "imagenet-a": synset_folder,
     "voc": voc,
 }
 for name in TORCHVISION:
@@ -675,18 +753,16 @@ def draw_image(axis, image, heat):
     axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
 
 
-def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
-    """Held-out pictures, and over each the weights of the patches that each of its sentences groups, from 0 to its
-    greatest. captions: {number in the dataset: data.Captions}."""
-    numbers = [list(captions)[place] for place in spread(len(captions), pictures)]
-    figure = new_figure(2.2 * (1 + sentences), 2.7 * len(numbers))
-    axes = figure.subplots(len(numbers), 1 + sentences, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, number in zip(axes, numbers):
-        image = dataset[number][0]
+def draw_groups(model, shown, path):
+    """shown: (image uint8 [3,S,S], its texts) pairs -> a row each: the image, and over it the weights of the patches
+    that each text groups."""
+    columns = 1 + max(len(texts) for _, texts in shown)
+    figure = new_figure(2.2 * columns, 2.7 * len(shown))
+    axes = figure.subplots(len(shown), columns, squeeze=False)
+    for row, (image, texts) in zip(axes, shown):
+        for axis in row:
+            axis.axis("off")
         row[0].imshow(image.permute(1, 2, 0).numpy())
-        texts = [*captions[number].long, captions[number].raw][:sentences]
         _, patches = next(model.batches([(image,)]))
         _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
@@ -741,13 +817,84 @@ def draw_reading(curves, path):
 
 def draw_run(model, dataset, captions, report, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
-    draw_groups(model, dataset, captions, folder / "patches.png")
+    shown = []
+    for place in spread(len(captions), 4):
+        number = list(captions)[place]
+        texts = [*captions[number].long, captions[number].raw][:5]
+        shown.append((dataset[number][0], texts))
+    draw_groups(model, shown, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
     if "specialisation" in report:
         draw_branches({model.name: report["specialisation"]}, folder / "branches.png")
     if "reading" in report:
         draw_reading({model.name: report["reading"]}, folder / "reading.png")
+
+
+# ---- pictures of one's own -------------------------------------------------------------------------------------------
+
+def show_picture(model, file, texts, folder):
+    """Prints how similar each text is to a picture, and draws the patches that each groups into picture.png."""
+    image = preparation(model.config.image_size)(file)
+    branches, = model.images([(image,)])
+    cosines = (model.merge(branches)[0] @ model.texts(texts).T).amax(0)
+    shares = 100 * (cosines * model.clip.logit_scale.exp()).softmax(0)
+    print("cosine  softmax  text")
+    for text, cosine, share in zip(texts, cosines.tolist(), shares.tolist()):
+        print(f"{cosine:6.3f} {share:7.1f}%  {text}")
+    draw_groups(model, [(image, texts)], folder / "picture.png")
+
+
+def search(model, pictures, text, folder):
+    """Ranks pictures, in a folder or what else data.Records reads, by their similarity to a text: prints the best ten
+    and draws the best 24 into search.png. Raises UserError."""
+    records = Records(pictures)
+    prepare = preparation(model.config.image_size)
+
+    def load(number):
+        try:
+            record = records[number]
+            picture = load_image(record.image, name=record.key)
+        except BadSample as bad:
+            return prepare(Image.new("RGB", (1, 1))), bad
+        return prepare(picture), record.key
+
+    if not len(records):
+        raise UserError(f"--search {pictures}: there is no picture in it")
+    branches, found = model.images(range(len(records)), load)
+    cosines = (model.merge(branches) @ model.texts([text])[0]).amax(1)
+    ranking = []
+    for number in cosines.argsort(descending=True).tolist():
+        if isinstance(found[number], BadSample):
+            records.bad.add(found[number])
+        else:
+            ranking.append(number)
+    if records.bad:
+        print(f"passed over: {records.bad.report()}")
+    shown = []
+    for number in ranking[:24]:
+        line = f"{cosines[number]:6.3f}  {found[number]}"
+        if len(shown) < 10:
+            print(line)
+        picture = load_image(records[number].image)
+        picture.thumbnail((256, 256))
+        shown.append((picture, [line]))
+    if not shown:
+        raise UserError(f"--search {pictures}: none of its pictures can be read")
+    contact_sheet(folder / "search.png", shown)
+
+
+def show(model, picture, texts, wanted, out):
+    """--picture or --search (wanted: folder and text), with what is drawn in --out or the run's folder."""
+    folder = Path(out) if out else model.folder
+    if not folder:
+        raise UserError(f"{model.name} has no run's folder to draw into: add --out FOLDER")
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if picture:
+            show_picture(model, picture, texts, folder)
+        else:
+            search(model, *wanted, folder)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -952,18 +1099,31 @@ def parse(argv):
     add("--tokenizer", help="instead of the model's own")
     add("--device", help="cpu, cuda or mps; the fastest there is")
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
+    add("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
+    add("--texts", nargs="+", help="of --picture")
+    add("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder that are most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
-    add("--export", nargs=2, metavar=("open_clip", "FILE"), default=(None, None), help="write the weights instead")
+    add("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
+        help="write the weights instead: open_clip FILE, or transformers FOLDER")
     return vars(parser.parse_args(argv))
 
 
 def export(model, kind, file):
-    if kind != "open_clip":
-        raise UserError(f"--export {kind}: the one format there is, is open_clip")
-    export_open_clip(model.clip, file)
-    print(f"wrote {file} and open_clip's config of it beside, as .json; its texts are tokens of the tokenizer "
-          f"{model.tokenizer.name!r}, which open_clip has if it is 'clip'")
+    """--export: the weights as open_clip (a file) or transformers (a folder) reads them. Raises UserError."""
+    name = model.tokenizer.name
+    if kind == "open_clip":
+        export_open_clip(model.clip, file)
+        print(f"wrote {file} and open_clip's config of it beside, as .json")
+    elif kind == "transformers":
+        export_transformers(model.clip, file)
+        if name == "clip":
+            write_clip_tokenizer(file, model.config.context)
+        print(f"wrote {file} for transformers.CLIPModel.from_pretrained")
+    else:
+        raise UserError(f"--export {kind}: take open_clip or transformers")
+    if name != "clip":
+        print(f"its texts are tokens of the tokenizer {name!r}, which {kind} does not have")
 
 
 def main(argv=None):
@@ -979,6 +1139,13 @@ def main(argv=None):
     if kind:
         sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
         return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
+    picture, texts, wanted = (options.pop(name) for name in ("picture", "texts", "search"))
+    if bool(picture) != bool(texts):
+        raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
+    if picture or wanted:
+        names = ("device", "branch", "image_size", "activation", "tokenizer")
+        model = Model(runs[0], **{name: options[name] for name in names})
+        return show(model, picture, texts, wanted, options["out"])
     results, failed = [], []
     for run in runs:
         try:

@@ -624,6 +624,14 @@ BERT = {
     ".ln_1.": ".attention.output.LayerNorm.", ".attn.": ".attention.self.", ".fc.": ".intermediate.dense.",
     ".proj.0.": ".output.dense.", ".ln_2.": ".output.LayerNorm.", ".pooler.0.": ".transformer.pooler.dense.",
     ".ln_pre.": ".transformer.embeddings.LayerNorm.", ".weight": ".gamma", ".bias": ".beta"}  # the last: older files'
+TRANSFORMERS = {
+    "visual.proj": "visual_projection.weight", "text.proj": "text_projection.weight",
+    "visual.": "vision_model.", "text.": "text_model.", ".blocks.": ".encoder.layers.", ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".out.": ".out_proj.", ".fc.": ".mlp.fc1.",
+    ".proj.0.": ".mlp.fc2.", ".ln_pre.": ".pre_layrnorm.", ".ln_post.": ".post_layernorm.",
+    ".ln_final.": ".final_layer_norm.", ".class_embedding": ".embeddings.class_embedding",
+    ".patch_embedding.": ".embeddings.patch_embedding.", ".token_embedding.": ".embeddings.token_embedding.",
+    ".positional_embedding": ".embeddings.position_embedding.weight"}
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
                "text.transformer.embeddings.position_ids")
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
@@ -632,6 +640,12 @@ HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 def to_ours(name, table):
     for ours, theirs in table.items():
         name = name.replace(theirs, ours)
+    return name
+
+
+def to_theirs(name, table):
+    for ours, theirs in table.items():
+        name = name.replace(ours, theirs)
     return name
 
 
@@ -772,18 +786,21 @@ def read_bert(state, corners=0, places=None):
     return dict(text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
+def check_plain(c: CLIPConfig, library: str):
+    """Raises UserError where a model has parts that the library's CLIP lacks."""
+    if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
+        raise UserError(f"{library}'s CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
+                        "text: this model has no place there")
+
+
 def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     """State dict in open_clip's names and open_clip's config of the model, which has one branch and no corner tokens
     (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
-    if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
-        raise UserError("open_clip's CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
-                        "text: this model has no place there")
+    check_plain(c, "open_clip")
     state = {}
     for name, value in model.state_dict().items():
-        for ours, theirs in OPEN_CLIP.items():
-            name = name.replace(ours, theirs)
-        state[name.removeprefix("text.")] = value
+        state[to_theirs(name, OPEN_CLIP).removeprefix("text.")] = value
     state["visual.class_embedding"] = state["visual.class_embedding"][0]
     vision = dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
@@ -798,6 +815,50 @@ def export_open_clip(model: CLIP, file: Path):
     state, config = to_open_clip(model)
     torch.save(state, file)
     file.with_suffix(".json").write_text(json.dumps(config, indent=1))
+
+
+def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
+    """State dict and config for transformers.CLIPModel of the model, which is CLIP in its parts (else UserError)."""
+    c = model.config
+    check_plain(c, "transformers")
+    if c.pool == "average":
+        raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place there")
+    state = {}
+    for name, value in model.state_dict().items():
+        theirs = to_theirs(name, TRANSFORMERS)
+        if ".qkv." in theirs:
+            for part, rows in zip("qkv", value.chunk(3)):
+                state[theirs.replace("qkv", part + "_proj")] = rows.contiguous()
+        else:
+            state[theirs] = value
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        state[name] = state[name].mT.contiguous()
+    token = "vision_model.embeddings.class_embedding"
+    state[token] = state[token][0]
+    act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
+    vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
+                  num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
+    # A text is read at its first eos_token_id. (2, which old configs have, would mean the greatest id.)
+    text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
+                num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
+                max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
+    return state, dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
+
+
+def export_transformers(model: CLIP, folder: Path):
+    """Writes what transformers.CLIPModel.from_pretrained and CLIPImageProcessor.from_pretrained read of a folder."""
+    state, config = to_transformers(model)
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("--export transformers writes safetensors: pip install safetensors") from None
+    size = model.config.image_size
+    # Bicubic resizing, CLIP's mean and deviation are what the processor does unless told otherwise.
+    pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=size), crop_size=size)
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
 
 
 # ---- checkpoints: where training starts ------------------------------------------------------------------------------

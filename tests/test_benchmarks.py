@@ -20,7 +20,7 @@ from evaluate import BENCHMARKS, IMAGENET, Model
 class Grey:
     """A model of pictures in one grey each and texts with one number each: picture 10·k and text "... k ..." agree."""
 
-    config, settings, branch = SimpleNamespace(image_size=16), {}, "mean"
+    config, settings, branch = SimpleNamespace(image_size=16, text_style="clip"), {}, "mean"
     batches, images, merge = Model.batches, Model.images, Model.merge
     batch, workers, device = 7, 0, "cpu"
     autocast = torch.autocast("cpu", enabled=False)
@@ -190,7 +190,7 @@ def test_torchvisions_sets_are_read_as_torchvision_lays_them_out(tmp_path):
             picture(tmp_path / f"food-101/images/{name}/{split}.jpg", k if split == "test" else 39)
     model = Grey()
     assert BENCHMARKS["food101"](model, tmp_path)["top-1"][0] == 100
-    assert "a photo of a dish 3, a type of food." in model.said
+    assert "a photo of dish 3, a type of food." in model.said
 
 
 @pytest.mark.parametrize("name", [*TORCHVISION, "voc", "imagenet"])

@@ -1,0 +1,201 @@
+"""What is shown of a picture or searched for, what is exported for transformers, and the zero-shot templates."""
+
+import json
+from pathlib import Path
+
+import clip_benchmark.datasets
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+
+import evaluate
+from data import UserError, load_tokenizer, normalize
+from evaluate import BENCHMARKS, IMAGENET, SET_TEMPLATES, TEMPLATES, TORCHVISION, preparation
+from model import CLIP, CLIPConfig, export_transformers
+from test_benchmarks import Grey, class_folders, lay_out, picture
+
+SMALL = dict(image_size=32, patch=8, vision_width=48, vision_depth=2, vision_heads=3, text_width=32, text_depth=2,
+             text_heads=2, context=12, vocab=49408, embed=24)
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return CLIP(CLIPConfig(**(SMALL | settings))).eval()
+
+
+def save(path, model, tokenizer="clip", **settings):
+    """A run's checkpoint, as train.py leaves it."""
+    path.mkdir(parents=True, exist_ok=True)
+    told = vars(model.config) | dict(tokenizer=tokenizer, seed=0, kinds=6, method="clip") | settings
+    torch.save(dict(settings=told, model=model.state_dict()), path / "checkpoint.pt")
+    return str(path)
+
+
+# ---- for transformers ------------------------------------------------------------------------------------------------
+
+def features(output):
+    """transformers from 5.0 on wraps the projected features."""
+    return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quickgelu"])
+@torch.no_grad()
+def test_transformers_embeds_pictures_and_texts_alike(activation, tmp_path):
+    ours = small(activation=activation)
+    evaluate.main([save(tmp_path / "run", ours), "--export", "transformers", f"{tmp_path}/there"])
+    theirs, report = transformers.CLIPModel.from_pretrained(tmp_path / "there", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+    texts = ["A dog, and <b>the</b> naïve cat!", "it's 10 °C", "too long a text " * 9, "", "🙂 日本"]
+    rows = load_tokenizer("clip")(texts, 12)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "there")
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    for row, ids in zip(rows, tokens["input_ids"]):
+        length = int(row.argmax()) + 1
+        assert ids[:length].tolist() == row[:length].tolist()
+    found = features(theirs.eval().get_text_features(**tokens))
+    assert torch.allclose(found, ours.encode_text(rows)[0][:, 0], atol=1e-5)
+
+    noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy())
+    pixels = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")(image, return_tensors="pt")
+    prepared = normalize(preparation(32)(image)[None])
+    assert torch.allclose(pixels["pixel_values"], prepared, atol=0.05)  # their resizing rounds otherwise
+    found = features(theirs.get_image_features(prepared))
+    assert torch.allclose(found, ours.encode_image(prepared)[0][:, 0], atol=1e-5)
+    assert theirs.logit_scale.item() == pytest.approx(ours.logit_scale.item())
+
+
+@pytest.mark.parametrize("settings", [
+    dict(stem="conv"), dict(branches=2), dict(corner_tokens=1), dict(text_attention="bidirectional"),
+    dict(pool="average"), dict(vision_style="timm")], ids=str)
+def test_what_transformers_cannot_hold_is_not_exported(settings, tmp_path):
+    with pytest.raises(UserError, match="this model has no place there"):
+        export_transformers(small(**settings), tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_tokenizer_that_transformers_lacks_is_named(tmp_path, capsys):
+    vocab = load_tokenizer("scenes").vocab_size
+    run = save(tmp_path / "run", small(vocab=vocab), "scenes")
+    evaluate.main([run, "--export", "transformers", f"{tmp_path}/there"])
+    assert "'scenes', which transformers does not have" in capsys.readouterr().out
+    assert not (tmp_path / "there/vocab.json").exists()
+    text = json.loads((tmp_path / "there/config.json").read_text())["text_config"]
+    assert text["eos_token_id"] == vocab - 1
+    with pytest.raises(UserError, match="--export onnx: take open_clip or transformers"):
+        evaluate.main([run, "--export", "onnx", f"{tmp_path}/there"])
+
+
+# ---- pictures of one's own -------------------------------------------------------------------------------------------
+
+def test_a_pictures_texts_are_scored_and_their_patches_drawn(tmp_path, capsys):
+    run = save(tmp_path / "run", small())
+    picture(tmp_path / "dog.png", 7)
+    texts = ["a brown dog", "a red sofa"]
+    evaluate.main([run, "--picture", f"{tmp_path}/dog.png", "--texts", *texts, "--device", "cpu"])
+    said = capsys.readouterr().out
+    model = evaluate.Model(run, "cpu")
+    cosines = model.texts(texts) @ model.embed([tmp_path / "dog.png"])[0]
+    shares = 100 * (cosines * model.clip.logit_scale.exp()).softmax(0)
+    for text, cosine, share in zip(texts, cosines, shares):
+        assert f"{cosine:.3f} {share:7.1f}%  {text}" in said
+    width, height = Image.open(tmp_path / "run/picture.png").size
+    assert width > 2 * height
+
+
+def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsys, monkeypatch):
+    for k in range(30):
+        picture(tmp_path / f"pictures/p{k}.png", k % 25)
+    (tmp_path / "pictures/broken.png").write_text("x")
+    model = Grey()
+    model.texts = lambda texts: torch.linspace(1, 0, 40)[None] / 4  # the darker, the more similar
+    sheets = []
+    monkeypatch.setattr(evaluate, "contact_sheet", lambda path, shown: sheets.append((path, shown)))
+    evaluate.search(model, tmp_path / "pictures", "night", tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "broken" in lines[0] and "1 ×" in lines[0]
+    keys = [line.split()[1] for line in lines[1:]]
+    assert sorted(keys) == sorted("p0 p25 p1 p26 p2 p27 p3 p28 p4 p29".split()) and set(keys[:2]) == {"p0", "p25"}
+    (path, shown), = sheets
+    assert path == tmp_path / "search.png" and len(shown) == 24 and "0.250" in shown[0][1][0]
+
+
+def test_a_released_checkpoint_searches_into_out(tmp_path, capsys):
+    weights = tmp_path / "theirs.pt"
+    evaluate.main([save(tmp_path / "run", small()), "--export", "open_clip", str(weights)])
+    picture(tmp_path / "pictures/dog.png", 7)
+    request = [str(weights), "--search", f"{tmp_path}/pictures", "a dog", "--device", "cpu"]
+    evaluate.main([*request, "--out", f"{tmp_path}/out"])
+    assert Image.open(tmp_path / "out/search.png").width > 1000 and "dog" in capsys.readouterr().out
+    with pytest.raises(UserError, match="add --out FOLDER"):
+        evaluate.main(request)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--texts", "a"], "go together"),
+    (["--picture", "broken.png"], "go together"),
+    (["--picture", "broken.png", "--texts", "a"], "broken.png"),
+    (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
+    (["--search", "empty", "a"], "there is no picture in it"),
+    (["--search", "all-broken", "a"], "none of its pictures can be read"),
+    (["--search", "gone", "a"], "no file gone")], ids=str)
+def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("broken.png", "all-broken/x.png"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=words) as caught:
+        evaluate.main([save(tmp_path / "run", small()), *flags])
+    assert "\n" not in str(caught.value)
+
+
+# ---- zero-shot templates, ImageNet's relatives, LoTLIP's cut ---------------------------------------------------------
+
+def test_templates_are_open_clips_and_clip_benchmarks():
+    assert list(TEMPLATES) == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    folder = Path(clip_benchmark.datasets.__file__).parent
+    theirs = json.loads((folder / "en_zeroshot_classification_templates.json").read_text())
+    assert SET_TEMPLATES.keys() == TORCHVISION.keys()
+    for name, templates in SET_TEMPLATES.items():
+        other = {"flowers102": "flowers", "aircraft": "fgvc_aircraft"}.get(name, name)
+        assert [template.replace("{}", "{c}") for template in templates] == theirs[other]
+
+
+def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
+    for number in range(1000):
+        picture(tmp_path / f"{number}/x.png", 0, (2, 2))
+    model = Grey()
+    seen = {}
+    model.images = lambda dataset, load: (torch.eye(1000)[:, None], [label for _, label in dataset])
+    model.texts = lambda prompts: seen.setdefault("prompts", prompts) and torch.eye(1000).repeat_interleave(80, 0)
+    dataset = evaluate.ClassFolders(tmp_path, loader=Path)
+    assert {int(file.parent.name) == label for file, label in dataset} == {True}
+    assert BENCHMARKS["imagenet-v2"](model, tmp_path)["top-1"] == (100, 0.1)
+    assert seen["prompts"][80 * 10] == TEMPLATES[0].format(IMAGENET[10])
+
+
+@pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
+def test_synsets_want_their_names(name, tmp_path):
+    class_folders(tmp_path)
+    with pytest.raises(UserError, match="ids of synsets, not names: write .*classnames.txt"):
+        BENCHMARKS[name](Grey(), tmp_path)
+    (tmp_path / "classnames.txt").write_text("\n".join(f"thing {k}" for k in range(6)))
+    assert BENCHMARKS[name](Grey(), tmp_path)["top-1"][0] == 100
+
+
+@pytest.mark.parametrize("name, said", [("docci", "it is. It's 3. 5 wide"), ("jsonl", "it is .. \n It's 3.5 wide.</s>")])
+def test_captions_are_cut_for_bert_where_lotlip_cuts_them(name, said, tmp_path):
+    path = lay_out(name, tmp_path, 1)
+    text = "it is .. \n It's 3.5 wide.</s>"
+    row = dict(split="test", image_file="0.png", description=text, image="images/0.png", caption=text)
+    path.write_text(json.dumps(row))
+    model = Grey()
+    BENCHMARKS[name](model, path)
+    model.config = type(model.config)(image_size=16, text_style="bert")
+    BENCHMARKS[name](model, path)
+    assert model.said == [text, said]

@@ -171,7 +171,11 @@ def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
         picture(tmp_path / f"{number}/x.png", 0, (2, 2))
     model = Grey()
     seen = {}
-    model.images = lambda dataset, load: (torch.eye(1000)[:, None], [label for _, label in dataset])
+    def images(dataset, _):
+        labels = [label for _, label in dataset]
+        return torch.eye(1000)[labels, None], labels
+
+    model.images = images
     model.texts = lambda prompts: seen.setdefault("prompts", prompts) and torch.eye(1000).repeat_interleave(80, 0)
     dataset = evaluate.ClassFolders(tmp_path, loader=Path)
     assert {int(file.parent.name) == label for file, label in dataset} == {True}

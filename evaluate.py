@@ -806,7 +806,7 @@ def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_image(axis, image, weight.unflatten(0, (model.side, -1)))
             axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
-    label = "weight, as a share of the picture's greatest"
+    label = "share of the greatest weight"
     figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label=label)
     save(figure, f"{model.name}: the patches that each sentence groups", path)
 

@@ -270,8 +270,8 @@ def read_merges(path) -> list[str]:
 def read_clip_ranks(path):
     """CLIP's merges file -> {token: rank}. Ids go: 256 bytes, the same 256 ending a word, then one per merge.
 
-    The file writes bytes as printable characters. The bytes that end a word rank before every merge, so tiktoken joins a word's last byte and its space first of all,
-    as CLIP's merging starts out.
+    The file writes bytes as printable characters. The bytes that end a word rank before every merge, so tiktoken joins
+    a word's last byte and its space first of all, as CLIP's merging starts out.
     """
     byte_of = printable_bytes()
 

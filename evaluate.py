@@ -41,9 +41,9 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field,
-                  load_image, load_tokenizer, normalize, one_sentence, open_dataset, read_captions, read_json, spread,
-                  write_clip_tokenizer)
+from data import (BadCount, BadSample, Captions, Parser, Records, UserError, check_target, clean_field, contact_sheet,
+                  image_field, load_image, load_tokenizer, normalize, one_sentence, open_dataset, read_captions,
+                  read_json, spread, write_clip_tokenizer)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, PERSPECTIVES, article, held_out
@@ -629,8 +629,8 @@ def synset_folder(model, path):
     """ImageNet-R and ImageNet-A: folders of 200 of ImageNet's synsets, which the ids of synsets do not name."""
     file = path / "classnames.txt"
     if not file.is_file():
-        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name for "
-                        "each folder, in the order of the ids")
+        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name "
+                        "for each folder, in the order of the ids")
     return image_folder(model, path)
 
 
@@ -753,22 +753,25 @@ def draw_image(axis, image, heat):
     axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
 
 
-def draw_groups(model, shown, path):
-    """shown: (image uint8 [3,S,S], its texts) pairs -> a row each: the image, and over it the weights of the patches
-    that each text groups."""
-    columns = 1 + max(len(texts) for _, texts in shown)
-    figure = new_figure(2.2 * columns, 2.7 * len(shown))
-    axes = figure.subplots(len(shown), columns, squeeze=False)
-    for row, (image, texts) in zip(axes, shown):
+def draw_groups(model, dataset, captions, path, pictures=4, sentences=5):
+    """Held-out pictures, and over each the weights of the patches that each of its sentences groups.
+    captions: {number in the dataset: data.Captions}."""
+    numbers = [list(captions)[place] for place in spread(len(captions), pictures)]
+    figure = new_figure(2.2 * (1 + sentences), 2.7 * len(numbers))
+    axes = figure.subplots(len(numbers), 1 + sentences, squeeze=False)
+    for row, number in zip(axes, numbers):
         for axis in row:
             axis.axis("off")
+        image = dataset[number][0]
         row[0].imshow(image.permute(1, 2, 0).numpy())
+        texts = [*captions[number].long, captions[number].raw][:sentences]
         _, patches = next(model.batches([(image,)]))
         _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_image(axis, image, weight.view(model.side, -1))
             axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
-    figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label="weight, as a share of the picture's greatest")
+    label = "share of the greatest weight"
+    figure.colorbar(ScalarMappable(), ax=axes, shrink=0.6, label=label)
     save(figure, f"{model.name}: the patches that each sentence groups", path)
 
 
@@ -817,12 +820,7 @@ def draw_reading(curves, path):
 
 def draw_run(model, dataset, captions, report, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
-    shown = []
-    for place in spread(len(captions), 4):
-        number = list(captions)[place]
-        texts = [*captions[number].long, captions[number].raw][:5]
-        shown.append((dataset[number][0], texts))
-    draw_groups(model, shown, folder / "patches.png")
+    draw_groups(model, dataset, captions, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
     if "specialisation" in report:
@@ -842,7 +840,8 @@ def show_picture(model, file, texts, folder):
     print("cosine  softmax  text")
     for text, cosine, share in zip(texts, cosines.tolist(), shares.tolist()):
         print(f"{cosine:6.3f} {share:7.1f}%  {text}")
-    draw_groups(model, [(image, texts)], folder / "picture.png")
+    captions = {0: Captions(texts[0], [], texts, [])}
+    draw_groups(model, {0: (image,)}, captions, folder / "picture.png", 1, len(texts))
 
 
 def search(model, pictures, text, folder):
@@ -863,25 +862,20 @@ def search(model, pictures, text, folder):
         raise UserError(f"--search {pictures}: there is no picture in it")
     branches, found = model.images(range(len(records)), load)
     cosines = (model.merge(branches) @ model.texts([text])[0]).amax(1)
-    ranking = []
-    for number in cosines.argsort(descending=True).tolist():
-        if isinstance(found[number], BadSample):
-            records.bad.add(found[number])
-        else:
-            ranking.append(number)
-    if records.bad:
-        print(f"passed over: {records.bad.report()}")
     shown = []
-    for number in ranking[:24]:
-        line = f"{cosines[number]:6.3f}  {found[number]}"
-        if len(shown) < 10:
-            print(line)
-        picture = load_image(records[number].image)
-        picture.thumbnail((256, 256))
-        shown.append((picture, [line]))
-    if not shown:
-        raise UserError(f"--search {pictures}: none of its pictures can be read")
-    contact_sheet(folder / "search.png", shown)
+    for number in cosines.argsort(descending=True).tolist():
+        name = found[number]
+        if isinstance(name, BadSample):
+            records.bad.add(name)
+        elif len(shown) < 24:
+            picture = load_image(records[number].image)
+            picture.thumbnail((256, 256))
+            shown.append((picture, [f"{cosines[number]:.3f}", name]))
+    for _, texts in shown[:10]:
+        print(*texts)
+    print(f"passed over: {records.bad.report() or 'none'}")
+    if shown:
+        contact_sheet(folder / "search.png", shown)
 
 
 def show(model, picture, texts, wanted, out):
@@ -1101,7 +1095,7 @@ def parse(argv):
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
     add("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
     add("--texts", nargs="+", help="of --picture")
-    add("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder that are most similar to a text")
+    add("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
     add("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
@@ -1114,16 +1108,13 @@ def export(model, kind, file):
     name = model.tokenizer.name
     if kind == "open_clip":
         export_open_clip(model.clip, file)
-        print(f"wrote {file} and open_clip's config of it beside, as .json")
     elif kind == "transformers":
         export_transformers(model.clip, file)
         if name == "clip":
             write_clip_tokenizer(file, model.config.context)
-        print(f"wrote {file} for transformers.CLIPModel.from_pretrained")
     else:
         raise UserError(f"--export {kind}: take open_clip or transformers")
-    if name != "clip":
-        print(f"its texts are tokens of the tokenizer {name!r}, which {kind} does not have")
+    print(f"wrote {file}; its texts are tokens of the tokenizer {name!r}, which {kind} has if it is 'clip'")
 
 
 def main(argv=None):
@@ -1136,15 +1127,14 @@ def main(argv=None):
     kind, weights = options.pop("export")
     for target in filter(None, (file, weights, options["out"])):
         check_target(target)
-    if kind:
-        sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
-        return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
-    picture, texts, wanted = (options.pop(name) for name in ("picture", "texts", "search"))
+    picture, texts, wanted = map(options.pop, ("picture", "texts", "search"))
     if bool(picture) != bool(texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
+    sizes = {name: options[name] for name in ("image_size", "activation", "tokenizer")}
+    if kind:
+        return export(Model(runs[0], "cpu", **sizes), kind, Path(weights))
     if picture or wanted:
-        names = ("device", "branch", "image_size", "activation", "tokenizer")
-        model = Model(runs[0], **{name: options[name] for name in names})
+        model = Model(runs[0], options["device"], options["branch"], **sizes)
         return show(model, picture, texts, wanted, options["out"])
     results, failed = [], []
     for run in runs:

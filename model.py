@@ -822,7 +822,8 @@ def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     c = model.config
     check_plain(c, "transformers")
     if c.pool == "average":
-        raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place there")
+        raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place "
+                        "there")
     state = {}
     for name, value in model.state_dict().items():
         theirs = to_theirs(name, TRANSFORMERS)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 from data import UserError, load_tokenizer, normalize
-from evaluate import BENCHMARKS, IMAGENET, SET_TEMPLATES, TEMPLATES, TORCHVISION, preparation
+from evaluate import BENCHMARKS, SET_TEMPLATES, TEMPLATES, TORCHVISION, preparation
 from model import CLIP, CLIPConfig, export_transformers
 from test_benchmarks import Grey, class_folders, lay_out, picture
 
@@ -59,14 +59,12 @@ def test_transformers_embeds_pictures_and_texts_alike(activation, tmp_path):
     found = features(theirs.eval().get_text_features(**tokens))
     assert torch.allclose(found, ours.encode_text(rows)[0][:, 0], atol=1e-5)
 
-    noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
-    image = Image.fromarray(noise.numpy())
-    pixels = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")(image, return_tensors="pt")
+    image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 30)
     prepared = normalize(preparation(32)(image)[None])
+    pixels = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")(image, return_tensors="pt")
     assert torch.allclose(pixels["pixel_values"], prepared, atol=0.05)  # their resizing rounds otherwise
     found = features(theirs.get_image_features(prepared))
     assert torch.allclose(found, ours.encode_image(prepared)[0][:, 0], atol=1e-5)
-    assert theirs.logit_scale.item() == pytest.approx(ours.logit_scale.item())
 
 
 @pytest.mark.parametrize("settings", [
@@ -78,14 +76,12 @@ def test_what_transformers_cannot_hold_is_not_exported(settings, tmp_path):
     assert not (tmp_path / "there").exists()
 
 
-def test_a_tokenizer_that_transformers_lacks_is_named(tmp_path, capsys):
+def test_another_tokenizer_is_not_written(tmp_path):
     vocab = load_tokenizer("scenes").vocab_size
     run = save(tmp_path / "run", small(vocab=vocab), "scenes")
     evaluate.main([run, "--export", "transformers", f"{tmp_path}/there"])
-    assert "'scenes', which transformers does not have" in capsys.readouterr().out
+    assert f'"eos_token_id": {vocab - 1}' in (tmp_path / "there/config.json").read_text()
     assert not (tmp_path / "there/vocab.json").exists()
-    text = json.loads((tmp_path / "there/config.json").read_text())["text_config"]
-    assert text["eos_token_id"] == vocab - 1
     with pytest.raises(UserError, match="--export onnx: take open_clip or transformers"):
         evaluate.main([run, "--export", "onnx", f"{tmp_path}/there"])
 
@@ -103,25 +99,20 @@ def test_a_pictures_texts_are_scored_and_their_patches_drawn(tmp_path, capsys):
     shares = 100 * (cosines * model.clip.logit_scale.exp()).softmax(0)
     for text, cosine, share in zip(texts, cosines, shares):
         assert f"{cosine:.3f} {share:7.1f}%  {text}" in said
-    width, height = Image.open(tmp_path / "run/picture.png").size
-    assert width > 2 * height
+    assert Image.open(tmp_path / "run/picture.png").width > 500
 
 
-def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsys, monkeypatch):
-    for k in range(30):
-        picture(tmp_path / f"pictures/p{k}.png", k % 25)
+def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsys):
+    for k in range(12):
+        picture(tmp_path / f"pictures/p{k}.png", k)
     (tmp_path / "pictures/broken.png").write_text("x")
     model = Grey()
-    model.texts = lambda texts: torch.linspace(1, 0, 40)[None] / 4  # the darker, the more similar
-    sheets = []
-    monkeypatch.setattr(evaluate, "contact_sheet", lambda path, shown: sheets.append((path, shown)))
+    model.texts = lambda texts: torch.linspace(1, 0, 40)[None]  # the darker, the more similar
     evaluate.search(model, tmp_path / "pictures", "night", tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert "broken" in lines[0] and "1 ×" in lines[0]
-    keys = [line.split()[1] for line in lines[1:]]
-    assert sorted(keys) == sorted("p0 p25 p1 p26 p2 p27 p3 p28 p4 p29".split()) and set(keys[:2]) == {"p0", "p25"}
-    (path, shown), = sheets
-    assert path == tmp_path / "search.png" and len(shown) == 24 and "0.250" in shown[0][1][0]
+    *best, passed_over = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in best] == [f"p{k}" for k in range(10)]
+    assert best[0] == "1.000 p0" and "1 × image will not decode: broken" in passed_over
+    assert Image.open(tmp_path / "search.png").width > 1000
 
 
 def test_a_released_checkpoint_searches_into_out(tmp_path, capsys):
@@ -141,13 +132,10 @@ def test_a_released_checkpoint_searches_into_out(tmp_path, capsys):
     (["--picture", "broken.png", "--texts", "a"], "broken.png"),
     (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
     (["--search", "empty", "a"], "there is no picture in it"),
-    (["--search", "all-broken", "a"], "none of its pictures can be read"),
     (["--search", "gone", "a"], "no file gone")], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file in ("broken.png", "all-broken/x.png"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text("x")
+    (tmp_path / "broken.png").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=words) as caught:
         evaluate.main([save(tmp_path / "run", small()), *flags])
@@ -167,20 +155,13 @@ def test_templates_are_open_clips_and_clip_benchmarks():
 
 
 def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
-    for number in range(1000):
-        picture(tmp_path / f"{number}/x.png", 0, (2, 2))
-    model = Grey()
-    seen = {}
-    def images(dataset, _):
-        labels = [label for _, label in dataset]
-        return torch.eye(1000)[labels, None], labels
-
-    model.images = images
-    model.texts = lambda prompts: seen.setdefault("prompts", prompts) and torch.eye(1000).repeat_interleave(80, 0)
-    dataset = evaluate.ClassFolders(tmp_path, loader=Path)
-    assert {int(file.parent.name) == label for file, label in dataset} == {True}
-    assert BENCHMARKS["imagenet-v2"](model, tmp_path)["top-1"] == (100, 0.1)
-    assert seen["prompts"][80 * 10] == TEMPLATES[0].format(IMAGENET[10])
+    for number in range(12):
+        picture(tmp_path / f"{number}/x.png", number)
+    (tmp_path / "classnames.txt").write_text("\n".join(f"thing {number}" for number in range(12)))
+    assert BENCHMARKS["imagenet-v2"](Grey(), tmp_path)["top-1"][0] == 100
+    (tmp_path / "classnames.txt").unlink()
+    with pytest.raises(UserError, match="pictures of 12 classes, but there are 1000 names"):
+        BENCHMARKS["imagenet-v2"](Grey(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
@@ -192,7 +173,8 @@ def test_synsets_want_their_names(name, tmp_path):
     assert BENCHMARKS[name](Grey(), tmp_path)["top-1"][0] == 100
 
 
-@pytest.mark.parametrize("name, said", [("docci", "it is. It's 3. 5 wide"), ("jsonl", "it is .. \n It's 3.5 wide.</s>")])
+@pytest.mark.parametrize("name, said", [
+    ("docci", "it is. It's 3. 5 wide"), ("jsonl", "it is .. \n It's 3.5 wide.</s>")])
 def test_captions_are_cut_for_bert_where_lotlip_cuts_them(name, said, tmp_path):
     path = lay_out(name, tmp_path, 1)
     text = "it is .. \n It's 3.5 wide.</s>"

@@ -77,7 +77,8 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, ma
     loss = (M - fixed) / M * text_matching_loss(branches, free, chosen, match, logit_scale)
     if fixed:
         own = texts[:, :fixed].transpose(0, 1)
-        loss = loss + fixed / M * contrastive_loss(branches.transpose(0, 1), own, logit_scale)
+        of_own = contrastive_loss(branches.transpose(0, 1), own, logit_scale)
+        loss = loss + fixed / M * of_own
     return loss
 
 
@@ -95,7 +96,8 @@ def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: T
         images = Gather.apply(images)
     per_image, _ = similarity_logsumexp(chosen.transpose(0, 1), candidates, logit_scale, cols=False)  # [M, B]
     logits = logit_scale * torch.einsum("hnd,bmd->bmhn", images, texts)
-    of_match = match[..., None, None].expand(-1, -1, 1, logits.shape[-1])
+    N = logits.shape[-1]
+    of_match = match[..., None, None].expand(-1, -1, 1, N)
     per_text = logits.gather(2, of_match).squeeze(2).logsumexp(-1)  # [B, M]
     return ((per_image.mT + per_text) / 2 - positive).mean()
 
@@ -105,7 +107,8 @@ def diversity_loss(branches: Tensor) -> Tensor:
     between two different branches of an image. branches [B,H,D] -> scalar."""
     B, H, _ = branches.shape
     cosines = branches @ branches.mT  # [B, H, H]
-    different = (cosines.sum() - B * H) / (B * H * (H - 1))
+    pairs = B * H * (H - 1)
+    different = (cosines.sum() - B * H) / pairs  # without each branch and itself
     return (different - 0.7).clamp_min(0)
 
 
@@ -258,7 +261,8 @@ def distributed() -> bool:
 def is_large(image: Tensor, text: Tensor) -> bool:
     """Whether their similarity matrices, [(G,)N,D] by [(G,)M,D], are left to the fused op; `--fused on`: all are."""
     groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
-    return fused.mode() == "on" or groups * image.shape[-2] * text.shape[-2] > STORED
+    entries = groups * image.shape[-2] * text.shape[-2]
+    return fused.mode() == "on" or entries > STORED
 
 
 def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):

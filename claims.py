@@ -230,8 +230,8 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     for row, of_row in runs.items():
         results[row] = [run.result() for run in of_row]
         values[row] = values_of(results[row], "value")
-        values["chance"] = values_of(results[row][:1], "chance")
         minutes += values[row]["minutes"].sum()
+    values["chance"] = values_of(results[rows[0]][:1], "chance")
     text = claims_text(values, seeds, minutes)
     (folder / "claims.md").write_text(text)
     print(text)
@@ -311,8 +311,8 @@ def draw_claims(values: dict, path: Path):
         name = f"{claim.paper}: {claim.what} ({claim.measure})"
         axis.errorbar(mean, name, xerr=half, fmt="o", color=colours[verdict], capsize=2.5)
     axis.invert_yaxis()
-    axis.set_xlabel("difference in percentage points, and its 95% confidence interval over seeds\n"
-                    "green: holds, orange: does not hold, grey: not told apart")
+    figure.supxlabel("difference in percentage points, and its 95% confidence interval over seeds\n"
+                     "green: holds, orange: does not hold, grey: not told apart")
     figure.savefig(path)
 
 

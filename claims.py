@@ -291,7 +291,8 @@ def claims_text(values: dict, seeds: int, minutes: float) -> str:
             mean, half, verdict = judged
             time = values[claim.better]["minutes"].mean() / values[claim.than]["minutes"].mean()
             rows = f"{claim.what}: *{claim.better}* over *{claim.than}*"
-            lines.append([claim.paper, rows, claim.measure, f"{mean:+.1f}", f"**{verdict}**", f"{half:.1f}", f"{time:.2f} ×"])
+            found = [f"{mean:+.1f}", f"**{verdict}**", f"{half:.1f}", f"{time:.2f} ×"]
+            lines.append([claim.paper, rows, claim.measure, *found])
     return text + markdown(lines) + "\n"
 
 

@@ -1158,7 +1158,8 @@ def read_indices(files: list[Path]) -> list[Index]:
     if sum(file.stat().st_size for file in files) < 1 << 24:
         return [index_of(file) for file in files]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:  # in other processes, so what scanning takes of memory is given back
+    # In other processes, so that what scanning takes of memory is given back.
+    with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:
         indices = pool.map(index_of, files)
         return list(tqdm(indices, "indexing", len(files), unit="file", delay=2, leave=False))
 

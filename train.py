@@ -162,7 +162,8 @@ SIZES = {
 CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
-    augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"),
+    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -775,7 +776,8 @@ def restore(state: State, content: dict):
     ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
     moments = content["optimizer"]["state"]
     for i, of_one in moments.items():
-        for name in {"exp_avg", "exp_avg_sq"} & of_one.keys():  # of the parameter's strides: the fused AdamW goes by places in memory
+        for name in {"exp_avg", "exp_avg_sq"} & of_one.keys():
+            # Of the parameter's strides, for the fused AdamW goes by places in memory.
             of_one[name] = torch.empty_like(ordered[i]).copy_(of_one[name])
     state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])

@@ -101,7 +101,9 @@ def test_a_verdict_is_of_the_whole_interval():
     claim = claims.Claim("paper", "better", "a", "b", "zero-shot")
 
     def judge(*differences):
-        return claims.judge(claim, {"a": {"zero-shot": np.array(differences)}, "b": {"zero-shot": np.zeros(len(differences))}})
+        better = {"zero-shot": np.array(differences)}
+        than = {"zero-shot": np.zeros(len(differences))}
+        return claims.judge(claim, {"a": better, "b": than})
 
     assert judge(5.0, 6.0, 7.0) == (6.0, pytest.approx(2.48, abs=0.01), "holds")
     assert judge(-5.0, -6.0, -7.0)[2] == "does not hold"

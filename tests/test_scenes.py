@@ -157,9 +157,3 @@ def test_written_scenes_come_back_with_the_same_pictures_and_captions(tmp_path):
     for i in range(20):
         assert torch.equal(drawn[i][0], read[i][0])
         assert drawn[i][1] == read[i][1]
-
-
-def test_the_diagrams_in_assets_are_those_that_are_drawn(tmp_path):
-    command("assets/diagrams.py", tmp_path)
-    kept = ROOT.glob("assets/method-*.png")
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in kept}

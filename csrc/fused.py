@@ -47,14 +47,9 @@ def similarity_logsumexp(image, text, logit_scale, rows=True, cols=True):
 
     Either side may lack G while the other has it: its block is then shared by all groups, not
     copied, and its gradient is the sum over them. An output not asked for (`rows`, `cols`) is None
-    and costs nothing. float32 outputs (float64 for float64), whatever the inputs. Under autocast the
-    embeddings are cast to its dtype; sums are float32.
+    and costs nothing. float32 outputs and sums (float64 for float64), whatever the inputs.
     """
-    device = image.device.type
-    if torch.is_autocast_enabled(device) and image.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        image, text = image.to(dtype), text.to(dtype)
-    if image.dtype == torch.float64 or not _use_extension(device):
+    if image.dtype == torch.float64 or not _use_extension(image.device.type):
         return chunked(image, text, logit_scale, rows=rows, cols=cols)
     logit_scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image.device)
     per_image, per_text = torch.ops.similarity.logsumexp(image, text, logit_scale, rows, cols)
@@ -73,15 +68,14 @@ def chunked(image, text, logit_scale, rows=True, cols=True):
     The columns' log-sum-exp is that of the blocks' log-sum-exps: log Σ_i = log Σ_b exp(log Σ_{i in b}).
     """
     dtype = torch.promote_types(image.dtype, torch.float32)
+    image = image.to(dtype)
     text = text.to(dtype)
     groups = torch.broadcast_shapes(image.shape[:-2], text.shape[:-2]).numel()
     step = 1 + CHUNK // (1 + groups * text.shape[-2])  # rows of a block
     parts = []
-    with torch.autocast(image.device.type, enabled=False):
-        for block in image.split(step, dim=-2):
-            # Nothing but the block's outputs is kept; the backward pass computes its logits again.
-            parts.append(checkpoint(
-                reference, block.to(dtype), text, logit_scale, rows, cols, use_reentrant=False))
+    for block in image.split(step, dim=-2):
+        # Nothing but the block's outputs is kept; the backward pass computes its logits again.
+        parts.append(checkpoint(reference, block, text, logit_scale, rows, cols, use_reentrant=False))
     per_image, per_text = zip(*parts)
     per_image = torch.cat(per_image, -1) if rows else None
     per_text = torch.stack(per_text).logsumexp(0) if cols else None
@@ -128,8 +122,29 @@ def _trouble(device):
 
 @cache
 def _load():
+    """The extension, with its shapes for torch.compile and its derivative."""
     torch.ops.load_library(build(cuda=torch.cuda.is_available()))
-    _register()
+
+    @torch.library.register_fake("similarity::logsumexp")
+    def _(image, text, logit_scale, rows=True, cols=True):
+        logits = (image @ text.mT).float()
+        nothing = logits.new_empty(0)
+        return logits.sum(-1) if rows else nothing, logits.sum(-2) if cols else nothing
+
+    @torch.library.register_fake("similarity::logsumexp_backward")
+    def _(d_per_image, d_per_text, image, text, logit_scale, *rest):
+        return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(logit_scale)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
+
+    def backward(ctx, d_per_image, d_per_text):
+        gradients = torch.ops.similarity.logsumexp_backward(
+            d_per_image, d_per_text, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
+        return *gradients, None, None
+
+    torch.library.register_autograd("similarity::logsumexp", backward, setup_context=setup_context)
 
 
 @torch.inference_mode(False)
@@ -169,18 +184,17 @@ def build(cuda):
         ingredients += path.read_text()
     name = "similarity_" + hashlib.md5(ingredients.encode()).hexdigest()
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    done = folder / "done"
+    library = folder / f"{name}.so"
     with open(folder / "flock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
+        if not library.exists():
             (folder / "lock").unlink(missing_ok=True)
             print(f"building the fused similarity op, once, in {folder}", flush=True)
             cpp_extension.load(
                 name, sources, [flags], [CUDA_FLAGS],
                 extra_include_paths=_cuda_includes(cpp_extension) if cuda else [],
                 build_directory=folder, is_python_module=False)
-            done.touch()
-    return folder / f"{name}.so"
+    return library
 
 
 def _cuda_includes(cpp_extension):
@@ -198,31 +212,6 @@ def _cuda_includes(cpp_extension):
     home = Path(re.search(r"TOP=(.*)", dry).group(1)).resolve()
     cpp_extension.CUDA_HOME = str(home)
     return list(map(str, Path(torch.__file__).parent.parent.glob("nvidia/*/include")))
-
-
-def _register():
-    """Shapes for torch.compile, and the derivative."""
-
-    @torch.library.register_fake("similarity::logsumexp")
-    def _(image, text, logit_scale, rows=True, cols=True):
-        logits = (image @ text.mT).float()
-        nothing = logits.new_empty(0)
-        return logits.sum(-1) if rows else nothing, logits.sum(-2) if cols else nothing
-
-    @torch.library.register_fake("similarity::logsumexp_backward")
-    def _(d_per_image, d_per_text, image, text, logit_scale, *rest):
-        return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(logit_scale)
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output)
-        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
-
-    def backward(ctx, d_per_image, d_per_text):
-        gradients = torch.ops.similarity.logsumexp_backward(
-            d_per_image, d_per_text, *ctx.saved_tensors, *ctx.needs_input_grad[:2])
-        return *gradients, None, None
-
-    torch.library.register_autograd("similarity::logsumexp", backward, setup_context=setup_context)
 
 
 if __name__ == "__main__":

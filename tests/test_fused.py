@@ -1,5 +1,4 @@
 """The fused similarity op: the extension, the chunked path and the stored matrix say the same."""
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ SHAPES = [  # image, text
     ((37, 5), (4, 41, 5)),
     ((4, 37, 5), (41, 5)),
 ]
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ def embeddings(image, text, dtype=torch.float32, device="cpu", scale=100.0):
     torch.manual_seed(0)
     I = F.normalize(torch.randn(image), dim=-1).to(device, dtype)
     T = F.normalize(torch.randn(text), dim=-1).to(device, dtype)
-    s = torch.tensor(scale, device=device)
+    s = torch.tensor(scale, device=device, dtype=torch.promote_types(dtype, torch.float32))
     return I.requires_grad_(), T.requires_grad_(), s.requires_grad_()
 
 
@@ -50,10 +49,11 @@ def incoming(output):
     return torch.linspace(-0.5, 1, output.numel(), device=output.device).to(output).view_as(output)
 
 
-def results(path, x, rows=True, cols=True, leaves=None):
+def results(path, x, rows=True, cols=True):
     """Outputs and gradients."""
     out = [o for o in path(*x, rows=rows, cols=cols) if o is not None]
-    gradients = torch.autograd.grad(out, leaves or x, list(map(incoming, out)))
+    leaves = [t for t in x if t.requires_grad]
+    gradients = torch.autograd.grad(out, leaves, list(map(incoming, out)))
     return out + list(gradients)
 
 
@@ -72,7 +72,8 @@ def assert_close(found, wanted, tolerance):
 
 @devices
 @pytest.mark.parametrize("image,text", SHAPES)
-def test_any_shape_equals_the_stored_matrix(image, text, device):
+def test_any_shape_equals_the_stored_matrix(image, text, device, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 10_000)  # so that there are several blocks
     for dtype, tolerance in TOLERANCES.items():
         x = embeddings(image, text, dtype, device, scale=10.0)
         wanted = exact(x)
@@ -86,9 +87,9 @@ def test_any_shape_equals_the_stored_matrix(image, text, device):
 @pytest.mark.parametrize("dtype,tolerance", TOLERANCES.items())
 def test_accuracy_of_outputs_and_every_gradient_at_scale_100(dtype, tolerance, device):
     """Matched pairs as a trained model has them, so the softmax is far from uniform."""
-    image, text, scale = embeddings((1100, 512), (1100, 512), device=device)
-    text = F.normalize(image + 1.5 * text, dim=-1)
-    x = [t.detach().to(dtype).requires_grad_() for t in (image, text)] + [scale]
+    x = embeddings((1100, 512), (1100, 512), dtype, device)
+    with torch.no_grad():
+        x[1].add_(x[0])
     assert_close(results(fused.similarity_logsumexp, x), exact(x), tolerance)
 
 
@@ -109,9 +110,9 @@ def test_one_side_alone(side, path, device):
 def test_inputs_that_are_not_contiguous_and_one_that_is_frozen(device):
     image, text, scale = embeddings((24, 70), (60, 24), device=device)
     x = image.detach().T.requires_grad_(), text.detach()[::2], scale  # [70, 24], [30, 24]
-    found = results(fused.similarity_logsumexp, x, leaves=[x[0], scale])
-    *outputs, d_image, _, d_scale = exact(x)
-    assert_close(found, [*outputs, d_image, d_scale], 1e-5)
+    wanted = exact(x)
+    del wanted[3]  # the frozen one's gradient
+    assert_close(results(fused.similarity_logsumexp, x), wanted, 1e-5)
 
 
 @devices
@@ -150,13 +151,6 @@ def test_same_bits_again_and_for_any_number_of_threads(dtype):
         assert all(map(torch.equal, results(fused.similarity_logsumexp, x), wanted))
 
 
-@pytest.mark.parametrize("image,text", [((4, 3), (2, 5, 3)), ((2, 4, 3), (5, 3))])
-def test_gradcheck_of_chunked_in_float64(image, text, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 10)  # so that there are several blocks
-    x = [t.detach().double().requires_grad_() for t in embeddings(image, text, scale=5.0)]
-    assert torch.autograd.gradcheck(fused.similarity_logsumexp, x)
-
-
 def test_chunked_stores_no_more_than_a_block_of_logits(monkeypatch):
     monkeypatch.setattr(fused, "CHUNK", 1000)
     image, text, scale = embeddings((300, 8), (50, 8))
@@ -171,28 +165,6 @@ def test_chunked_stores_no_more_than_a_block_of_logits(monkeypatch):
 def test_torch_finds_the_op_well_registered(rows, cols, device):
     x = embeddings((7, 5), (3, 9, 5), device=device)
     torch.library.opcheck(torch.ops.similarity.logsumexp.default, (*x, rows, cols))
-
-
-def compiled(*x, **asked):
-    """In one graph. No code is generated, which is quicker."""
-    return torch.compile(fused.similarity_logsumexp, fullgraph=True, backend="aot_eager")(*x, **asked)
-
-
-@devices
-@pytest.mark.parametrize("mode,path", [
-    ("on", fused.similarity_logsumexp),
-    ("off", fused.similarity_logsumexp),
-    ("on", compiled),
-])
-def test_autocast_rounds_the_embeddings_and_nothing_else(mode, path, device):
-    x = embeddings((37, 6), (41, 6), device=device)
-    wanted = exact([x[0].bfloat16(), x[1].bfloat16(), x[2]])
-    fused.set_mode(mode)
-    with torch.autocast(device, torch.bfloat16):
-        found = results(path, x)
-    assert {f.dtype for f in found} == {torch.float32}
-    assert_close(found, wanted, 1e-2)
-    assert_close(found[:2], wanted[:2], 1e-5)
 
 
 @pytest.mark.parametrize("image,text,named", [
@@ -225,8 +197,8 @@ def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
     path = folder / "emulated.cpp"
     path.write_text('#include "cuda_on_cpu.h"\n' + source)
-    cpp_extension.load("emulated", [str(path)], ["-O1"], build_directory=str(folder),
-                       extra_include_paths=[str(fused.FOLDER), str(ROOT / "tests")], is_python_module=False)
+    cpp_extension.load("emulated", [path], ["-O1"], build_directory=folder, is_python_module=False,
+                       extra_include_paths=[str(fused.FOLDER), str(ROOT / "tests")])
 
     def both(x, rows=True, cols=True):
         """-> outputs and gradients, as `results` gives them."""
@@ -261,34 +233,40 @@ CALL = "fused.similarity_logsumexp(torch.ones(1, 1), torch.ones(1, 1), 3.0)[0]"
 ANSWER = "tensor([3.])"
 
 
-def python(code, **environment):
-    command = [sys.executable, "-c", "import torch; from csrc import fused\n" + code]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stdout=subprocess.PIPE,
+def start(*words):
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
-def test_processes_starting_together_build_once_past_a_dead_build(tmp_path):
+def python(code):
+    return start("-c", "import torch; from csrc import fused\n" + code)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """The folder in which the processes that a test starts build extensions: nothing is built yet."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
     """Each finds the extension; one line says that it was built. A lock file that a killed build left is no obstacle.
     The first call may be one that torch.compile traces."""
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    pretended = "from unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): fused.build(False)"
-    python(pretended, **environment).communicate()
-    done = next(tmp_path.glob("*/done"))
-    done.rename(done.with_name("lock"))
+    killed = "from unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): fused.build(False)"
+    python(killed).communicate()
+    next(empty_cache.glob("*/flock")).with_name("lock").touch()
     compiled = f"torch.compile(lambda: {CALL}, backend='eager', fullgraph=True)()"
-    processes = []
-    for call in (CALL, CALL, compiled):
-        processes.append(python(f"fused.set_mode('on')\nprint({call})", **environment))
+    processes = [python(f"fused.set_mode('on')\nprint({call})") for call in (CALL, CALL, compiled)]
     outputs = [process.communicate()[0] for process in processes]
     assert all(o.endswith(ANSWER + "\n") for o in outputs), outputs
     assert "".join(outputs).count("building the fused similarity op") == 1
 
 
-def test_without_a_compiler_auto_says_so_once_on_raises_and_off_is_silent(tmp_path):
-    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"}
-    auto = python(f"print({CALL}, {CALL})", **environment)
-    on = python(f"fused.set_mode('on'); {CALL}", **environment)
-    off = python(f"fused.set_mode('off'); print({CALL})", **environment)
+def test_without_a_compiler_auto_says_so_once_on_raises_and_off_is_silent(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    auto = python(f"print({CALL}, {CALL})")
+    on = python(f"fused.set_mode('on'); {CALL}")
+    off = python(f"fused.set_mode('off'); print({CALL})")
     out = auto.communicate()[0]
     assert out.endswith(f"{ANSWER} {ANSWER}\n")
     assert out.count("WARNING: the fused similarity op cannot be used here") == 1
@@ -305,24 +283,24 @@ def test_an_extension_that_gives_other_numbers_is_not_used(monkeypatch):
         fused.similarity_logsumexp(*x)
 
 
-def test_a_toolkit_of_another_cuda_than_pytorchs_is_named_before_it_compiles(tmp_path):
-    nvcc = tmp_path / "bin/nvcc"
+def test_a_toolkit_of_another_cuda_than_pytorchs_is_named_before_it_compiles(empty_cache, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(empty_cache))
+    nvcc = empty_cache / "bin/nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 7.5, V7.5.1")
     nvcc.chmod(0o755)
-    environment = os.environ | {"CUDA_HOME": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    command = [sys.executable, "csrc/fused.py", "--cuda"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert re.fullmatch(r"error: .*/bin/nvcc is of another CUDA than this PyTorch's .*", run.stderr.splitlines()[-1])
-    assert "Traceback" not in run.stderr
+    process = start("csrc/fused.py", "--cuda")
+    out = process.communicate()[0]
+    assert process.returncode == 1
+    assert re.search(r"^error: .*/bin/nvcc is of another CUDA than this PyTorch's ", out, re.M)
+    assert "Traceback" not in out
 
 
 def test_cuda_sources_compile_and_link_for_sm80_sm90_and_later():
     needed = f"release {torch.version.cuda}".split(".")[0]
     if needed not in subprocess.getoutput("nvcc --version"):
         pytest.skip("no nvcc of the CUDA version that this PyTorch is for")
-    out = subprocess.check_output([sys.executable, "csrc/fused.py", "--cuda"], cwd=ROOT, text=True)
+    out = start("csrc/fused.py", "--cuda").communicate()[0]
     library = Path(out.split()[-1]).read_bytes()
     for target in (b"sm_80", b"sm_90"):
         assert target in library

@@ -126,16 +126,16 @@ class Scenes:
         rng = random.Random(i * len(SPLITS) + SPLITS.index(self.split))
         objects = []
         while len(objects) < 2:  # a main object may leave no room for a second one: then all are drawn again
-            count = rng.choices(range(2, 7), (34, 34, 18, 9, 5))[0]
-            objects = self._objects(rng, count)
+            objects = self._objects(rng)
         pattern = rng.choices(PATTERNS, (49, 17, 17, 17))[0]
         ground = tuple(rng.sample(list(BACKGROUNDS), 1 if pattern == "plain" else 2))
         style = rng.choices(STYLES, (61, 13, 13, 13))[0]
         captions, about = describe(rng, objects, pattern, ground, style, self.kinds)
         return Scene(objects, pattern, ground, style, rng.getrandbits(32), captions, about)
 
-    def _objects(self, rng, count):
-        """Up to `count` objects of different kinds: as many as find room."""
+    def _objects(self, rng):
+        """1 to 6 objects of different kinds: as many of 2 to 6 as find room."""
+        count = rng.choices(range(2, 7), (34, 34, 18, 9, 5))[0]
         objects = []
         for kind in rng.sample(range(self.kinds), count):
             colour = rng.randrange(len(COLOURS))
@@ -177,11 +177,12 @@ class Scenes:
     def boxes(self, scene):
         """For every sentence of the long caption the box (x0, y0, x1, y1), as shares of the image, of the one object
         that it describes, or None."""
-        boxes = {-1: None}
-        for k, o in enumerate(scene.objects):
+        boxes = []
+        for o in scene.objects:
             reach = (round(o.side * self.size) + 1) / 2 / self.size  # draw() rounds the place by up to half a pixel
-            box = o.x - reach, o.y - reach, o.x + reach, o.y + reach
-            boxes[k] = tuple(np.clip(box, 0, 1).tolist())
+            box = np.array([o.x - reach, o.y - reach, o.x + reach, o.y + reach])
+            boxes.append(tuple(box.clip(0, 1).tolist()))
+        boxes.append(None)  # at -1: of the sentences that are about no object alone
         return [boxes[k] for k in scene.about]
 
 
@@ -509,8 +510,8 @@ def main():
     parser.add_argument("--split", choices=SPLITS, default="train")
     for flag, default in (("--n", 1000), ("--size", 64), ("--kinds", 24)):
         parser.add_argument(flag, type=int, default=default)
-    options = parser.parse_args()
-    write(options.write, Scenes(options.split, options.n, options.size, options.kinds))
+    options = vars(parser.parse_args())
+    write(options.pop("write"), Scenes(**options))
 
 
 if __name__ == "__main__":

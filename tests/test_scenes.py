@@ -15,10 +15,7 @@ from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph
 ALL = Scenes("test", size=128, kinds=83)
 TRAIN = [Scenes(kinds=83).scene(i) for i in range(600)]
 TEST = [ALL.scene(i) for i in range(600)]
-SENTENCES = []  # of the long captions: (objects, text, the index of the object that it is about)
-for some in TRAIN + TEST:
-    for told, number in zip(some.captions["long"], some.about):
-        SENTENCES.append((some.objects, told.lower(), number))
+PLACE_OR_SIZE = r"\b(left|right|top|bottom|upper|lower|centre|small|tiny|huge|big)\b"
 NAMES = sorted(dict(KINDS), key=len, reverse=True)
 THING = re.compile(rf"(?:\b({'|'.join(COLOURS)}) )?\b({'|'.join(NAMES)})\b")
 
@@ -45,24 +42,17 @@ def test_splits_and_numbers_share_no_scene():
 
 def test_a_scene_has_two_to_six_kinds_of_object_and_its_first_is_large():
     for s in TEST:
-        kinds = {o.kind for o in s.objects}
-        assert 2 <= len(kinds) == len(s.objects) <= 6
-        assert [o for o in s.objects if o.size == "large"] == s.objects[:1]
-
-
-def test_a_place_is_a_third_of_the_picture():
-    for s in TEST:
+        assert 2 <= len({o.kind for o in s.objects}) == len(s.objects) <= 6
         for o in s.objects:
+            assert (o.size == "large") == (o is s.objects[0])
             assert ("left" in o.place) == (o.x < 1 / 3)
             assert o.place.startswith(("top", "upper")) == (o.y < 1 / 3)
 
 
 def test_a_tenth_of_the_pairs_of_colour_and_kind_is_only_met_in_testing():
-    met = []
-    for scenes in (TRAIN, TEST):
-        met.append([held_out(o.kind, o.colour) for s in scenes for o in s.objects])
-    assert not any(met[0])
-    assert 0.07 < np.mean(met[1]) < 0.13
+    for scenes, least, most in ((TRAIN, 0, 0), (TEST, 0.07, 0.13)):
+        share = np.mean([held_out(o.kind, o.colour) for s in scenes for o in s.objects])
+        assert least <= share <= most
 
 
 def test_no_two_pictographs_are_alike():
@@ -99,58 +89,53 @@ def test_a_sentence_about_one_object_has_a_box_that_just_holds_the_object(size):
             assert max(last - first) <= scene.objects[k].side * size + 2
 
 
-def test_a_long_caption_has_six_to_twelve_sentences_that_name_every_object():
-    assert {len(s.about) for s in TEST} == set(range(6, 13))
-    for s in TEST:
-        assert set(s.about) == {*range(len(s.objects)), -1}
+def check_relation(text, named):
+    """Checks what a sentence tells of the places of the two objects that it names -> the words that tell it."""
+    word = re.search("left of|right of|above|higher|below|lower than", text.lower())[0]
+    a, b = named if text.startswith("The ") else reversed(named)  # "Above the sun is the red star."
+    before = a.x < b.x if "of" in word else a.y < b.y
+    assert before == (word in ("left of", "above", "higher")), text
+    return word
 
 
-def test_a_sentence_about_one_object_names_it_alone_and_tells_the_truth():
+def test_a_sentence_of_a_long_caption_names_what_it_is_about_and_tells_the_truth():
     checked = set()
-    for objects, text, k in SENTENCES:
-        named = [name for _, name in things(text)]
-        if k < 0:
-            assert len(named) in (0, 2), text
-            continue
-        o = objects[k]
-        assert named == [o.name], text
-        facts = {*o.place.split(), *TEMPLATES[o.size]}
-        words = re.findall(r"\b(left|right|top|bottom|upper|lower|centre|small|tiny|huge|big)\b", THING.sub("", text))
-        assert facts.issuperset(words), text
-        checked.update(words)
-    assert len(checked) == 11
-
-
-def test_relations_are_true():
-    checked = set()
-    for objects, text, k in SENTENCES:
-        named = [o for _, name in things(text) for o in objects if o.name == name]
-        if len(named) == 2:
-            word = re.search("left of|right of|above|higher|below|lower", text)[0]
-            a, b = named if text.startswith("the ") else reversed(named)  # "above the sun is the red star."
-            before = a.x < b.x if "of" in word else a.y < b.y
-            assert before == (word in ("left of", "above", "higher")), text
-            checked.add(word)
-    assert len(checked) == 6
+    for s in TRAIN + TEST:
+        by_name = {o.name: o for o in s.objects}
+        for text, k in zip(s.captions["long"], s.about):
+            named = [by_name[name] for _, name in things(text)]
+            if k >= 0:
+                o = s.objects[k]
+                assert named == [o], text
+                words = re.findall(PLACE_OR_SIZE, THING.sub("", text.lower()))
+                assert {*o.place.split(), *TEMPLATES[o.size]}.issuperset(words), text
+                checked.update(words)
+            elif named:
+                checked.add(check_relation(text, named))
+    assert len(checked) == 11 + 6
 
 
 def test_whatever_a_caption_other_than_the_raw_one_tells_is_true():
+    assert {len(s.about) for s in TEST} == set(range(6, 13))
     for s in TRAIN + TEST:
+        assert set(s.about) == set(range(-1, len(s.objects)))  # the long caption names every object
         c = s.captions
-        there = {(colour, o.name) for o in s.objects for colour in ("", o.colour_name)}
-        for text in (*c["long"], *(c[field] for field in ("short", "details", "main_object", "few_words"))):
+        there = set()
+        for o in s.objects:
+            there.add(("", o.name))
+            there.add((o.colour_name, o.name))
+        for text in (*c["long"], c["short"], c["details"], c["main_object"], c["few_words"]):
             assert there.issuperset(things(text)), text
-        assert things(c["main_object"])[0][1] == s.objects[0].name
-        assert {name for name in BACKGROUNDS if name in c["background"].lower()} == set(s.ground)
+        (_, main), = things(c["main_object"])
+        assert main == s.objects[0].name
+        for name in BACKGROUNDS:
+            assert (name in c["background"].lower()) == (name in s.ground)
         assert c["style"].lower() in TEMPLATES[s.style]
 
 
-def command(*flags):
-    subprocess.run([sys.executable, *flags], cwd=ROOT, check=True)
-
-
 def test_written_scenes_come_back_with_the_same_pictures_and_captions(tmp_path):
-    command("scenes.py", "--write", tmp_path, "--split", "test", "--n", "20")
+    words = [sys.executable, "scenes.py", "--write", tmp_path, "--split", "test", "--n", "20"]
+    subprocess.run(words, cwd=ROOT, check=True)
     drawn = SceneImages("test", 20, 64, 24)
     read = Pictures(Records(tmp_path / "captions.jsonl"), 64)
     assert len(read) == 20

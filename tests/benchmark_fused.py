@@ -11,6 +11,7 @@ high-water mark of a pass above where the memory stood before it, the gradients 
 """
 import argparse
 import functools
+import math
 import sys
 import time
 from pathlib import Path
@@ -65,17 +66,15 @@ def make_passes(n, dtype, device):
 
 
 def best_times(passes, repeats, device):
-    """Seconds of each, the best of the turns after a first one to warm up."""
-    best = {}
-    for turn in range(repeats + 1):
+    """Seconds of each, the best of the turns, of which the first one warms up."""
+    best = dict.fromkeys(passes, math.inf)
+    for _ in range(repeats + 1):
         for way, run in passes.items():
             start = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if turn:  # the first one warms up
-                seconds = time.perf_counter() - start
-                best[way] = min(seconds, best.get(way, seconds))
+            best[way] = min(best[way], time.perf_counter() - start)
     return best
 
 

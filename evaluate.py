@@ -4,15 +4,12 @@
     python evaluate.py runs/*                             a table with a row a run
     python evaluate.py RUN --branch max --out FOLDER      branches become one similarity by mean, max, or a number
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets urban1k:Urban1k coco:coco/dataset_coco.json
-    python evaluate.py open_clip_pytorch_model.bin --benchmark ...           somebody else's checkpoint
     python evaluate.py RUN --picture dog.jpg --texts "a brown dog" "a red sofa"       how similar, and where
     python evaluate.py RUN --search FOLDER "a dog on a sofa"                         a folder's most similar pictures
-    python evaluate.py RUN --export open_clip model.pt    for open_clip and CLIP_benchmark
-    python evaluate.py RUN --export transformers FOLDER   for transformers.CLIPModel.from_pretrained(FOLDER)
+    python evaluate.py RUN --export open_clip model.pt    or transformers FOLDER, for CLIPModel.from_pretrained
 
-All numbers are in percent, and each stands beside its chance level. A tie counts against the model. A run's
-standard evaluation is written into its folder, as evaluation.json. Any other (--images, --data, --branch, best.pt ...)
-is written only if --out says where.
+RUN may be somebody else's checkpoint. Numbers are in percent, beside their chance level; ties count against the model.
+A run's standard evaluation is written into its folder; any other (--images, --data, best.pt ...) only into --out.
 """
 
 import argparse
@@ -49,12 +46,19 @@ from scenes import BACKGROUNDS, COLOURS, KINDS, article, held_out
 
 class Model:
     """A run of this project (its folder, checkpoint.pt or best.pt) or somebody else's checkpoint, with its tokenizer.
+    settings: a run's own, else those of the shapes; folder: the run's, else None; branch: "mean", "max" or a number.
+    Raises UserError."""
 
-    name; settings: a run's own, else those of the shapes; folder: the run's, None for somebody else's checkpoint.
-    branch: "mean", "max" or a number. Raises UserError.
-    """
-
-    def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256):
+    def __init__(
+        self,
+        path,
+        device=None,
+        branch="mean",
+        image_size=None,
+        activation=None,
+        tokenizer=None,
+        batch=256,
+    ):
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
         clip = resized(clip, image_size or clip.config.image_size)
@@ -75,13 +79,13 @@ class Model:
             raise UserError(f"--branch {branch}: take one of this model's: {', '.join(choices)}")
         self.tokenizer = load_tokenizer(tokenizer or self.settings["tokenizer"])
         if self.tokenizer.vocab_size != self.config.vocab:
-            raise UserError(f"{path} was not trained with tokenizer {self.tokenizer.name!r}, whose vocabulary is another: "
-                            "name its own with --tokenizer")
+            raise UserError(f"{path} was not trained with tokenizer {self.tokenizer.name!r}, whose vocabulary is "
+                            "another: name its own with --tokenizer")
 
     @torch.no_grad()
     def batches(self, items, load=tuple):
         """load(item) -> (image uint8 [3,S,S], anything ...). Yields batch by batch images [b,h,D] (as from `merge`),
-        patches [b,P,D], and a tuple of everything else. An item whose `load` raises BadSample is left out and reported."""
+        patches [b,P,D], and a tuple of everything else. Items of which `load` raises BadSample are reported."""
         bad = []
 
         def try_load(number):
@@ -110,17 +114,14 @@ class Model:
         if not parts:
             raise UserError("there is no picture that can be read")
         images, *rest = zip(*parts)
-        return torch.cat(images), *(sum(tuples, ()) for tuples in rest)
+        return torch.cat(images), *[sum(tuples, ()) for tuples in rest]
 
     @torch.no_grad()
     def texts(self, texts, batch=1024):
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
-        parts = []
-        for start in range(0, len(texts), batch):
-            tokens = self.tokenizer(texts[start:start + batch], self.config.context)
-            with self.autocast:
-                summaries, _ = self.clip.encode_texts(tokens.to(self.device))
-            parts.append(summaries[:, 0])
+        tokens = self.tokenizer(texts, self.config.context).to(self.device)
+        with self.autocast:
+            parts = [self.clip.encode_texts(some)[0][:, 0] for some in tokens.split(batch)]
         return torch.cat(parts)
 
     def embed(self, pictures):
@@ -137,7 +138,8 @@ class Model:
             except BadSample as bad:
                 raise UserError(f"{bad}: mend it, for no picture is left out here") from None
         S = self.config.image_size
-        picture = resize(picture.convert("RGB"), (S, S) if squeezed else S, Image.Resampling.BICUBIC)
+        size = (S, S) if squeezed else S
+        picture = resize(picture.convert("RGB"), size, Image.Resampling.BICUBIC)
         return pil_to_tensor(center_crop(picture, S))
 
     def merge(self, branches):
@@ -167,11 +169,8 @@ BLOCK = 100  # queries that are compared at once
 
 def ranks(queries, candidates, query_of, candidate_of):
     """How many wrong candidates are at least as similar as a query's best right one: 0 is best, ties count against it.
-
     queries [Q,H,D], candidates [C,K,D]: the similarity is the greatest over H and K; a candidate is right if its group
-    is the query's: query_of [Q], candidate_of [C] (int). Takes a block of queries at a time, so that
-    100,000 × 500,000 similarities fit.
-    """
+    is the query's: query_of [Q], candidate_of [C] (int). 100,000 × 500,000 similarities fit, BLOCK rows at a time."""
     C = len(candidates)
     found = []
     for some, groups in zip(queries.split(BLOCK), query_of.split(BLOCK)):
@@ -197,8 +196,10 @@ def recall(queries, candidates, query_of, candidate_of):
     for k in (1, 5, 10):
         # In a random order none of m candidates is among the first k with the chance (C-m choose k) / (C choose k).
         first = min(k, C)
-        missed = [math.comb(C - m, first) for m in right]
-        rows[f"R@{k}"] = percent(rank < k), 100 - 100 * sum(missed) / len(missed) / math.comb(C, first)
+        orders = math.comb(C, first)
+        missed = [math.comb(C - m, first) / orders for m in right]
+        chance = 1 - sum(missed) / len(missed)
+        rows[f"R@{k}"] = percent(rank < k), 100 * chance
     return rows
 
 
@@ -225,21 +226,22 @@ def classification(images, classes, target):
     for k in (1, 5):
         if k <= C:
             rows[f"top-{k}"] = percent(rank < k), 100 * k / C
-    by_class = [percent(rank[target == c] < 1) for c in target.unique()]
-    return rows | {"mean per class": (float(np.mean(by_class)), 100 / C)}
+    by_class = []
+    for c in target.unique():
+        by_class.append(percent(rank[target == c] < 1))
+    rows["mean per class"] = float(np.mean(by_class)), 100 / C
+    return rows
 
 
 def confusion(truth, guess, C):
-    """Pixels by true and guessed class [C,C]; truth, guess: int tensors of one shape. A truth outside 0..C-1 is left
-    out."""
+    """Pixels by true and guessed class [C,C]; int tensors of one shape. A truth outside 0..C-1 is left out."""
     known = (truth >= 0) & (truth < C)
     pairs = truth[known] * C + guess[known]
     return pairs.bincount(minlength=C * C).view(C, C).double()
 
 
 def miou(counts):
-    """The mean intersection over union of the classes that occur, and its chance, which is that of a uniform guess at
-    every pixel. counts: as from `confusion`."""
+    """`confusion` -> mean intersection over union of the classes that occur; its chance is a uniform guess's."""
     truth = counts.sum(1)
     guessed = counts.sum(0)
     hit = counts.diag()
@@ -281,7 +283,7 @@ def held_out_metrics(model, dataset, n):
     scenes = getattr(dataset, "scenes", None)
     images, captions = [], {}
     patches, others = [], []  # of each scene [P,D], and those of another scene in its batch
-    for embedded, cells, numbered in model.batches(range(min(n, len(dataset))), load):
+    for embedded, cells, numbered in model.batches(range(len(dataset))[:n], load):
         images.append(embedded)
         captions.update(numbered)
         if scenes:
@@ -297,10 +299,10 @@ def held_out_metrics(model, dataset, n):
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
         sentences = [model.texts(c.long).cpu() for c in captions.values()]  # of each scene [K,D]
-        means = torch.stack([F.normalize(texts.mean(0), dim=0) for texts in sentences])
-        rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, means))
+        averages = F.normalize(torch.stack([texts.mean(0) for texts in sentences]), dim=1)
+        rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
         facts = [scenes.scene(i) for i in range(len(images))]
-        masks = [torch.from_numpy(scenes.draw(scene)[1]) for scene in facts]  # uint8 [S,S]: 0 or 1 + the object's number
+        masks = [torch.from_numpy(scenes.draw(scene)[1]) for scene in facts]  # uint8 [S,S]: 0 or 1 + object
         names = [name for name, _ in KINDS[:scenes.kinds]]
         grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
         kinds = model.texts([article(name) for name in names])
@@ -333,11 +335,9 @@ def scene_classification(model, images, names, facts):
 
 
 def group_metrics(patches, sentences, threshold):
-    """What the sentences of N scenes group. patches: of each scene [P,D]; sentences: of each [K,D].
-
-    patches grouped: the share of patches whose grouping weight (DreamLIP, section 3.3) is not 0 (100: the weights are
-    dense). group finds its sentence: is what a sentence groups more similar to it than to the caption's other sentences?
-    """
+    """What sentences group. patches: of each scene [P,D]; sentences: of each [K,D]. patches grouped: the share of those
+    whose grouping weight (DreamLIP, section 3.3) is not 0 (100: the weights are dense). group finds its sentence: is
+    what a sentence groups more similar to it than to the caption's other sentences?"""
     found = defaultdict(list)
     for cells, texts in zip(patches, sentences):
         grouped, weights = group_patches(cells[None], texts[None], threshold)
@@ -364,12 +364,16 @@ def pointing_metrics(patches, sentences, classes, facts, masks):
         for about, text in zip(scene.about, texts):
             if about < 0:  # about no single object
                 continue
-            covered = F.adaptive_avg_pool2d((mask == about + 1).double()[None], math.isqrt(len(cells))).flatten()
+            side = math.isqrt(len(cells))
+            pixels = (mask == about + 1).double()
+            covered = F.adaptive_avg_pool2d(pixels[None], side).flatten()
             on = covered >= 1 / 16  # [P]
             chance = on.double().mean()
             name = classes[1 + scene.objects[about].kind]
-            found["pointing by sentence"].append((on[(cells @ text).argmax()], chance))
-            found["pointing by name"].append((on[(cells @ name).argmax()], chance))
+            nearest = (cells @ text).argmax()
+            found["pointing by sentence"].append((on[nearest], chance))
+            nearest = (cells @ name).argmax()
+            found["pointing by name"].append((on[nearest], chance))
     return means(found)
 
 
@@ -393,7 +397,8 @@ def reading(model, images, captions, n=500):
         if sentences <= longest:
             texts = [" ".join(c.long[:sentences]) for c in captions]
             rows = caption_retrieval(images[:n], texts, model.texts(texts))
-            (to_image, chance), (to_text, _) = rows["T2I R@1"], rows["I2T R@1"]
+            to_image, chance = rows["T2I R@1"]
+            to_text, _ = rows["I2T R@1"]
             length.append([sentences, to_image, to_text, chance])
     return dict(length=length)
 
@@ -431,12 +436,8 @@ def torchvision_data(kind, path, **options):
 
 
 def zero_shot(model, dataset, path, names=None, templates="imagenet"):
-    """dataset[i]: (PIL image or its path, class) -> `classification`.
-
-    Names come from classnames.txt in `path`, a line a class in the order of their numbers, if it is there, else from
-    `names`, else from the dataset. CLIP's own curated names are in its repository, data/prompts.md and
-    notebooks/Prompt_Engineering_for_ImageNet.ipynb. A class is the mean of its name in all templates.
-    """
+    """dataset[i]: (PIL image or its path, class) -> `classification`. Names come from classnames.txt in `path`, a line
+    for each class in the order of their numbers, if it is there, else from `names`, else from the dataset."""
     classes = getattr(dataset, "classes", None) or dataset.categories
     names = names or [re.sub("[_/]", " ", name) for name in classes]
     file = path / "classnames.txt"
@@ -446,8 +447,8 @@ def zero_shot(model, dataset, path, names=None, templates="imagenet"):
         raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name "
                         "for each folder, in the order of the ids")
     if len(names) != len(classes):
-        raise UserError(f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line for "
-                        f"each class in {file}")
+        raise UserError(f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line "
+                        f"for each class in {file}")
     images, target = model.images(dataset, lambda sample: (model.prepare(sample[0]), sample[1]))
     embedded = class_embeddings(model, names, TEMPLATES[templates])
     return classification(images, embedded, torch.tensor(target))
@@ -485,7 +486,7 @@ def voc(model, path):
 
     def load(sample):
         image, mask = sample
-        return model.prepare(image, squeezed=True), torch.from_numpy(np.array(mask)).long()
+        return model.prepare(image, squeezed=True), pil_to_tensor(mask)[0].long()
 
     everything, objects = 0, 0
     for _, patches, masks in model.batches(dataset, load):
@@ -502,26 +503,30 @@ def voc(model, path):
 def karpathy(path):  # COCO and Flickr30k: dataset_coco.json beside val2014/, dataset_flickr30k.json
     for row in read_json(path)["images"]:
         if row["split"] == "test":
-            yield Path(row.get("filepath", ""), row["filename"]), [s["raw"] for s in row["sentences"]][:5]
+            captions = [sentence["raw"] for sentence in row["sentences"]]
+            yield Path(row.get("filepath", ""), row["filename"]), captions[:5]
 
 
 def urban1k(path):  # image/N.jpg, caption/N.txt
     for file in sorted(path.glob("caption/*.txt")):
-        yield f"image/{file.stem}.jpg", file.read_text().splitlines()[:1]
+        lines = file.read_text().splitlines()
+        yield f"image/{file.stem}.jpg", lines[:1]
 
 
 def dci(path):  # splits.json, annotations/, photos/. All splits, texts as LoTLIP joins them
     for names in read_json(path / "splits.json").values():
         for name in names:
             row = read_json(path / "annotations" / name)
-            yield f"photos/{row['image']}", [row["short_caption"] + "\n" + row["extra_caption"]]
+            caption = row["short_caption"] + "\n" + row["extra_caption"]
+            yield f"photos/{row['image']}", [caption]
 
 
 def json_rows(path, field="caption", split=None, first=None):
     """JSON or JSON lines, a row a picture or several rows of one; all texts of the field count, else as for --data."""
     for row in read_json(path)[:first]:
         if split in (None, row.get("split")):
-            yield image_field(row), clean_field(row.get(field)) or [read_captions(row).raw]
+            captions = clean_field(row.get(field)) or [read_captions(row).raw]
+            yield image_field(row), captions
 
 
 def iiw(path):  # IIW-400/data.jsonl, DCI_Test/, DOCCI_Test/; pictures anywhere in a folder of `path`
@@ -576,7 +581,8 @@ def retrieval_set(name, model, path):
     images, = model.images(list(captions), lambda file: (model.prepare(file),))
     texts = model.texts(sum(captions.values(), []))
     numbers = torch.arange(len(captions))
-    owners = numbers.repeat_interleave(torch.tensor([len(texts) for texts in captions.values()]))
+    counts = torch.tensor([len(texts) for texts in captions.values()])
+    owners = numbers.repeat_interleave(counts)
     return retrieval(images, texts, numbers, owners)
 
 
@@ -596,17 +602,17 @@ for name in LAYOUTS:
 
 
 def run_benchmarks(model, wanted):
-    """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes again keeps its path. Raises
-    UserError."""
+    """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes again keeps its path."""
+    found = []
     for item in wanted:
         name, _, path = item.partition(":")
         if name not in BENCHMARKS or not os.path.exists(path):
             raise UserError(f"--benchmark {item}: write NAME:PATH with a path that exists and one of "
                             f"{', '.join(BENCHMARKS)}")
+        found.append((item, name, Path(path)))
     rows, done = {}, []
-    for item in wanted:
-        name, _, path = item.partition(":")
-        rows |= prefixed(item if name in done else name, BENCHMARKS[name](model, Path(path)))
+    for item, name, path in found:
+        rows |= prefixed(item if name in done else name, BENCHMARKS[name](model, path))
         done.append(name)
     return rows
 
@@ -628,35 +634,33 @@ def new_figure(width, height):
     return Figure((width, height), layout="constrained")
 
 
-def save(figure, title, path):
-    figure.suptitle(title)
-    figure.savefig(path)
-
-
 def draw_image(axis, image, heat):
     """image uint8 [3,S,S] in grey, under a heat map [side,side] from 0 to its greatest."""
     axis.axis("off")
-    S = image.shape[-1]
-    axis.imshow(image.float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
-    axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, S - 0.5, S - 0.5, -0.5))
+    end = image.shape[-1] - 0.5
+    grey = image.float().mean(0)
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat, alpha=0.7, vmin=0, extent=(-0.5, end, end, -0.5))
 
 
 def draw_groups(model, pictures, path):
-    """A row for each picture, a pair of its image uint8 [3,S,S] and texts: the image, and over it the weights of the
-    patches that each text groups."""
+    """pictures: pairs of an image uint8 [3,S,S] and texts. Draws, a row each, the patches that each text groups."""
     longest = max(len(texts) for _, texts in pictures)
     figure = new_figure(2.2 * (1 + longest), 2.7 * len(pictures))
     axes = figure.subplots(len(pictures), 1 + longest, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, (image, texts) in zip(axes, pictures):
-        row[0].imshow(image.permute(1, 2, 0).numpy())
+        row[0].imshow(image.permute(1, 2, 0))
         _, patches = next(model.batches([(image,)]))
-        _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
+        embedded = model.texts(texts)
+        _, weights = group_patches(patches, embedded[None], model.settings.get("threshold"))
         for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
             draw_image(axis, image, weight.view(model.side, -1))
-            axis.set_title(textwrap.fill(text, 26, max_lines=4, placeholder=" …"), fontsize=9.5)
-    save(figure, f"{model.name}: the patches that each sentence groups, yellow those of the greatest weight", path)
+            title = textwrap.fill(text, 26, max_lines=4)
+            axis.set_title(title, fontsize=9.5)
+    figure.suptitle(f"{model.name}: the patches that each sentence groups, yellow those of the greatest weight")
+    figure.savefig(path)
 
 
 def draw_curves(model, path):
@@ -670,7 +674,8 @@ def draw_curves(model, path):
     for axis, (name, points) in zip(figure.subplots(1, len(curves)), curves.items()):
         axis.plot(*zip(*points), ".-")
         axis.set(title=name, xlabel="images seen")
-    save(figure, model.name, path)
+    figure.suptitle(model.name)
+    figure.savefig(path)
 
 
 def draw_reading(curves, path):
@@ -684,7 +689,8 @@ def draw_reading(curves, path):
     axis.plot(sentences, chance, ":", color="grey", label="chance")
     axis.set(ylabel="R@1, %", xlabel="sentences of the long caption given")
     figure.legend(loc="outside right center")
-    save(figure, "Does more text help? (to image: ―  to text: ‒ ‒)", path)
+    figure.suptitle("Does more text help? (to image: ―  to text: ‒ ‒)")
+    figure.savefig(path)
 
 
 def draw_run(model, dataset, captions, report, folder):
@@ -704,10 +710,8 @@ def draw_run(model, dataset, captions, report, folder):
 def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None, **options):
     """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and writes evaluation.json
     (benchmarks.json) and figures -> what it writes: a dict of name, settings, metrics {name: {value, chance}}, on (what
-    data) and reading.
-
-    Into a run's folder goes its standard evaluation, anything else only into `out`. `options`: Model's. Raises UserError.
-    """
+    data) and reading. Into a run's folder goes its standard evaluation, anything else only into `out`. `options`:
+    Model's. Raises UserError."""
     path = Path(path)
     model = Model(path, **options)
     s = model.settings
@@ -720,8 +724,15 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         count = n or s.get("eval_images") or 1000
         if data:
             s = s | dict(data=data, image_root=None, caption_fields="")
-        dataset = open_dataset(s["data"], "test", count, size, s["kinds"], image_root=s["image_root"],
-                               caption_fields=s["caption_fields"])
+        dataset = open_dataset(
+            s["data"],
+            "test",
+            count,
+            size,
+            s["kinds"],
+            image_root=s["image_root"],
+            caption_fields=s["caption_fields"],
+        )
         rows, images, captions = held_out_metrics(model, dataset, count)
         report["images"] = len(captions)
         names = " ".join(np.atleast_1d(s["data"]))
@@ -729,9 +740,10 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         report["reading"] = reading(model, images, list(captions.values()))
     else:
         raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
-    report["metrics"] = {name: dict(value=value, chance=chance) for name, (value, chance) in rows.items()}
+    report["metrics"] = {}
     print("      %  chance  metric")
     for name, (value, chance) in rows.items():
+        report["metrics"][name] = dict(value=value, chance=chance)
         print(f"{value:7.1f} {chance:7.1f}  {name}")
     print(f"{model.name} on {report['on']}")
 
@@ -754,23 +766,23 @@ HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", 
 
 
 def table(reports):
-    """Markdown: a row a run, the headline metrics that the first has, on what data; chance last."""
+    """Markdown: a row a run, the headline metrics that the first has; chance last."""
     first = reports[0]["metrics"]
     names = [name for name in first if name.endswith(HEADLINE)]
-    chance = [f"{first[name]['chance']:.1f}" for name in names]
-    lines = [["%", *names, "on"]]
+    lines = [["%", *names]]
     for report in reports:
-        cells = [report["name"]]
-        for name in names:
-            metric = report["metrics"].get(name)
-            cells.append(f"{metric['value']:.1f}" if metric else "")
-        lines.append([*cells, report["on"]])
-    return markdown([*lines, ["chance", *chance, ""]])
+        metrics = report["metrics"]
+        cells = [f"{metrics[name]['value']:.1f}" if name in metrics else "" for name in names]
+        lines.append([report["name"], *cells])
+    chances = [f"{first[name]['chance']:.1f}" for name in names]
+    lines.append(["chance", *chances])
+    return markdown(lines)
 
 
 def markdown(lines):
     """Lists of cells, the head first -> a table."""
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    numbers = len(lines[0]) - 1
+    lines.insert(1, ["---"] + ["---:"] * numbers)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -785,8 +797,7 @@ def show_picture(model, file, texts, folder):
 
 
 def search(model, pictures, text, folder):
-    """Ranks pictures, in a folder or what else data.Records reads, by their similarity to a text: prints the best 24
-    and writes a page with them, search.html. Raises UserError."""
+    """Prints the 24 pictures of what data.Records reads that are most similar to a text, and writes search.html."""
     records = Records(pictures)
 
     def load(number):
@@ -820,17 +831,7 @@ def export(model, kind, file):
     print(f"wrote {file}, for texts as the tokenizer {name!r} splits them")
 
 
-def find_runs(paths):
-    """What of the paths can be evaluated; runs/* has figures and folders that are no runs, too."""
-    runs = []
-    for path in map(Path, paths):
-        if checkpoints(path) or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            runs.append(path)
-        else:
-            print(f"passed over, no run: {path}")
-    if not runs:
-        raise UserError(f"no run among {' '.join(paths)}: name folders with a checkpoint.pt, or files of weights")
-    return runs
+WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # files of weights
 
 
 def parse(argv):
@@ -860,17 +861,25 @@ def parse(argv):
 def main(argv=None):
     flags = parse(argv)
     check_device(flags.device or "cpu")
-    runs = find_runs(flags.runs)
+    runs = [path for path in map(Path, flags.runs) if checkpoints(path) or path.suffix in WEIGHTS]  # of all in runs/*
+    if not runs:
+        raise UserError(f"no run among {' '.join(flags.runs)}: name folders with a checkpoint.pt, or files of weights")
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
 
-    options = dict(device=flags.device, branch=flags.branch, image_size=flags.image_size, activation=flags.activation,
-                   tokenizer=flags.tokenizer)
+    options = dict(
+        device=flags.device,
+        branch=flags.branch,
+        image_size=flags.image_size,
+        activation=flags.activation,
+        tokenizer=flags.tokenizer,
+    )
     if kind:
-        export(Model(runs[0], **options | dict(device="cpu")), kind, Path(weights))
+        options["device"] = "cpu"
+        export(Model(runs[0], **options), kind, Path(weights))
     elif flags.picture or flags.search:
         model = Model(runs[0], **options)
         folder = Path(flags.out or model.folder or ".")

@@ -36,8 +36,23 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-from data import (BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field,
-                  load_image, load_tokenizer, normalize, open_dataset, read_captions, read_json, write_clip_tokenizer)
+from data import (
+    BadSample,
+    Parser,
+    Records,
+    UserError,
+    check_target,
+    clean_field,
+    contact_sheet,
+    image_field,
+    load_image,
+    load_tokenizer,
+    normalize,
+    open_dataset,
+    read_captions,
+    read_json,
+    write_clip_tokenizer,
+)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, article, held_out
@@ -49,16 +64,7 @@ class Model:
     settings: a run's own, else those of the shapes; folder: the run's, else None; branch: "mean", "max" or a number.
     Raises UserError."""
 
-    def __init__(
-        self,
-        path,
-        device=None,
-        branch="mean",
-        image_size=None,
-        activation=None,
-        tokenizer=None,
-        batch=256,
-    ):
+    def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256):
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
         clip = resized(clip, image_size or clip.config.image_size)
@@ -69,7 +75,6 @@ class Model:
         self.batch = batch
         kind = self.device.split(":")[0]
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-
         folder = path if path.is_dir() else path.parent
         self.folder = folder if "seed" in self.settings else None
         self.name = folder.name if path.is_dir() else f"{folder.name}-{path.stem}"
@@ -87,13 +92,11 @@ class Model:
         """load(item) -> (image uint8 [3,S,S], anything ...). Yields batch by batch images [b,h,D] (as from `merge`),
         patches [b,P,D], and a tuple of everything else. Items of which `load` raises BadSample are reported."""
         bad = []
-
         def try_load(number):
             try:
                 return load(items[number])
             except BadSample as error:
                 bad.append(error)
-
         with ThreadPoolExecutor() as pool:
             for start in tqdm(range(0, len(items), self.batch), "batches of images", leave=False, disable=None):
                 numbers = range(len(items))[start:start + self.batch]
@@ -163,7 +166,6 @@ def class_embeddings(model, names, templates):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 # A metric is a pair (value, chance). Functions that count several return {name: (value, chance)}.
-
 BLOCK = 100  # queries that are compared at once
 
 
@@ -279,7 +281,6 @@ def held_out_metrics(model, dataset, n):
     def load(number):
         image, captions = dataset[number]
         return image, (number, captions)
-
     scenes = getattr(dataset, "scenes", None)
     images, captions = [], {}
     patches, others = [], []  # of each scene [P,D], and those of another scene in its batch
@@ -319,8 +320,7 @@ def held_out_metrics(model, dataset, n):
 
 
 def scene_classification(model, images, names, facts):
-    """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it. images:
-    of N scenes [N,h,D]; names: of the kinds; facts: N scenes."""
+    """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it."""
     pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
     main = [scene.objects[0] for scene in facts]
     target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
@@ -405,9 +405,8 @@ def reading(model, images, captions, n=500):
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
-# Templates: CLIP's 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository, and those
-# for other sets, from its data/prompts.md. "voc" are names:
-# VOC's 20 classes, and twelve of our own for what else its pictures show.
+# CLIP's templates: 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository, those of
+# other sets, from its data/prompts.md. "voc": VOC's 20 classes, and 12 names of our own for what else is there.
 TEMPLATES = read_json(Path(__file__).parent / "assets" / "templates.json")
 TEST = {"split": "test"}
 TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one)
@@ -423,8 +422,6 @@ TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as
     "caltech101": ("Caltech101", {}),
     "sun397": ("SUN397", {}),
 }
-
-# A benchmark is a function (model, path) -> {metric: (value, chance)}; BENCHMARKS below names them all.
 
 
 def torchvision_data(kind, path, **options):
@@ -478,16 +475,13 @@ def torchvision_set(name, model, path):
 
 
 def voc(model, path):
-    """Pascal VOC 2012's validation part (VOCdevkit/VOC2012 in `path`). The whole picture is squeezed into the model's
-    square; patch-text similarities are upsampled to the mask's size. mIoU: 20 classes and background, which is whatever
-    resembles one of the other names more; mIoU of objects: among the 20, on their pixels alone."""
+    """Pascal VOC 2012's validation part, pictures squeezed into the model's square. mIoU: 20 classes and background,
+    which is what resembles one of the other names more; mIoU of objects: among the 20, on their pixels alone."""
     dataset = torchvision_data("VOCSegmentation", path, image_set="val")
     classes = class_embeddings(model, TEMPLATES["voc"], TEMPLATES["imagenet"]).cpu()
-
     def load(sample):
         image, mask = sample
         return model.prepare(image, squeezed=True), pil_to_tensor(mask)[0].long()
-
     everything, objects = 0, 0
     for _, patches, masks in model.batches(dataset, load):
         for cells, mask in zip(patches.float().cpu(), masks):
@@ -565,8 +559,7 @@ def cut_caption(text):
 
 
 def retrieval_set(name, model, path):
-    """Retrieval on a published data set; a caption's right answer is its own picture alone. LoTLIP's text tower gets
-    captions of the sets of long ones cut as LoTLIP cuts them."""
+    """Retrieval on a published data set; LoTLIP's text tower gets long captions cut as LoTLIP cuts them."""
     cut = model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl")
     root = path.parent if path.is_file() else path
     captions = defaultdict(list)  # of each picture
@@ -586,6 +579,7 @@ def retrieval_set(name, model, path):
     return retrieval(images, texts, numbers, owners)
 
 
+# A benchmark is a function (model, path) -> {metric: (value, chance)}.
 IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets in their sorted order
 BENCHMARKS = {
     "imagefolder": image_folder,
@@ -708,10 +702,9 @@ def draw_run(model, dataset, captions, report, folder):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None, **options):
-    """Evaluates one model on its held-out data, or on benchmarks instead, prints its table and writes evaluation.json
-    (benchmarks.json) and figures -> what it writes: a dict of name, settings, metrics {name: {value, chance}}, on (what
-    data) and reading. Into a run's folder goes its standard evaluation, anything else only into `out`. `options`:
-    Model's. Raises UserError."""
+    """Evaluates a model on its held-out data, or on benchmarks instead, prints and writes the report -> a dict of name,
+    settings, metrics {name: {value, chance}}, on (what data) and reading. Into a run's folder goes its standard
+    evaluation, anything else only into `out`. options: Model's. Raises UserError."""
     path = Path(path)
     model = Model(path, **options)
     s = model.settings
@@ -799,11 +792,9 @@ def show_picture(model, file, texts, folder):
 def search(model, pictures, text, folder):
     """Prints the 24 pictures of what data.Records reads that are most similar to a text, and writes search.html."""
     records = Records(pictures)
-
     def load(number):
         record = records[number]
         return model.prepare(load_image(record.image, name=record.key)), number
-
     images, numbers = model.images(range(len(records)), load)
     cosines = (images @ model.texts([text])[0]).amax(1)
     shown = []

@@ -633,8 +633,8 @@ def draw_image(axis, image, heat):
     axis.axis("off")
     end = image.shape[-1] - 0.5
     grey = image.float().mean(0)
-    axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
-    axis.imshow(heat, alpha=0.7, vmin=0, extent=(-0.5, end, end, -0.5))
+    axis.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=255)
+    axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, end, end, -0.5))
 
 
 def draw_groups(model, pictures, path):
@@ -645,7 +645,7 @@ def draw_groups(model, pictures, path):
     for axis in axes.flat:
         axis.axis("off")
     for row, (image, texts) in zip(axes, pictures):
-        row[0].imshow(image.permute(1, 2, 0))
+        row[0].imshow(image.permute(1, 2, 0).numpy())
         _, patches = next(model.batches([(image,)]))
         embedded = model.texts(texts)
         _, weights = group_patches(patches, embedded[None], model.settings.get("threshold"))
@@ -800,10 +800,8 @@ def search(model, pictures, text, folder):
     shown = []
     for place in cosines.argsort(descending=True)[:24].tolist():
         record = records[numbers[place]]
-        picture = load_image(record.image)
-        picture.thumbnail((256, 256))
         texts = [f"{cosines[place]:.3f}", record.key]
-        shown.append((picture, texts))
+        shown.append((load_image(record.image), texts))
         print(*texts)
     contact_sheet(folder / "search.html", shown)
 

@@ -107,6 +107,8 @@ class Model:
                 images = normalize(torch.stack(images).to(self.device))
                 with self.autocast:
                     branches, patches = self.clip.encode_image(images)
+                if not branches.isfinite().all():
+                    raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
                 yield self.merge(branches), patches, *rest
         if bad:
             print(f"passed over: {len(bad)}, the first: {bad[0]}")
@@ -292,14 +294,14 @@ def held_out_metrics(model, dataset, n):
             patches.extend(cells)
             others.extend(cells.roll(1, 0))
     images = torch.cat(images)
-
     short = [c.short[0] if scenes else c.raw for c in captions.values()]
     long = [" ".join(c.long) for c in captions.values()]
     rows = prefixed("short", caption_retrieval(images, short, model.texts(short)))
     if long != short:
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
-        sentences = [model.texts(c.long).cpu() for c in captions.values()]  # of each scene [K,D]
+        sentences = model.texts(sum((c.long for c in captions.values()), [])).cpu()
+        sentences = sentences.split([len(c.long) for c in captions.values()])  # of each scene [K,D]
         averages = F.normalize(torch.stack([texts.mean(0) for texts in sentences]), dim=1)
         rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
         facts = [scenes.scene(i) for i in range(len(images))]
@@ -453,7 +455,6 @@ def zero_shot(model, dataset, path, names=None, templates="imagenet"):
 
 class ClassFolders(datasets.ImageFolder):
     """Class folders in the order of their names, or of their numbers where all are numbers, as in ImageNet-V2."""
-
     def find_classes(self, directory):
         classes, _ = super().find_classes(directory)
         if all(map(str.isdecimal, classes)):
@@ -482,7 +483,8 @@ def voc(model, path):
     def load(sample):
         image, mask = sample
         return model.prepare(image, squeezed=True), pil_to_tensor(mask)[0].long()
-    everything, objects = 0, 0
+    everything = 0
+    objects = 0
     for _, patches, masks in model.batches(dataset, load):
         for cells, mask in zip(patches.float().cpu(), masks):
             scores = pixel_scores(cells, classes, mask.shape)  # [32, height, width]

@@ -124,11 +124,9 @@ def test_a_search_is_written_into_out(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--texts", "a"], "go together"),
-    (["--picture", "broken.png"], "go together"),
     (["--picture", "broken.png", "--texts", "a"], "broken.png"),
     (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
-    (["--search", "empty", "a"], "there is no picture that can be read"),
-    (["--search", "gone", "a"], "no file gone")], ids=str)
+    (["--search", "empty", "a"], "no picture that can be read")], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_text("x")

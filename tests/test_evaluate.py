@@ -431,5 +431,5 @@ def test_a_run_is_scored_on_benchmarks_by_name(fresh, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["cifar:data", "coco", "coco:/gone"])
 def test_a_benchmark_that_is_none_is_refused(wrong, runs):
-    with pytest.raises(UserError, match=f"--benchmark {wrong}: write NAME:PATH with a path that exists and one of image"):
+    with pytest.raises(UserError, match=f"--benchmark {wrong}: write NAME:PATH with a path that exists and one of"):
         run_quickly(str(runs / "clip-0"), "--benchmark", wrong)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import Parser, UserError
-from evaluate import PALETTE, deviation, draw_branches, draw_reading, evaluate_run, markdown, new_figure
+from evaluate import PALETTE, draw_reading, evaluate_run, markdown, new_figure
 from train import parse_flags, train
 
 # ---- the rows, the measures, the claims ------------------------------------------------------------------------------
@@ -123,7 +123,6 @@ CLAIMS = [
 ]
 READERS = ("raw (CLIP)", "long alone", "raw, whole long", "raw, long, 2 corners (LoTLIP)", "raw, sub-captions, short",
            "our dreamlip row")  # rows that reading.png shows
-BRANCHED = ("M2M, 5 class tokens", "M2M, 5 MLPs")  # rows that branches.png shows
 
 
 # ---- training the rows -----------------------------------------------------------------------------------------------
@@ -236,8 +235,7 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     (folder / "claims.md").write_text(text)
     print(text)
     draw_claims(values, folder / "claims.png")
-    draw_probe(draw_reading, results, READERS, "reading", ("length",), folder / "reading.png")
-    draw_probe(draw_branches, results, BRANCHED, "specialisation", ("matrix",), folder / "branches.png")
+    draw_readers(results, folder / "reading.png")
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -252,6 +250,11 @@ def values_of(runs: list[dict], what: str) -> dict[str, np.ndarray]:
         metrics = [[run["metrics"][name][what] for run in runs] for name in names]
         values[measure] = np.mean(metrics, 0)
     return values
+
+
+def deviation(values) -> float:
+    """The standard deviation over seeds, 0 of a single one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def interval(differences: np.ndarray) -> float:
@@ -317,16 +320,15 @@ def draw_claims(values: dict, path: Path):
     figure.savefig(path)
 
 
-def draw_probe(draw, results: dict, rows: tuple[str, ...], probe: str, keys: tuple[str, ...], path: Path):
-    """Draws what a probe has found in those of the rows that there are, its `keys` averaged over seeds."""
+def draw_readers(results: dict, path: Path):
+    """Draws how far those of READERS read that there are, the mean over seeds."""
     found = {}
-    for row in rows:
+    for row in READERS:
         if row in results:
-            found[row] = dict(results[row][0][probe])
-            for key in keys:
-                found[row][key] = np.mean([run[probe][key] for run in results[row]], 0).tolist()
+            lengths = [run["reading"]["length"] for run in results[row]]
+            found[row] = dict(length=np.mean(lengths, 0).tolist())
     if found:
-        draw(found, path)
+        draw_reading(found, path)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

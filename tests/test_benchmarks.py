@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluate import LAYOUTS, TEMPLATES, TORCHVISION, VOC
 from data import MEAN, STD, UserError
-from evaluate import BENCHMARKS, IMAGENET, Model
+from evaluate import BENCHMARKS, IMAGENET, LAYOUTS, TEMPLATES, TORCHVISION, Model
 
 # ---- published layouts -----------------------------------------------------------------------------------------------
 
@@ -21,8 +20,8 @@ class Grey:
     """A model of pictures in one grey each and texts with one number each: picture 10·k and text "... k ..." agree."""
 
     config, settings, branch = SimpleNamespace(image_size=16, text_style="clip"), {}, "mean"
-    batches, images, merge = Model.batches, Model.images, Model.merge
-    batch, workers, device = 7, 0, "cpu"
+    batches, images, merge, prepare = Model.batches, Model.images, Model.merge, Model.prepare
+    batch, device = 7, "cpu"
     autocast = torch.autocast("cpu", enabled=False)
 
     def __init__(self):
@@ -56,18 +55,10 @@ def lay_out(name, root, n=12):
     folder, path = "images", root
     if name in ("coco", "flickr30k"):
         folder, path = "val2014", root / "dataset_coco.json"
-        rows = []
-        for k in range(n + 1):
-            texts = [f"this is {k}"] * 5 + ["39"]
-            rows.append(
-                dict(
-                    filepath=folder,
-                    filename=f"{k}.png",
-                    split="test",
-                    sentences=[dict(raw=t) for t in texts],
-                )
-            )
-        rows[n] = dict(split="train")
+        rows = [dict(split="train")]
+        for k in range(n):
+            sentences = [dict(raw=text) for text in [f"this is {k}"] * 5 + ["39"]]
+            rows.append(dict(filepath=folder, filename=f"{k}.png", split="test", sentences=sentences))
         write(path, dict(images=rows))
     elif name == "urban1k":
         for k in range(n):
@@ -82,28 +73,21 @@ def lay_out(name, root, n=12):
             write(root / f"annotations/{k}.json", row)
     elif name == "iiw":
         for k in range(n):
-            picture(root / ("dci", "docci", "docci_aar")[k % 3] / f"p{k}.jpg", k)
-        write(
-            root / "DCI_Test/data.jsonl",
-            [dict(image=f"p{k}.jpg", IIW=f"long {k}") for k in range(6)],
-        )
-        write(
-            root / "IIW-400/data.jsonl",
-            [{"image/key": f"p{k}", "IIW": f"long {k}"} for k in range(6, n)],
-        )
+            picture(root / f"folder_{k % 3}/p{k}.jpg", k)
+        write(root / "DCI_Test/data.jsonl", [dict(image="p0.jpg", IIW="long 0")])
+        rows = [{"image/key": f"p{k}", "IIW": f"long {k}"} for k in range(1, n)]
+        write(root / "IIW-400/data.jsonl", rows)
     elif name == "docci":
         path = root / "docci_descriptions.jsonlines"
-        rows = [
-            dict(split="test", image_file=f"{k}.png", description=f"it has {k}") for k in range(n)
-        ]
+        rows = [dict(split="test", image_file=f"{k}.png", description=f"it has {k}") for k in range(n)]
         write(path, [*rows, dict(split="train", image_file="x.png", description="it has 39")])
     elif name.startswith("share4v"):
         path = root / "share4v_sam_10k.json"
-        talks = [[dict(value="what is 39?"), dict(value=f"it is {k}")] for k in range(n)]
-        write(
-            path,
-            [dict(image=f"images/{k}.png", conversations=talk) for k, talk in enumerate(talks)],
-        )
+        rows = []
+        for k in range(n):
+            talk = [{"from": "human", "value": "what is 39?"}, {"from": "gpt", "value": f"it is {k}"}]
+            rows.append(dict(image=f"images/{k}.png", conversations=talk))
+        write(path, rows)
     else:
         path = root / "captions.jsonl"
         rows = [dict(image=f"images/{k}.png", caption=[f"{k}", f"again {k}"]) for k in range(n)]
@@ -122,35 +106,23 @@ def test_every_published_layout_pairs_the_right_pictures_and_texts(name, tmp_pat
     assert len(model.said) == {"coco": 60, "flickr30k": 60, "jsonl": 25}.get(name, 12)
 
 
-@pytest.mark.parametrize(
-    "name, file, content, words",
-    [
-        ("coco", "dataset_coco.json", "[1]", "not laid out as coco"),
-        ("coco", "dataset_coco.json", "{", "cannot read .*dataset_coco.json"),
-        ("coco", "val2014/3.png", None, "no picture .*3.png"),
-        ("coco", "val2014/3.png", "x", "3.png.*no picture is left out"),
-        ("urban1k", "caption/3.txt", "", "pictures without captions"),
-        ("dci", "annotations/3.json", None, "cannot read .*3.json"),
-        ("docci", "docci_descriptions.jsonlines", '{"split": "test"}', "not laid out as docci"),
-        (
-            "jsonl",
-            "captions.jsonl",
-            '{"image": "images/1.png", "caption": 3}',
-            "not laid out as jsonl",
-        ),
-    ],
-)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_layout_that_is_wrong_ends_in_a_sentence(name, file, content, words, workers, tmp_path):
+@pytest.mark.parametrize("name, file, content, words", [
+    ("coco", "dataset_coco.json", "[1]", "not laid out as coco"),
+    ("coco", "dataset_coco.json", "{", "cannot read .*dataset_coco.json"),
+    ("coco", "val2014/3.png", None, "no picture .*3.png"),
+    ("coco", "val2014/3.png", "x", "3.png.*no picture is left out"),
+    ("urban1k", "caption/3.txt", "", "pictures without captions"),
+    ("dci", "annotations/3.json", None, "cannot read .*3.json"),
+    ("docci", "docci_descriptions.jsonlines", '{"split": "test"}', "not laid out as docci"),
+    ("jsonl", "captions.jsonl", '{"image": "images/1.png", "caption": 3}', "not laid out as jsonl")])
+def test_a_layout_that_is_wrong_ends_in_a_sentence(name, file, content, words, tmp_path):
     path = lay_out(name, tmp_path)
     (tmp_path / file).unlink()
     if content is not None:
-        (tmp_path / file).write_text(content)
-    model = Grey()
-    model.workers = workers
+        write(tmp_path / file, content)
     with pytest.raises(UserError, match=words) as caught:
-        BENCHMARKS[name](model, path)
-    assert "\n" not in str(caught.value) and "Error:" not in str(caught.value).split("(")[0]
+        BENCHMARKS[name](Grey(), path)
+    assert "\n" not in str(caught.value)
 
 
 # ---- zero-shot classification and segmentation -----------------------------------------------------------------------
@@ -166,13 +138,12 @@ def test_any_folder_of_class_folders_is_classified_by_its_class_names(tmp_path):
     model, score = Grey(), BENCHMARKS["imagefolder"]
     rows = score(model, tmp_path)
     assert rows["top-1"] == (100, pytest.approx(100 / 6)) and rows["mean per class"][0] == 100
-    assert "a photo of a class 3." in model.said and len(model.said) == 6 * len(TEMPLATES)
+    assert "a photo of a class 3." in model.said and len(model.said) == 6 * len(TEMPLATES["imagenet"])
     names = tmp_path / "classnames.txt"
     names.write_text("\n".join(f"thing {k}" for k in (0, 1, 2, 3, 5, 4)))
     rows = score(model, tmp_path)  # the names of the last two classes are changed over: 2 + 3 of 12
-    assert rows["top-1"][0] == pytest.approx(100 * 7 / 12) and rows["mean per class"][
-        0
-    ] == pytest.approx(100 * 4 / 6)
+    assert rows["top-1"][0] == pytest.approx(100 * 7 / 12)
+    assert rows["mean per class"][0] == pytest.approx(100 * 4 / 6)
     names.write_text("one\ntwo")
     with pytest.raises(UserError, match="pictures of 6 classes, but there are 2 names"):
         score(model, tmp_path)
@@ -182,12 +153,9 @@ def test_any_folder_of_class_folders_is_classified_by_its_class_names(tmp_path):
 
 def test_torchvisions_sets_are_read_as_torchvision_lays_them_out(tmp_path):
     names = [f"dish_{k}" for k in range(6)]
-    for split in ("train", "test"):
-        write(
-            tmp_path / f"food-101/meta/{split}.json", {name: [f"{name}/{split}"] for name in names}
-        )
-        for k, name in enumerate(names):
-            picture(tmp_path / f"food-101/images/{name}/{split}.jpg", k if split == "test" else 39)
+    write(tmp_path / "food-101/meta/test.json", {name: [f"{name}/1"] for name in names})
+    for k, name in enumerate(names):
+        picture(tmp_path / f"food-101/images/{name}/1.jpg", k)
     model = Grey()
     assert BENCHMARKS["food101"](model, tmp_path)["top-1"][0] == 100
     assert "a photo of dish 3, a type of food." in model.said
@@ -195,18 +163,13 @@ def test_torchvisions_sets_are_read_as_torchvision_lays_them_out(tmp_path):
 
 @pytest.mark.parametrize("name", [*TORCHVISION, "voc", "imagenet"])
 def test_a_set_that_is_not_there_is_not_downloaded_but_named(name, tmp_path):
-    with pytest.raises(
-        UserError, match="nothing is downloaded here|no folder of class folders"
-    ) as caught:
+    with pytest.raises(UserError, match="nothing is downloaded here|no folder of class folders") as caught:
         BENCHMARKS[name](Grey(), tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_imagenet_has_torchvisions_1000_names(tmp_path):
+def test_imagenet_has_torchvisions_1000_names():
     assert IMAGENET[1] == "goldfish" and len(IMAGENET) == 1000
-    class_folders(tmp_path)
-    with pytest.raises(UserError, match="pictures of 6 classes, but there are 1000 names"):
-        BENCHMARKS["imagenet"](Grey(), tmp_path)
 
 
 def test_voc_is_counted_as_loops_over_its_pixels_do(tmp_path):
@@ -218,25 +181,19 @@ def test_voc_is_counted_as_loops_over_its_pixels_do(tmp_path):
     mask[:3, :3] = 255  # not counted
     mask[4:6, 4:6] = 5  # a class that the model does not see
     grey = Image.fromarray((10 * big).astype(np.uint8)).convert("RGB")
-    for folder, file, image in (
-        ("JPEGImages", "a.jpg", grey),
-        ("SegmentationClass", "a.png", Image.fromarray(mask)),
-    ):
+    for folder, file, image in (("JPEGImages", "a.jpg", grey), ("SegmentationClass", "a.png", Image.fromarray(mask))):
         (root / folder).mkdir()
         image.save(root / folder / file, quality=100)
 
+    names = TEMPLATES["voc"][:20]
+
     class Seer(Grey):
         def texts(self, texts):
-            numbers = {name: k + 1 for k, name in enumerate(VOC)}
-            found = [
-                max((name for name in numbers if name in text), key=len, default="")
-                for text in texts
-            ]
-            return torch.eye(40)[[numbers.get(name, 25) for name in found]]
+            found = [max((name for name in names if name in text), key=len, default="") for text in texts]
+            return torch.eye(40)[[names.index(name) + 1 if name else 25 for name in found]]
 
-    maps = torch.stack(
-        [torch.tensor(fields == c).float() for c in (*range(1, 21), 25)]
-    )  # stuff last: it loses ties
+    fields_of = [fields == c for c in (*range(1, 21), 25)]  # stuff last: it loses ties
+    maps = torch.tensor(np.array(fields_of)).float()
     guess = F.interpolate(maps[None], size=mask.shape, mode="bilinear")[0].argmax(0).numpy()
     guess = np.where(guess < 20, guess + 1, 0)
     ious = []

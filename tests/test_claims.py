@@ -34,7 +34,7 @@ def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path)
         assert claim.measure in claims.MEASURES
         compared |= {claim.better, claim.than}
     assert compared == claims.ROWS.keys()
-    assert {*claims.READERS, *claims.BRANCHED} <= claims.ROWS.keys()
+    assert set(claims.READERS) <= claims.ROWS.keys()
 
 
 def test_intervals_are_students_over_the_paired_differences():
@@ -55,7 +55,7 @@ def test_runs_are_trained_measured_and_when_done_passed_over(tmp_path, monkeypat
     assert "| M2M, 5 MLPs |" in written and "| long alone |" not in written
     assert written in capsys.readouterr().out
     # without two rows to compare there is no figure of claims
-    assert {path.name for path in tmp_path.glob("*.png")} == {"reading.png", "branches.png"}
+    assert [path.name for path in tmp_path.glob("*.png")] == ["reading.png"]
 
     # again: nothing is started; and what was trained with other flags is not taken for the same
     monkeypatch.setattr(subprocess, "Popen", None)
@@ -79,15 +79,14 @@ def pretend(run):
     if run.row == "long alone":
         metrics["short T2I R@1"] = metrics["short I2T R@1"] = dict(value=value - 50, chance=7.0)
     reading = dict(length=[[1, value, value, 1.0], [2, value, value, 1.0]])
-    branches = dict(matrix=[[value, 0.0], [0.0, 1.0]], perspectives=["raw", "long"])
-    return dict(metrics=metrics, reading=reading, specialisation=branches)
+    return dict(metrics=metrics, reading=reading)
 
 
 def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.Run, "result", pretend)
     for seeds in (1, 2):  # of a single seed the intervals have no end
         claims.main([str(tmp_path), "--seeds", str(seeds)])
-        for figure in ("claims", "reading", "branches"):
+        for figure in ("claims", "reading"):
             assert Image.open(tmp_path / f"{figure}.png").size[0] > 600
     written = (tmp_path / "claims.md").read_text()
     assert "22 rows × 2 seeds, 2684 minutes" in written

@@ -13,9 +13,9 @@ from PIL import Image
 
 import evaluate
 from data import UserError, load_tokenizer, normalize
-from evaluate import BENCHMARKS, SET_TEMPLATES, TEMPLATES, TORCHVISION, preparation
+from evaluate import BENCHMARKS, TEMPLATES, TORCHVISION, Model
 from model import CLIP, CLIPConfig, export_transformers
-from test_benchmarks import Grey, class_folders, lay_out, picture
+from test_benchmarks import Grey, lay_out, picture
 
 SMALL = dict(image_size=32, patch=8, vision_width=48, vision_depth=2, vision_heads=3, text_width=32, text_depth=2,
              text_heads=2, context=12, vocab=49408, embed=24)
@@ -60,7 +60,7 @@ def test_transformers_embeds_pictures_and_texts_alike(activation, tmp_path):
     assert torch.allclose(found, ours.encode_text(rows)[0][:, 0], atol=1e-5)
 
     image = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 30)
-    prepared = normalize(preparation(32)(image)[None])
+    prepared = normalize(Model(tmp_path / "run", "cpu").prepare(image)[None])
     pixels = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "there")(image, return_tensors="pt")
     assert torch.allclose(pixels["pixel_values"], prepared, atol=0.05)  # their resizing rounds otherwise
     found = features(theirs.get_image_features(prepared))
@@ -94,11 +94,10 @@ def test_a_pictures_texts_are_scored_and_their_patches_drawn(tmp_path, capsys):
     texts = ["a brown dog", "a red sofa"]
     evaluate.main([run, "--picture", f"{tmp_path}/dog.png", "--texts", *texts, "--device", "cpu"])
     said = capsys.readouterr().out
-    model = evaluate.Model(run, "cpu")
+    model = Model(run, "cpu")
     cosines = model.texts(texts) @ model.embed([tmp_path / "dog.png"])[0]
-    shares = 100 * (cosines * model.clip.logit_scale.exp()).softmax(0)
-    for text, cosine, share in zip(texts, cosines, shares):
-        assert f"{cosine:.3f} {share:7.1f}%  {text}" in said
+    for text, cosine in zip(texts, cosines):
+        assert f"{cosine:.3f} {text}" in said
     assert Image.open(tmp_path / "run/picture.png").width > 500
 
 
@@ -109,30 +108,25 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
     model = Grey()
     model.texts = lambda texts: torch.linspace(1, 0, 40)[None]  # the darker, the more similar
     evaluate.search(model, tmp_path / "pictures", "night", tmp_path)
-    *best, passed_over = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in best] == [f"p{k}" for k in range(10)]
-    assert best[0] == "1.000 p0" and "1 × image will not decode: broken" in passed_over
-    assert Image.open(tmp_path / "search.png").width > 1000
+    passed_over, *best = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in best] == [f"p{k}" for k in range(12)]
+    assert best[0] == "1.000 p0" and "passed over: 1, the first: image will not decode: broken" in passed_over
+    page = (tmp_path / "search.html").read_text()
+    assert "p0" in page and "p11" in page
 
 
-def test_a_released_checkpoint_searches_into_out(tmp_path, capsys):
-    weights = tmp_path / "theirs.pt"
-    evaluate.main([save(tmp_path / "run", small()), "--export", "open_clip", str(weights)])
+def test_a_search_is_written_into_out(tmp_path):
+    run = save(tmp_path / "run", small())
     picture(tmp_path / "pictures/dog.png", 7)
-    request = [str(weights), "--search", f"{tmp_path}/pictures", "a dog", "--device", "cpu"]
-    evaluate.main([*request, "--out", f"{tmp_path}/out"])
-    assert Image.open(tmp_path / "out/search.png").width > 1000 and "dog" in capsys.readouterr().out
-    with pytest.raises(UserError, match="add --out FOLDER"):
-        evaluate.main(request)
+    evaluate.main([run, "--search", f"{tmp_path}/pictures", "a dog", "--device", "cpu", "--out", f"{tmp_path}/out"])
+    assert "dog" in (tmp_path / "out/search.html").read_text()
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--texts", "a"], "go together"),
-    (["--picture", "broken.png"], "go together"),
     (["--picture", "broken.png", "--texts", "a"], "broken.png"),
     (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
-    (["--search", "empty", "a"], "there is no picture in it"),
-    (["--search", "gone", "a"], "no file gone")], ids=str)
+    (["--search", "empty", "a"], "no picture that can be read")], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_text("x")
@@ -145,13 +139,12 @@ def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatc
 # ---- zero-shot templates, ImageNet's relatives, LoTLIP's cut ---------------------------------------------------------
 
 def test_templates_are_open_clips_and_clip_benchmarks():
-    assert list(TEMPLATES) == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert TEMPLATES["imagenet"] == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     folder = Path(clip_benchmark.datasets.__file__).parent
     theirs = json.loads((folder / "en_zeroshot_classification_templates.json").read_text())
-    assert SET_TEMPLATES.keys() == TORCHVISION.keys()
-    for name, templates in SET_TEMPLATES.items():
+    for name in TORCHVISION:
         other = {"flowers102": "flowers", "aircraft": "fgvc_aircraft"}.get(name, name)
-        assert [template.replace("{}", "{c}") for template in templates] == theirs[other]
+        assert [template.replace("{}", "{c}") for template in TEMPLATES[name]] == theirs[other]
 
 
 def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
@@ -159,18 +152,14 @@ def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
         picture(tmp_path / f"{number}/x.png", number)
     (tmp_path / "classnames.txt").write_text("\n".join(f"thing {number}" for number in range(12)))
     assert BENCHMARKS["imagenet-v2"](Grey(), tmp_path)["top-1"][0] == 100
-    (tmp_path / "classnames.txt").unlink()
-    with pytest.raises(UserError, match="pictures of 12 classes, but there are 1000 names"):
-        BENCHMARKS["imagenet-v2"](Grey(), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
-def test_synsets_want_their_names(name, tmp_path):
-    class_folders(tmp_path)
+def test_synsets_want_their_names(tmp_path):
+    picture(tmp_path / "n01443537/x.png", 3)
     with pytest.raises(UserError, match="ids of synsets, not names: write .*classnames.txt"):
-        BENCHMARKS[name](Grey(), tmp_path)
-    (tmp_path / "classnames.txt").write_text("\n".join(f"thing {k}" for k in range(6)))
-    assert BENCHMARKS[name](Grey(), tmp_path)["top-1"][0] == 100
+        BENCHMARKS["imagenet-r"](Grey(), tmp_path)
+    (tmp_path / "classnames.txt").write_text("thing 3")
+    assert BENCHMARKS["imagenet-r"](Grey(), tmp_path)["top-1"][0] == 100
 
 
 @pytest.mark.parametrize("name, said", [

@@ -23,8 +23,8 @@ import signal
 import sys
 import time
 import typing
-from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -175,27 +175,28 @@ def parse_flags(argv=None) -> dict:
                     argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of a step goes and the hours the run would take; no training")
-    hints = typing.get_type_hints(Settings)
     group = parser.add_argument_group("the model")
-    for line in (inspect.getsource(CLIPConfig) + inspect.getsource(Settings)).splitlines():
-        title = re.fullmatch(r"    # (.+)", line)
-        field = re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line)
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    del fields["vocab"]  # the tokenizer has it
+    source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
+    for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): .+?  # (.+))", source, re.M):
         if title:
-            group = parser.add_argument_group(title[1])
-        if field and field[1] != "vocab":  # the tokenizer has it
-            add_flag(group, field[1], hints[field[1]], f"{field[3]} [{field[2]}]".replace("%", "%%"))
+            group = parser.add_argument_group(title)
+        elif name in fields:
+            add_flag(group, fields[name], text)
     return vars(parser.parse_args(argv))
 
 
-def add_flag(group, name: str, hint, text: str):
-    flag = "--" + name.replace("_", "-")
-    if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif typing.get_origin(hint) is tuple:
-        group.add_argument(flag, type=str, nargs="+", help=text)
+def add_flag(group, field: dataclasses.Field, text: str):
+    options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif field.name == "data":
+        options["nargs"] = "+"
     else:
-        kind = float if float in typing.get_args(hint) else hint
-        group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
+        options["type"] = float if field.default is None else field.type
+        options["choices"] = CHOICES.get(field.name)
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def resolve(flags: dict, world: int = 1, started=()) -> Settings:
@@ -433,22 +434,17 @@ def backward_in_memory(network, batch: Batch, s: Settings, scaler):
         say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
 
 
-def backward(network, batch: Batch, s: Settings, scaler, mark=lambda part: None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name.
-
-    mark: is called with the name of each part of the step once it is done (for --profile).
-    """
+def backward(network, batch: Batch, s: Settings, scaler):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name."""
     if s.accumulate > 1:
-        return backward_in_parts(network, batch, s, scaler, mark)
+        return backward_in_parts(network, batch, s, scaler)
     out = embed(network, batch.images, batch.tokens, batch.lengths, s)
     loss, parts = method_loss(out, s, batch.allowed)
-    mark("losses")
     scaler.scale(loss).backward()
-    mark("backward")
     return loss.detach(), parts
 
 
-def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
+def backward_in_parts(network, batch: Batch, s: Settings, scaler):
     """GradCache (2101.06983): embeds all parts without a graph, takes the loss over the whole batch for the embeddings'
     gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
     the memory is one part's."""
@@ -456,26 +452,23 @@ def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
     chunks = list(zip(batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
     with torch.no_grad():
         embedded = [embed(network, *chunk, s) for chunk in chunks]
-    leaves = {}
+    whole = {}
     for name, first in embedded[0].items():
-        if first is None:
-            continue
-        leaf = torch.cat([out[name] for out in embedded]) if first.dim() else first.clone()  # logit_scale is a number
-        leaves[name] = leaf.requires_grad_(leaf.is_floating_point())
-    loss, parts = method_loss(leaves, s, batch.allowed)
+        if first is not None:
+            x = torch.cat([out[name] for out in embedded]) if first.dim() else first  # logit_scale is a number
+            whole[name] = x.requires_grad_(x.is_floating_point())
+    loss, parts = method_loss(whole, s, batch.allowed)
     scaler.scale(loss).backward()
-    mark("losses")
-    grads = {}
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
-            grads[name] = leaf.grad.chunk(n) if leaf.dim() else [leaf.grad / n] * n
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed(network, *chunk, s)
-            trained = [name for name in grads if out[name].requires_grad]  # not those of a locked tower
-            torch.autograd.backward([out[name] for name in trained], [grads[name][i] for name in trained])
-            mark("backward")
+            surrogate = 0  # its gradient by an embedding is the loss's
+            for name, x in whole.items():
+                if x.grad is not None:
+                    grad = x.grad.chunk(n)[i] if x.dim() else x.grad / n
+                    surrogate = surrogate + (out[name] * grad).sum()
+            surrogate.backward()
     return loss.detach(), parts
 
 
@@ -518,17 +511,17 @@ def build(s: Settings, weights=None) -> CLIP:
 
 def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
     """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     model.layout = text_layout(model, s)
     model.visual.requires_grad_(not s.lock_image)
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
-    vision = len(model.visual.blocks)
-    for i, block in enumerate([*model.visual.blocks, *model.text.blocks]):  # by their forward, so names stay as they are
-        if s.compile:  # the number of words changes from step to step, that of patches does not
-            block.forward = torch.compile(block.forward, dynamic=i >= vision)
-        if s.grad_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
+    for tower in (model.visual, model.text):
+        for block in tower.blocks:  # by their forward, so names stay as they are
+            if s.compile:  # the number of words changes from step to step, that of patches does not
+                block.forward = torch.compile(block.forward, dynamic=tower is model.text)
+            if s.grad_checkpointing:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=1.0)
@@ -547,7 +540,7 @@ def text_layout(model: CLIP, s: Settings) -> str:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the groups of matrices that say so (Jordan, kellerjordan.github.io/posts/muon): a step is the
+    """AdamW, and Muon for the group of matrices that says so (Jordan, kellerjordan.github.io/posts/muon): a step is the
     matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982).
 
     One optimizer, so that a GradScaler skips a broken step for all of them: `found_inf` is 1 then.
@@ -556,7 +549,7 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            if group["muon"]:
+            if group.get("muon"):
                 by_shape = defaultdict(list)
                 for p in group["params"]:
                     by_shape[p.shape].append(p)
@@ -566,22 +559,20 @@ class Muon(torch.optim.AdamW):
 
     def step_matrices(self, matrices: list, group: dict):
         """Steps matrices of one shape together and takes their gradients away."""
+        ahead = []
         for p in matrices:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))  # AdamW expects a "step"
-        moments = [self.state[p]["exp_avg"] for p in matrices]
-        momentum = torch.stack(moments)  # [n, a, b]
-        gradient = torch.stack([p.grad for p in matrices])
-        gradient = torch.where(self.found_inf > 0, momentum, gradient)  # leaves the momentum as it is
-        momentum = momentum.lerp(gradient, 0.05)
-        direction = orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov's
+            momentum = self.state[p]["exp_avg"]
+            gradient = torch.where(self.found_inf > 0, momentum, p.grad)  # leaves the momentum as it is
+            momentum.lerp_(gradient, 0.05)
+            ahead.append(gradient.lerp(momentum, 0.95))  # Nesterov's
+            p.grad = None
         rate = group["lr"] * (1 - self.found_inf)
         size = 0.2 * max(matrices[0].shape) ** 0.5
-        for p, moment, new, step in zip(matrices, moments, momentum, direction):
-            moment.copy_(new)
+        for p, step in zip(matrices, orthogonal(torch.stack(ahead))):
             p.mul_(1 - rate * group["weight_decay"])
             p.sub_(rate * size * step)
-            p.grad = None
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -602,24 +593,21 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
     matrices, decay, free = [], [], []
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
-        decays = not is_embedding or s.decay_embeddings and "class" not in name
         if name == "logit_scale" or not p.requires_grad:
             continue
         if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
             matrices.append(p)
-        elif p.ndim > 1 and decays:
-            decay.append(p)
-        else:
+        elif p.ndim < 2 or "class" in name or is_embedding and not s.decay_embeddings:
             free.append(p)
+        else:
+            decay.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
         dict(params=free, weight_decay=0.0),
         dict(params=[model.logit_scale], weight_decay=0.0),
     ]
-    for group in groups:
-        group |= dict(peak=s.lr, muon=False)
     if matrices:
-        groups.append(dict(params=matrices, weight_decay=s.weight_decay, peak=s.muon_lr, muon=True))
+        groups.append(dict(params=matrices, weight_decay=s.weight_decay, muon=True))
     return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
 
 
@@ -642,7 +630,7 @@ def update(state: State, rate: float, s: Settings) -> torch.Tensor:
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["peak"]
+        group["lr"] = rate * (s.muon_lr if group.get("muon") else s.lr)
     state.scaler.step(state.optimizer)
     state.scaler.update(1.0)  # float32 and bfloat16 need no other scale
     state.optimizer.zero_grad(set_to_none=True)
@@ -678,19 +666,20 @@ def run_folder(s: Settings) -> Path:
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
-    base = Path(s.out) if s.out != "auto" else Path("runs") / f"{s.method}-{s.size}"
-    folder, number = base, 1
-    unfinished = []
+    goes_on = s.resume == "auto" or restarts() > 0
+    if s.out != "auto":
+        if checkpoints(Path(s.out)) and not goes_on:
+            raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
+        return Path(s.out)
+    base = folder = Path("runs") / f"{s.method}-{s.size}"
+    number = 1
+    begun = None  # the newest run of this name that is not finished
     while (folder / "settings.json").exists():
         if restarts() or not (folder / "finished").exists():
-            unfinished.append(folder)
+            begun = folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    if unfinished and (s.resume == "auto" or restarts()):
-        return unfinished[-1]
-    if s.out != "auto" and s.resume == "no" and checkpoints(base):
-        raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
-    return folder if s.out == "auto" else base
+    return begun if begun and goes_on else folder
 
 
 MAY_CHANGE = (  # when a run goes on
@@ -698,64 +687,55 @@ MAY_CHANGE = (  # when a run goes on
     "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
 
 
-def settings_of(folder: Path, s: Settings, flags: dict) -> Settings:
-    """The settings that the folder's run was started with, and the given flags on top, where those may change. Raises
+def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> Settings:
+    """The settings `before`, of the folder's checkpoint, and the given flags on top, where those may change. Raises
     UserError."""
-    try:
-        before = json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no settings to go on with ({error}): start anew without --resume") from None
-    known = [f.name for f in dataclasses.fields(s)]
-    before = {name: value for name, value in before.items() if name in known}
+    now = dataclasses.asdict(s)
+    before = {name: before[name] for name in now if name in before}
     different = []
     for name in flags:
-        value = getattr(s, name)
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in MAY_CHANGE and value != before.get(name, value):
-            different.append(f"{name} ({before[name]} there, {value} here)")
+        if name not in MAY_CHANGE and now[name] != before.get(name, now[name]):
+            different.append(f"{name} ({before[name]} there, {now[name]} here)")
     if different:
         raise UserError(f"{folder} was started with other settings: {', '.join(different)}; leave these flags away, or "
                         "start anew without --resume")
-    return resolve({**before, **flags, "device": s.device, "resume": s.resume}, rank_and_world()[1])
+    return resolve({**before, **flags, "device": s.device}, rank_and_world()[1])
 
 
-def claim_folder(folder: Path, s: Settings, step: int):
-    """Makes the folder this process's own and leaves in it what belongs to a run that has done `step` steps; later ones
-    are written again. -> the file whose lock goes with the process. Raises UserError."""
+def open_metrics(folder: Path, s: Settings, step: int) -> typing.TextIO:
+    """The folder's metrics.jsonl, open for more lines. Those of steps after this one go: they are done again. A lock on
+    it, which goes with the process, keeps other runs out of the folder. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = open(folder / "settings.json", "a+")
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        claim.truncate(0)
-        claim.write(json.dumps(dataclasses.asdict(s), indent=1))
-        claim.flush()
-        for temporary in folder.glob("*.tmp"):
-            temporary.unlink()
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(kept))
+        metrics = open(folder / "metrics.jsonl", "a+")
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
     except BlockingIOError:
         raise UserError(f"another process trains in {folder}: choose another --out") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
-    return claim
+    metrics.seek(0)
+    end = 0
+    for line in metrics:
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    metrics.truncate(end)
+    return metrics
 
 
-def append_line(path: Path, row: dict):
-    """Adds a line of JSON. Where the disk fails: says so, and the file stays as it was."""
+def write_line(metrics: typing.TextIO, row: dict):
+    """Adds a line of JSON, with null for NaN. Where the disk is full it says so, and the line waits for the next one."""
     rounded = {}
     for name, value in row.items():
         if isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else None
         rounded[name] = value
-    size = path.stat().st_size
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        metrics.write(json.dumps(rounded) + "\n")
+        metrics.flush()
     except OSError as error:
-        os.truncate(path, size)
-        say(f"{path} could not be written ({error}): step {row['step']} is not in it")
+        say(f"{metrics.name} could not be written ({error}); it is tried again with the next line")
 
 
 def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
@@ -769,16 +749,9 @@ def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     return sums(written)[0] > 0
 
 
-@torch.no_grad()
 def restore(state: State, content: dict):
     """Makes the state that of a checkpoint's contents."""
     state.model.load_state_dict(content["model"])
-    ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moments = content["optimizer"]["state"]
-    for i, of_one in moments.items():
-        for name in {"exp_avg", "exp_avg_sq"} & of_one.keys():
-            # Of the parameter's strides, for the fused AdamW goes by places in memory.
-            of_one[name] = torch.empty_like(ordered[i]).copy_(of_one[name])
     state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])
     state.step = content["step"]
@@ -811,7 +784,7 @@ class Run:
     steps: int  # of the whole run
     first: int = 0  # steps done before this process began
     saved: float = 0.0  # when the last checkpoint was written, by time.monotonic
-    claim: object = None  # the open file whose lock keeps others from the folder
+    metrics: typing.TextIO | None = None  # metrics.jsonl, of the chief alone
 
 
 def open_data(s: Settings, flags: dict):
@@ -842,7 +815,7 @@ def open_data(s: Settings, flags: dict):
 def open_run(flags: dict, writes: bool = True) -> Run:
     """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
     s = begin(flags)
-    folder, newest = None, None
+    folder, newest, weights = None, None, None
     if writes:
         with together():
             if is_chief():
@@ -851,7 +824,8 @@ def open_run(flags: dict, writes: bool = True) -> Run:
         folder, newest = of_each_process((folder, newest))[0]
     with together():
         if newest:
-            s, weights = settings_of(folder, s, flags), None  # they are in the checkpoint
+            content = load_checkpoint(newest)
+            s = settings_of(folder, content["settings"], s, flags)
         else:
             s, weights = start_of(s, flags)
     set_machine(s)
@@ -861,13 +835,12 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:
-        with together():
-            restore(state, load_checkpoint(newest))
+        restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
     run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, state.step, time.monotonic())
     with together():
         if writes and is_chief():
-            run.claim = claim_folder(folder, s, state.step)
+            run.metrics = open_metrics(folder, s, state.step)
     return run
 
 
@@ -885,74 +858,68 @@ def train(flags: dict) -> Path:
     try:
         with signals_caught() as caught:
             train_steps(run, caught)
+        if state.step < run.steps:
+            say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
+            raise SystemExit(130)
         finish(run)
     finally:
-        if run.claim:
-            run.claim.close()
+        if run.metrics:
+            with suppress(OSError):
+                run.metrics.close()
     return run.folder
 
 
 def train_steps(run: Run, caught: list):
-    """All steps from the run's first to its last."""
+    """All steps from the run's first to its last, or to the signal in `caught`, and a checkpoint. Raises UserError."""
     s, state = run.s, run.state
     rank, world = rank_and_world()
     batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, rank, world)
-    bar = tqdm(total=run.steps, initial=state.step, disable=rank > 0, unit="step", mininterval=1, dynamic_ncols=True)
+    bar = tqdm(batches, total=run.steps, initial=state.step, disable=rank > 0, unit="step", mininterval=1,
+               dynamic_ncols=True)
     marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
-    with bar:
-        for batch in until_error(batches):
-            pause(run, batch, caught, bar)
+    for batch in bar:
+        if saves_or_stops(run, caught):
+            break
+        count_samples(state, batch, s)  # after the save, which is of the steps before
 
-            batch = to_device(batch, s)
-            loss, parts = backward_in_memory(run.network, batch, s, state.scaler)
-            rate = learning_rate(state.step, run.steps, s)
-            norm = update(state, rate, s)
+        batch = to_device(batch, s)
+        loss, parts = backward_in_memory(run.network, batch, s, state.scaler)
+        rate = learning_rate(state.step, run.steps, s)
+        norm = update(state, rate, s)
 
-            bar.update()
-            last = state.step == run.steps
-            evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
-            if evaluates or last or state.step % s.log_every == 0:
-                speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
-                row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
-                if evaluates:
-                    row["held_out_loss"] = evaluate_held_out(run)
-                marked = (state.step, time.monotonic())
-                report(run, row, parts, bar)
-
-
-def until_error(batches):
-    """The batches; a UserError that ends them comes as the last, for all processes to hear of."""
-    try:
-        yield from batches
-    except UserError as error:
-        yield error
+        last = state.step == run.steps
+        evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+        if evaluates or last or state.step % s.log_every == 0:
+            speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
+            row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
+            if evaluates:
+                row["held_out_loss"] = evaluate_held_out(run)
+            marked = (state.step, time.monotonic())
+            report(run, row, parts, bar)
+    if state.step > run.first and not save(run.folder, state, s):
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
+                            f"{run.folder}")
 
 
-def pause(run: Run, batch, caught: list, bar):
-    """Between two steps, on all processes alike: saves when it is time, and ends the run after a signal, after data that
-    cannot be read, and where too many samples are bad."""
+def saves_or_stops(run: Run, caught: list) -> bool:
+    """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree."""
     s, state = run.s, run.state
-    failed = isinstance(batch, UserError)
-    late = is_chief() and time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late, failures, bad, seen = sums(bool(caught), late, failed, state.bad.total, state.bad.seen)
-    spoiled = state.bad.over(s.max_bad, bad, seen)
+    late = time.monotonic() - run.saved > 60 * s.save_minutes
+    stop, late = sums(bool(caught), late and is_chief())
     due = late or s.save_steps and state.step % s.save_steps == 0
-    if (due or stop or failures or spoiled) and state.step > run.first:
+    if due and not stop and state.step > run.first:
         save(run.folder, state, s)
         run.saved = time.monotonic()
-    if stop:
-        bar.close()
-        say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
-        raise SystemExit(130)
-    if failures or spoiled:
-        total = bad_of_all(state)
-        with together():
-            if failed:
-                raise batch
-            total.check(s.max_bad)
-    state.bad.seen += len(batch.images) + len(batch.bad)  # after the save, which is of the steps before
+    return stop > 0
+
+
+def count_samples(state: State, batch: Batch, s: Settings):
+    """Counts the batch's samples, the bad ones too. Raises UserError where too many are bad."""
+    state.bad.seen += len(batch.images) + len(batch.bad)
     for sample in batch.bad:
         state.bad.add(sample)
+    state.bad.check(s.max_bad)
 
 
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
@@ -980,7 +947,7 @@ def evaluate_held_out(run: Run) -> float:
 def report(run: Run, row: dict, parts: dict, bar):
     """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
     if is_chief():
-        append_line(run.folder / "metrics.jsonl", row)
+        write_line(run.metrics, row)
         shown = [f"{name} {row[name]:.3f}" for name in parts]
         bar.set_postfix_str(", ".join([*shown, f"{row['images_per_s']:.0f} images/s"]))
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
@@ -992,12 +959,8 @@ def report(run: Run, row: dict, parts: dict, bar):
 
 
 def finish(run: Run):
-    """The last checkpoint, what there is to say, and the evaluation."""
-    s, state = run.s, run.state
-    if state.step > run.first and not save(run.folder, state, s):
-        with together():
-            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
-                            f"{run.folder}")
+    """What there is to say at the end, and the evaluation."""
+    state = run.state
     if state.skipped[0]:
         say(f"{int(state.skipped[0])} steps were skipped: their gradient was NaN or infinite")
     bad = bad_of_all(state)
@@ -1007,7 +970,7 @@ def finish(run: Run):
     leave_group(run)
     if chief:
         (run.folder / "finished").touch()
-        if s.eval_images:
+        if run.s.eval_images:
             from evaluate import evaluate_run  # here, because matplotlib takes a second to import
             evaluate_run(run.folder)
 
@@ -1025,57 +988,50 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    cuda = s.device.startswith("cuda")
-    seconds = Counter()
-    marked = 0.0
-
-    def mark(part):
-        """What lies between two calls was spent on the later one's part."""
-        nonlocal marked
-        if cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - marked
-        marked = now
-
-    def step():
-        batch = next(batches)
-        mark("waiting for data")
+    marks = [clock(s)]
+    for batch in training_loader(run.dataset, run.tokenizer, s, 0, warm + steps, *rank_and_world()):
         batch = to_device(batch, s)
-        mark("to the device")
-        backward(run.network, batch, s, state.scaler, mark)
+        marks.append(clock(s))
+        backward(run.network, batch, s, state.scaler)
+        marks.append(clock(s))
         update(state, 0.0, s)
-        mark("optimiser")
-
-    state.model.visual.register_forward_hook(lambda *_: mark("image tower"))
-    state.model.register_forward_hook(lambda *_: mark("text tower"))
-    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, *rank_and_world()))
-    for _ in range(warm):
-        step()
-    with FlopCounterMode(display=False) as counter:
-        step()
-    seconds.clear()
-    for _ in range(steps):
-        step()
-    step_seconds = seconds.total() / steps
-    rate = s.batch / step_seconds
+        marks.append(clock(s))
+    spent = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    total = spent.sum()
+    rate = s.batch / total
     say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s, "
-        f"{1000 * step_seconds:.1f} ms a step")
-    for part, spent in seconds.most_common():
-        say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / step_seconds:5.1f}%")
+        f"{1000 * total:.1f} ms a step")
+    for part, seconds in zip(("waiting for data", "forward and backward", "optimizer"), spent):
+        say(f"    {part:22}{1000 * seconds:10.2f} ms {100 * seconds / total:5.1f}%")
 
-    from torch.utils.benchmark import Timer  # here, because it takes half a second to import
-    n = 8192 if cuda else 1024
-    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
-    product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5)
-    ceiling = 2 * n ** 3 / product.median
-    speed = counter.get_total_flops() / step_seconds
-    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / ceiling:.1f}% (MFU) of the "
-        f"{ceiling / 1e12:.3f} of its matrix products")
-    if cuda:
+    with FlopCounterMode(display=False) as counter:
+        backward(run.network, batch, s, state.scaler)
+    speed = counter.get_total_flops() / total
+    most = matrix_speed(s)
+    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / most:.1f}% (MFU) of the {most / 1e12:.3f} of "
+        "its matrix products")
+    if s.device.startswith("cuda"):
         say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
     say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
     leave_group(run)
+
+
+def clock(s: Settings) -> float:
+    """Seconds, read once the device has done all that it was given to do."""
+    if s.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_speed(s: Settings, repeats: int = 10) -> float:
+    """The floating-point operations a second that the device reaches when it multiplies large matrices."""
+    n = 8192 if s.device.startswith("cuda") else 1024
+    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    a @ a  # the first product is slower: it chooses the kernel
+    began = clock(s)
+    for _ in range(repeats):
+        a @ a
+    return repeats * 2 * n ** 3 / (clock(s) - began)
 
 
 def main():

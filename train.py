@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer, timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -208,21 +209,15 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
-    name = flags.get("method", Settings.method)
-    row = SIZES[size]
-    method = METHODS[name]
-    if row["kinds"] == BASE["kinds"]:
-        method = method | RECIPES.get(name, {})
-    given = {**dict(started), **method, **flags}
-    s = Settings(**{"pool": "auto", **row, **given, "device": device, "size": size})
-    if isinstance(s.data, str):
-        s.data = (s.data,)
-    s.data = tuple(s.data)
+    small = size in ("nano", "tiny", "small")
+    method = flags.get("method", Settings.method)
+    row = {"pool": "auto", **SIZES[size], **dict(started), **METHODS[method]}
+    if not small:
+        row |= RECIPES.get(method, {})
+    s = Settings(**{**row, **flags, "device": device, "size": size})
+    s.data = (s.data,) if isinstance(s.data, str) else tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
-        averages = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
-        s.pool = "average" if averages else "class"
-    if s.grouping == "token" and "negatives" not in flags:
-        s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
+        s.pool = "average" if small and (s.branches == 1 or s.branch_type == "mlp") else "class"
     if s.augment == "strong" and "crop" not in flags:
         s.crop = 0.2
     if s.precision == "auto":
@@ -242,24 +237,23 @@ def multiplies_bfloat16(device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-ABOVE_0 = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "shuffle_buffer", "crop")
-SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")  # at most 1
+ABOVE_0 = (
+    "image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads", "context",
+    "embed", "branches", "branch_layers", "batch", "images", "accumulate", "log_every", "lr", "save_minutes",
+    "timeout_minutes", "shuffle_buffer", "crop")
+SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
-            least = "above 0" if name in ABOVE_0 else "0 or more"
-            fits = value > 0 if name in ABOVE_0 else value >= 0
-            if name in SHARES:
-                least += " and at most 1"
-                fits = fits and value <= 1
-            if not fits or not value < 2 ** 63:
-                raise UserError(f"--{name.replace('_', '-')} must be {least}, not {value}")
+            flag = "--" + name.replace("_", "-")
+            if not 0 <= value < 2 ** 63 or name in ABOVE_0 and value == 0:
+                raise UserError(f"{flag} must be {'above 0' if name in ABOVE_0 else '0 or more'}, not {value}")
+            if name in SHARES and value > 1:
+                raise UserError(f"{flag} must be at most 1, not {value}")
     check_device(s.device)
-    if s.data == ("scenes",) and (s.caption_fields or s.image_root):
-        raise UserError("--caption-fields and --image-root are for files: leave them away, or name some with --data")
     if s.init and (s.init_image or s.init_text):
         raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
     if s.lock_image and not (s.init or s.init_image):
@@ -271,15 +265,11 @@ def check(s: Settings, world: int = 1):
     if s.corner_tokens and set(slots) == {"raw"}:
         raise UserError("corner tokens are trained on long texts and sub-captions, and there are none: add "
                         "--long-texts 1 or --sub-captions 3")
-    if s.grouping == "none" and s.contrastive_weight == 0:
-        raise UserError("both losses are off: give --grouping or a --contrastive-weight above 0")
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
     if s.branches == 1 and (s.branch_diversity or s.matching == "text"):
         raise UserError("--branch-diversity and --matching are about several branches: add --branches 5, or leave them")
-    if s.grouping == "token" and s.negatives != "image":
-        raise UserError(f"--negatives {s.negatives} is for sub-captions: add --grouping sub-caption, or leave it")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
@@ -290,15 +280,6 @@ def check(s: Settings, world: int = 1):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def begin(flags: dict) -> Settings:
-    """The settings; the process has joined torchrun's others, if there are any."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    s = resolve(flags, world)
-    if world > 1:
-        join_group(s, world)
-    return s
-
-
 def set_machine(s: Settings):
     """What PyTorch and the fused op keep for the whole process."""
     if s.device.startswith("cuda"):
@@ -306,31 +287,24 @@ def set_machine(s: Settings):
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and buckets of texts have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
-    if s.fused == "on":
-        try:
-            fused.similarity_logsumexp(torch.ones(2, 8, device=s.device), torch.ones(2, 8, device=s.device), 1.0)
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
-    torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
-    torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
 
 
-def join_group(s: Settings, world: int):
+def join_group(s: Settings):
     """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts for all that is no tensor of the model.
 
     A process that dies closes its connections, so the others notice it at the next step.
     """
-    backend, store = "gloo", None
+    backend = "gloo"
     if s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=s.timeout_minutes)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         store = dist.PrefixStore(f"attempt {restarts()}", store)
-    rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
@@ -390,13 +364,12 @@ def together():
 def signals_caught():
     """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
     caught = []
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, _: caught.append(number))
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
     try:
         yield caught
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
@@ -404,12 +377,12 @@ def signals_caught():
 
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
-    allowed = batch.allowed
-    if allowed is not None:
-        allowed = allowed.to(s.device, non_blocking=True)
-    images = batch.images.to(s.device, non_blocking=True)
-    tokens = batch.tokens.to(s.device, non_blocking=True)
-    return dataclasses.replace(batch, images=images, tokens=tokens, allowed=allowed)
+    moved = {}
+    for name in ("images", "tokens", "allowed"):
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            moved[name] = tensor.to(s.device, non_blocking=True)
+    return dataclasses.replace(batch, **moved)
 
 
 def embed(network, images, tokens, lengths, s: Settings) -> dict:
@@ -418,11 +391,11 @@ def embed(network, images, tokens, lengths, s: Settings) -> dict:
         return network(normalize(images), tokens, s.grouping == "token", lengths)
 
 
-def backward_in_memory(network, batch: Batch, s: Settings, scaler):
+def backward_in_memory(network, batch: Batch, s: Settings):
     """`backward`; where the memory of a single GPU does not do, in twice as many parts from then on."""
     while True:
         try:
-            return backward(network, batch, s, scaler)
+            return backward(network, batch, s)
         except torch.OutOfMemoryError:
             parts = 2 * s.accumulate
             if distributed() or s.batch % parts:
@@ -434,17 +407,17 @@ def backward_in_memory(network, batch: Batch, s: Settings, scaler):
         say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
 
 
-def backward(network, batch: Batch, s: Settings, scaler):
+def backward(network, batch: Batch, s: Settings):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name."""
     if s.accumulate > 1:
-        return backward_in_parts(network, batch, s, scaler)
+        return backward_in_parts(network, batch, s)
     out = embed(network, batch.images, batch.tokens, batch.lengths, s)
     loss, parts = method_loss(out, s, batch.allowed)
-    scaler.scale(loss).backward()
+    loss.backward()
     return loss.detach(), parts
 
 
-def backward_in_parts(network, batch: Batch, s: Settings, scaler):
+def backward_in_parts(network, batch: Batch, s: Settings):
     """GradCache (2101.06983): embeds all parts without a graph, takes the loss over the whole batch for the embeddings'
     gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
     the memory is one part's."""
@@ -458,7 +431,7 @@ def backward_in_parts(network, batch: Batch, s: Settings, scaler):
             x = torch.cat([out[name] for out in embedded]) if first.dim() else first  # logit_scale is a number
             whole[name] = x.requires_grad_(x.is_floating_point())
     loss, parts = method_loss(whole, s, batch.allowed)
-    scaler.scale(loss).backward()
+    loss.backward()
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
@@ -481,7 +454,6 @@ class State:
 
     model: CLIP
     optimizer: "Muon"
-    scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
@@ -524,8 +496,7 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=1.0)
-    return State(model, make_optimizer(model, s), scaler, torch.zeros(2, device=s.device)), network
+    return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
 
 
 def text_layout(model: CLIP, s: Settings) -> str:
@@ -543,11 +514,12 @@ class Muon(torch.optim.AdamW):
     """AdamW, and Muon for the group of matrices that says so (Jordan, kellerjordan.github.io/posts/muon): a step is the
     matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982).
 
-    One optimizer, so that a GradScaler skips a broken step for all of them: `found_inf` is 1 then.
+    A step that is `broken`, 1.0 on the device, changes nothing, and the host waits for nothing.
     """
 
     @torch.no_grad()
-    def step(self):
+    def step(self, broken: torch.Tensor):
+        self.found_inf = broken  # PyTorch's fused AdamW looks at it, which it has from a GradScaler otherwise
         for group in self.param_groups:
             if group.get("muon"):
                 by_shape = defaultdict(list)
@@ -625,17 +597,15 @@ def update(state: State, rate: float, s: Settings) -> torch.Tensor:
     """Clips the gradients and steps the optimizer, with `rate` times its greatest learning rate -> the gradients' norm.
 
     Where a gradient is NaN or infinite, on all processes alike since it is their sum, weights and moments stay as they
-    are. PyTorch's GradScaler, made for half precision, sees to it on the device, so the host waits for nothing.
+    are.
     """
-    state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * (s.muon_lr if group.get("muon") else s.lr)
-    state.scaler.step(state.optimizer)
-    state.scaler.update(1.0)  # float32 and bfloat16 need no other scale
+    broken = (~norm.isfinite()).float()
+    state.optimizer.step(broken)
     state.optimizer.zero_grad(set_to_none=True)
     state.model.logit_scale.clamp_(max=math.log(100))
-    broken = (~norm.isfinite()).float()
     state.skipped += broken
     state.skipped[1] *= broken
     state.step += 1
@@ -675,7 +645,7 @@ def run_folder(s: Settings) -> Path:
     number = 1
     begun = None  # the newest run of this name that is not finished
     while (folder / "settings.json").exists():
-        if restarts() or not (folder / "finished").exists():
+        if not (folder / "finished").exists():
             begun = folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
@@ -782,8 +752,7 @@ class Run:
     dataset: object
     held_out: object | None  # None: no evaluation
     steps: int  # of the whole run
-    first: int = 0  # steps done before this process began
-    saved: float = 0.0  # when the last checkpoint was written, by time.monotonic
+    saved: float  # when the last checkpoint was written, by time.monotonic
     metrics: typing.TextIO | None = None  # metrics.jsonl, of the chief alone
 
 
@@ -814,7 +783,10 @@ def open_data(s: Settings, flags: dict):
 
 def open_run(flags: dict, writes: bool = True) -> Run:
     """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
-    s = begin(flags)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    s = resolve(flags, world)
+    if world > 1:
+        join_group(s)
     folder, newest, weights = None, None, None
     if writes:
         with together():
@@ -828,8 +800,7 @@ def open_run(flags: dict, writes: bool = True) -> Run:
             s = settings_of(folder, content["settings"], s, flags)
         else:
             s, weights = start_of(s, flags)
-    set_machine(s)
-    with together():
+        set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)
     state, network = prepare(model, s)
@@ -837,7 +808,7 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     if newest:
         restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
-    run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, state.step, time.monotonic())
+    run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, time.monotonic())
     with together():
         if writes and is_chief():
             run.metrics = open_metrics(folder, s, state.step)
@@ -849,12 +820,8 @@ def train(flags: dict) -> Path:
     run = open_run(flags)
     s, state = run.s, run.state
     parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
-    world = rank_and_world()[1]
-    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; "
-        f"{parameters:.2f} M parameters, {s.device}, {s.precision}, processes {world}, workers {s.workers}; "
-        f"run folder {run.folder}")
-    changed = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s) if getattr(s, f.name) != f.default]
-    say("  " + ", ".join(changed))
+    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; {parameters:.2f} M "
+        f"parameters, {s.device}, {s.precision}; run folder {run.folder}")
     try:
         with signals_caught() as caught:
             train_steps(run, caught)
@@ -878,17 +845,14 @@ def train_steps(run: Run, caught: list):
                dynamic_ncols=True)
     marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
     for batch in bar:
-        if saves_or_stops(run, caught):
-            break
-        count_samples(state, batch, s)  # after the save, which is of the steps before
-
+        count_samples(state, batch, s)
         batch = to_device(batch, s)
-        loss, parts = backward_in_memory(run.network, batch, s, state.scaler)
+        loss, parts = backward_in_memory(run.network, batch, s)
         rate = learning_rate(state.step, run.steps, s)
         norm = update(state, rate, s)
 
         last = state.step == run.steps
-        evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
+        evaluates = run.held_out and s.eval_steps and (last or state.step % s.eval_steps == 0)
         if evaluates or last or state.step % s.log_every == 0:
             speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
             row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
@@ -896,7 +860,9 @@ def train_steps(run: Run, caught: list):
                 row["held_out_loss"] = evaluate_held_out(run)
             marked = (state.step, time.monotonic())
             report(run, row, parts, bar)
-    if state.step > run.first and not save(run.folder, state, s):
+        if not last and saves_or_stops(run, caught):
+            break
+    if not save(run.folder, state, s):
         with together():
             raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
                             f"{run.folder}")
@@ -907,8 +873,7 @@ def saves_or_stops(run: Run, caught: list) -> bool:
     s, state = run.s, run.state
     late = time.monotonic() - run.saved > 60 * s.save_minutes
     stop, late = sums(bool(caught), late and is_chief())
-    due = late or s.save_steps and state.step % s.save_steps == 0
-    if due and not stop and state.step > run.first:
+    if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
         save(run.folder, state, s)
         run.saved = time.monotonic()
     return stop > 0
@@ -948,8 +913,7 @@ def report(run: Run, row: dict, parts: dict, bar):
     """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
     if is_chief():
         write_line(run.metrics, row)
-        shown = [f"{name} {row[name]:.3f}" for name in parts]
-        bar.set_postfix_str(", ".join([*shown, f"{row['images_per_s']:.0f} images/s"]))
+        bar.set_postfix({name: row[name] for name in (*parts, "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run.folder, run.state, run.s)
         with together():
@@ -968,11 +932,11 @@ def finish(run: Run):
         say(f"replaced by other samples: {bad.report()}")
     chief = is_chief()
     leave_group(run)
+    if chief and run.s.eval_images:
+        from evaluate import evaluate_run  # here, because matplotlib takes a second to import
+        evaluate_run(run.folder)
     if chief:
         (run.folder / "finished").touch()
-        if run.s.eval_images:
-            from evaluate import evaluate_run  # here, because matplotlib takes a second to import
-            evaluate_run(run.folder)
 
 
 def leave_group(run: Run):
@@ -988,50 +952,30 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    marks = [clock(s)]
+    marks = [timer()]  # it waits until a GPU has done all that it was given to do
     for batch in training_loader(run.dataset, run.tokenizer, s, 0, warm + steps, *rank_and_world()):
         batch = to_device(batch, s)
-        marks.append(clock(s))
-        backward(run.network, batch, s, state.scaler)
-        marks.append(clock(s))
+        marks.append(timer())
+        backward(run.network, batch, s)
+        marks.append(timer())
         update(state, 0.0, s)
-        marks.append(clock(s))
-    spent = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
-    total = spent.sum()
-    rate = s.batch / total
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s, "
-        f"{1000 * total:.1f} ms a step")
-    for part, seconds in zip(("waiting for data", "forward and backward", "optimizer"), spent):
-        say(f"    {part:22}{1000 * seconds:10.2f} ms {100 * seconds / total:5.1f}%")
+        marks.append(timer())
+    seconds = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    rate = s.batch / seconds.sum()
+    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s")
+    for part, spent in zip(("waiting for data", "forward and backward", "optimizer"), seconds):
+        say(f"    {part:22}{1000 * spent:10.2f} ms")
 
     with FlopCounterMode(display=False) as counter:
-        backward(run.network, batch, s, state.scaler)
-    speed = counter.get_total_flops() / total
-    most = matrix_speed(s)
-    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / most:.1f}% (MFU) of the {most / 1e12:.3f} of "
-        "its matrix products")
-    if s.device.startswith("cuda"):
-        say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
+        backward(run.network, batch, s)
+    n = 8192 if s.device.startswith("cuda") else 1024
+    matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
+    usage = counter.get_total_flops() / seconds.sum() / (2 * n ** 3 / product.mean)
+    say(f"{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted")
+    say(f"GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
     say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
     leave_group(run)
-
-
-def clock(s: Settings) -> float:
-    """Seconds, read once the device has done all that it was given to do."""
-    if s.device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def matrix_speed(s: Settings, repeats: int = 10) -> float:
-    """The floating-point operations a second that the device reaches when it multiplies large matrices."""
-    n = 8192 if s.device.startswith("cuda") else 1024
-    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
-    a @ a  # the first product is slower: it chooses the kernel
-    began = clock(s)
-    for _ in range(repeats):
-        a @ a
-    return repeats * 2 * n ** 3 / (clock(s) - began)
 
 
 def main():
@@ -1047,7 +991,7 @@ def main():
         sys.exit(130)
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
-        if not gone or os.environ.get("WORLD_SIZE", "1") == "1":
+        if not gone or "RANK" not in os.environ:
             raise
         sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
                  "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")

@@ -62,7 +62,7 @@ def our_step(s, **changes):
     state, network = train.prepare(CLIP(config_from(s)), s)
 
     def step(batch):
-        train.backward(network, batch, s, state.scaler)
+        train.backward(network, batch, s)
         train.update(state, 1e-5, s)
     return step, state.model
 

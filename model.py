@@ -34,6 +34,7 @@ from data import UserError, read_json
 
 @dataclass
 class CLIPConfig:
+    # the model
     image_size: int = 224  # side of the square image, in pixels
     patch: int = 16  # side of a patch, in pixels
     vision_width: int = 768  # width W of the image tower

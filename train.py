@@ -10,7 +10,6 @@ torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
-import dataclasses
 import fcntl
 import functools
 import gc
@@ -22,17 +21,16 @@ import re
 import signal
 import sys
 import time
-import typing
-from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer, timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -48,7 +46,7 @@ from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, con
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
@@ -176,19 +174,16 @@ def parse_flags(argv=None) -> dict:
                     argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of a step goes and the hours the run would take; no training")
-    group = parser.add_argument_group("the model")
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    del fields["vocab"]  # the tokenizer has it
     source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
     for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): .+?  # (.+))", source, re.M):
         if title:
             group = parser.add_argument_group(title)
-        elif name in fields:
-            add_flag(group, fields[name], text)
+        elif name != "vocab":  # the tokenizer has it
+            add_flag(group, Settings.__dataclass_fields__[name], text)
     return vars(parser.parse_args(argv))
 
 
-def add_flag(group, field: dataclasses.Field, text: str):
+def add_flag(group, field, text: str):
     options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
     if field.type is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -248,11 +243,9 @@ def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
-            flag = "--" + name.replace("_", "-")
-            if not 0 <= value < 2 ** 63 or name in ABOVE_0 and value == 0:
-                raise UserError(f"{flag} must be {'above 0' if name in ABOVE_0 else '0 or more'}, not {value}")
-            if name in SHARES and value > 1:
-                raise UserError(f"{flag} must be at most 1, not {value}")
+            most = 1 if name in SHARES else 2 ** 62
+            if not 0 <= value <= most or name in ABOVE_0 and value == 0:
+                raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
     check_device(s.device)
     if s.init and (s.init_image or s.init_text):
         raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
@@ -268,8 +261,8 @@ def check(s: Settings, world: int = 1):
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
-    if s.branches == 1 and (s.branch_diversity or s.matching == "text"):
-        raise UserError("--branch-diversity and --matching are about several branches: add --branches 5, or leave them")
+    if s.branches == 1 and s.branch_diversity:
+        raise UserError("--branch-diversity is about several branches: add --branches 5, or leave it")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
@@ -353,10 +346,9 @@ def together():
     except UserError as error:
         caught = error
     errors = of_each_process(caught)
-    failed = [rank for rank, error in enumerate(errors) if error]
-    if failed and failed[0] == rank_and_world()[0]:
+    if caught and not any(errors[:rank_and_world()[0]]):
         raise caught
-    if failed:
+    if any(errors):
         raise SystemExit(1)
 
 
@@ -378,17 +370,16 @@ def signals_caught():
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
     moved = {}
-    for name in ("images", "tokens", "allowed"):
-        tensor = getattr(batch, name)
-        if tensor is not None:
-            moved[name] = tensor.to(s.device, non_blocking=True)
-    return dataclasses.replace(batch, **moved)
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(s.device, non_blocking=True)
+    return replace(batch, **moved)
 
 
-def embed(network, images, tokens, lengths, s: Settings) -> dict:
+def embed(network, batch: Batch, s: Settings) -> dict:
     """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths)
+        return network(normalize(batch.images), batch.tokens, s.grouping == "token", batch.lengths)
 
 
 def backward_in_memory(network, batch: Batch, s: Settings):
@@ -411,7 +402,7 @@ def backward(network, batch: Batch, s: Settings):
     """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name."""
     if s.accumulate > 1:
         return backward_in_parts(network, batch, s)
-    out = embed(network, batch.images, batch.tokens, batch.lengths, s)
+    out = embed(network, batch, s)
     loss, parts = method_loss(out, s, batch.allowed)
     loss.backward()
     return loss.detach(), parts
@@ -422,9 +413,9 @@ def backward_in_parts(network, batch: Batch, s: Settings):
     gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
     the memory is one part's."""
     n = s.accumulate
-    chunks = list(zip(batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
+    chunks = list(map(Batch, batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
     with torch.no_grad():
-        embedded = [embed(network, *chunk, s) for chunk in chunks]
+        embedded = [embed(network, chunk, s) for chunk in chunks]
     whole = {}
     for name, first in embedded[0].items():
         if first is not None:
@@ -435,7 +426,7 @@ def backward_in_parts(network, batch: Batch, s: Settings):
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
-            out = embed(network, *chunk, s)
+            out = embed(network, chunk, s)
             surrogate = 0  # its gradient by an embedding is the loss's
             for name, x in whole.items():
                 if x.grad is not None:
@@ -447,7 +438,7 @@ def backward_in_parts(network, batch: Batch, s: Settings):
 
 # ---- the state, and how a step changes it ----------------------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclass
 class State:
     """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
     from (seed, epoch, index)."""
@@ -457,19 +448,20 @@ class State:
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
-    bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
+    bad: BadCount = field(default_factory=BadCount)  # of the samples that this process has met
 
 
-def start_of(s: Settings, flags: dict) -> tuple[Settings, dict]:
-    """The settings of a new run with what the files of --init, --init-image and --init-text tell, and their weights.
-    Raises UserError."""
+def start_of(s: Settings, flags: dict):
+    """-> what the files of --init, --init-image and --init-text tell of a new run's settings, and their weights. Raises
+    UserError."""
     started, weights = {}, {}
     for part in ("init", "init_image", "init_text"):
-        if getattr(s, part):
-            told, tensors = start_from(Path(getattr(s, part)), part, flags)
+        path = getattr(s, part)
+        if path:
+            told, tensors = start_from(Path(path), part, flags)
             started |= told
             weights |= tensors
-    return resolve({**flags, "device": s.device}, rank_and_world()[1], started), weights
+    return started, weights
 
 
 def build(s: Settings, weights=None) -> CLIP:
@@ -481,8 +473,8 @@ def build(s: Settings, weights=None) -> CLIP:
     return model
 
 
-def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
-    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+def prepare(model: CLIP, s: Settings):
+    """-> the State a run begins with, and the model as a step calls it, wrapped for several processes."""
     network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     model.layout = text_layout(model, s)
     model.visual.requires_grad_(not s.lock_image)
@@ -501,13 +493,12 @@ def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
 
 def text_layout(model: CLIP, s: Settings) -> str:
     """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
-    if not s.device.startswith("cuda") or s.precision != "bf16":
-        return "buckets"
-    trouble = packing_trouble(model, s.device)
-    if trouble:
+    if s.device.startswith("cuda") and s.precision == "bf16":
+        trouble = packing_trouble(model, s.device)
+        if not trouble:
+            return "packed"
         say(f"WARNING: texts are not packed, which is slower: {trouble}")
-        return "buckets"
-    return "packed"
+    return "buckets"
 
 
 class Muon(torch.optim.AdamW):
@@ -522,11 +513,8 @@ class Muon(torch.optim.AdamW):
         self.found_inf = broken  # PyTorch's fused AdamW looks at it, which it has from a GradScaler otherwise
         for group in self.param_groups:
             if group.get("muon"):
-                by_shape = defaultdict(list)
-                for p in group["params"]:
-                    by_shape[p.shape].append(p)
-                for alike in by_shape.values():
-                    self.step_matrices(alike, group)
+                for shape in {p.shape for p in group["params"]}:
+                    self.step_matrices([p for p in group["params"] if p.shape == shape], group)
         super().step()  # passes over the matrices, which have no gradient any more
 
     def step_matrices(self, matrices: list, group: dict):
@@ -617,12 +605,12 @@ def held_out_loss(run: "Run") -> float:
     """The mean of the method's loss over always the same held-out images."""
     rank, world = rank_and_world()
     n = min(len(run.held_out), run.s.eval_images)
-    s = dataclasses.replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
+    s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
     steps = max(1, n // s.batch)
     total = 0.0
     for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
         batch = to_device(batch, s)
-        out = embed(run.network, batch.images, batch.tokens, batch.lengths, s)
+        out = embed(run.network, batch, s)
         total += method_loss(out, s, batch.allowed)[0]
     return sums(total.item())[0] / world / steps
 
@@ -657,10 +645,9 @@ MAY_CHANGE = (  # when a run goes on
     "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
 
 
-def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> Settings:
-    """The settings `before`, of the folder's checkpoint, and the given flags on top, where those may change. Raises
-    UserError."""
-    now = dataclasses.asdict(s)
+def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
+    """The settings `before`, of the folder's checkpoint. Raises UserError where the flags differ and may not."""
+    now = asdict(s)
     before = {name: before[name] for name in now if name in before}
     different = []
     for name in flags:
@@ -669,17 +656,17 @@ def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> Setting
     if different:
         raise UserError(f"{folder} was started with other settings: {', '.join(different)}; leave these flags away, or "
                         "start anew without --resume")
-    return resolve({**before, **flags, "device": s.device}, rank_and_world()[1])
+    return before
 
 
-def open_metrics(folder: Path, s: Settings, step: int) -> typing.TextIO:
+def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
     """The folder's metrics.jsonl, open for more lines. Those of steps after this one go: they are done again. A lock on
     it, which goes with the process, keeps other runs out of the folder. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = open(folder / "metrics.jsonl", "a+")
         fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(s), indent=1))
+        (folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
     except BlockingIOError:
         raise UserError(f"another process trains in {folder}: choose another --out") from None
     except OSError as error:
@@ -694,7 +681,7 @@ def open_metrics(folder: Path, s: Settings, step: int) -> typing.TextIO:
     return metrics
 
 
-def write_line(metrics: typing.TextIO, row: dict):
+def write_line(metrics: TextIO, row: dict):
     """Adds a line of JSON, with null for NaN. Where the disk is full it says so, and the line waits for the next one."""
     rounded = {}
     for name, value in row.items():
@@ -710,7 +697,7 @@ def write_line(metrics: typing.TextIO, row: dict):
 
 def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=state.model.state_dict(), step=state.step, settings=dataclasses.asdict(s))
+    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(s))
     if not best:
         bad = bad_of_all(state)
         content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad.plain())
@@ -740,7 +727,7 @@ def bad_of_all(state: State) -> BadCount:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """All that a training run has in hand."""
 
@@ -750,10 +737,10 @@ class Run:
     network: torch.nn.Module  # state.model, wrapped for several processes
     tokenizer: object
     dataset: object
-    held_out: object | None  # None: no evaluation
+    held_out: object  # None: no evaluation
     steps: int  # of the whole run
     saved: float  # when the last checkpoint was written, by time.monotonic
-    metrics: typing.TextIO | None = None  # metrics.jsonl, of the chief alone
+    metrics: object = None  # metrics.jsonl, of the chief alone
 
 
 def open_data(s: Settings, flags: dict):
@@ -787,7 +774,7 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     s = resolve(flags, world)
     if world > 1:
         join_group(s)
-    folder, newest, weights = None, None, None
+    folder, newest = None, None
     if writes:
         with together():
             if is_chief():
@@ -795,11 +782,13 @@ def open_run(flags: dict, writes: bool = True) -> Run:
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
     with together():
+        before, started, weights = {}, {}, {}
         if newest:
             content = load_checkpoint(newest)
-            s = settings_of(folder, content["settings"], s, flags)
+            before = settings_of(folder, content["settings"], s, flags)
         else:
-            s, weights = start_of(s, flags)
+            started, weights = start_of(s, flags)
+        s = resolve({**before, **flags, "device": s.device}, world, started)
         set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)
@@ -839,9 +828,8 @@ def train(flags: dict) -> Path:
 def train_steps(run: Run, caught: list):
     """All steps from the run's first to its last, or to the signal in `caught`, and a checkpoint. Raises UserError."""
     s, state = run.s, run.state
-    rank, world = rank_and_world()
-    batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, rank, world)
-    bar = tqdm(batches, total=run.steps, initial=state.step, disable=rank > 0, unit="step", mininterval=1,
+    batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, *rank_and_world())
+    bar = tqdm(batches, total=run.steps, initial=state.step, disable=not is_chief(), unit="step", mininterval=1,
                dynamic_ncols=True)
     marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
     for batch in bar:
@@ -872,7 +860,7 @@ def saves_or_stops(run: Run, caught: list) -> bool:
     """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree."""
     s, state = run.s, run.state
     late = time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late = sums(bool(caught), late and is_chief())
+    stop, late = sums(bool(caught), late)
     if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
         save(run.folder, state, s)
         run.saved = time.monotonic()
@@ -889,16 +877,14 @@ def count_samples(state: State, batch: Batch, s: Settings):
 
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
     """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
-    values = torch.stack([loss, *parts.values()]).detach()
-    if distributed():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    loss, *values = values.tolist()
+    world = rank_and_world()[1]
+    losses = torch.stack([loss, *parts.values()]).tolist()
+    *losses, bad = sums(*losses, state.bad.total)
+    loss, *losses = [total / world for total in losses]
     skipped, in_a_row = state.skipped.int().tolist()
     return dict(
-        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, values)), grad_norm=norm.item(),
-        skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(),
-        bad=int(sums(state.bad.total)[0]))
+        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, losses)), grad_norm=norm.item(),
+        skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(), bad=int(bad))
 
 
 def evaluate_held_out(run: Run) -> float:
@@ -913,7 +899,7 @@ def report(run: Run, row: dict, parts: dict, bar):
     """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
     if is_chief():
         write_line(run.metrics, row)
-        bar.set_postfix({name: row[name] for name in (*parts, "images_per_s")}, refresh=False)
+        bar.set_postfix({name: row[name] for name in (*parts, "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run.folder, run.state, run.s)
         with together():
@@ -924,10 +910,7 @@ def report(run: Run, row: dict, parts: dict, bar):
 
 def finish(run: Run):
     """What there is to say at the end, and the evaluation."""
-    state = run.state
-    if state.skipped[0]:
-        say(f"{int(state.skipped[0])} steps were skipped: their gradient was NaN or infinite")
-    bad = bad_of_all(state)
+    bad = bad_of_all(run.state)
     if bad:
         say(f"replaced by other samples: {bad.report()}")
     chief = is_chief()
@@ -950,6 +933,7 @@ def leave_group(run: Run):
 
 def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    from torch.utils.benchmark import Timer, timer  # here, because it looks for a compiler
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
     marks = [timer()]  # it waits until a GPU has done all that it was given to do
@@ -987,8 +971,6 @@ def main():
             train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-    except KeyboardInterrupt:  # before the first step or after the last one
-        sys.exit(130)
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
         if not gone or "RANK" not in os.environ:

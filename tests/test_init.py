@@ -21,7 +21,8 @@ from test_train import ROOT, RUN, command_line, fit, load
 def started(**flags):
     """The model that a run with these flags starts with, its tokenizer being the file's."""
     flags = {**RUN, "method": "clip", "raw_caption": True, "long_texts": 1, **flags}
-    s, weights = train.start_of(train.resolve(flags), flags)
+    told, weights = train.start_of(train.resolve(flags), flags)
+    s = train.resolve(flags, 1, told)
     s.vocab = len(weights["text.token_embedding.weight"])
     return train.build(s, weights).eval()
 

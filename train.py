@@ -306,7 +306,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
 
 
@@ -563,12 +563,12 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
             decay.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
-        dict(params=free, weight_decay=0.0),
-        dict(params=[model.logit_scale], weight_decay=0.0),
+        dict(params=free),
+        dict(params=[model.logit_scale]),
     ]
     if matrices:
         groups.append(dict(params=matrices, weight_decay=s.weight_decay, muon=True))
-    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -808,8 +808,8 @@ def train(flags: dict) -> Path:
     """Trains as the flags say and returns the run's folder."""
     run = open_run(flags)
     s, state = run.s, run.state
-    parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
-    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; {parameters:.2f} M "
+    parameters = sum(p.numel() for p in state.model.parameters())
+    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; {parameters:,} "
         f"parameters, {s.device}, {s.precision}; run folder {run.folder}")
     try:
         with signals_caught() as caught:

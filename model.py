@@ -13,12 +13,10 @@ and the two towers to CLIP; behind them stand the checkpoints, ours and released
 Attention masks are boolean, True where a query may look at a key.
 """
 
-import copy
 import json
 import os
 import re
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,12 +71,6 @@ CHOICES = dict(
 
 def check(c: CLIPConfig):
     """Raises UserError, one sentence, where settings cannot go together."""
-    for name, value in vars(c).items():
-        least = {"corner_tokens": 0, "context": 2}.get(name, 1)  # a text has its two ends
-        if type(value) is int and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"no {name} {value!r}: choose from {', '.join(CHOICES[name])}")
     if c.image_size % c.patch:
         raise UserError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
                         "--image-size")
@@ -370,12 +362,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
-MOST_PACKED = 65_535  # texts in one call of FlashAttention: a CUDA grid's second side has no more
-
-
 class CLIP(nn.Module):
-    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), in "buckets" of like length
-    # with little of it, or "padded", which like "packed" is a single call of the text tower.
+    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like length
+    # with little of it.
     layout = "buckets"
 
     def __init__(self, config: CLIPConfig):
@@ -420,15 +409,12 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
         zeros or those of padding). `lengths` of N numbers, a NumPy array, are the texts' lengths: given, the device
-        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest;
-        so do more texts than can be packed.
+        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest.
         """
-        if self.layout == "padded":
-            return self.encode_text(tokens)
         if lengths is None:
             lengths = (tokens.argmax(-1) + 1).cpu().numpy()
         lengths = lengths.reshape(-1)
-        if self.layout == "packed" and len(tokens) <= MOST_PACKED:
+        if self.layout == "packed":
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")
@@ -464,24 +450,19 @@ class CLIP(nn.Module):
         }
 
 
-def packing_trouble(model: CLIP, device: str) -> str:
-    """What keeps the model from packing its texts on the device, or "". Embeds a few texts packed and padded there, in
-    bfloat16, and compares."""
+@torch.no_grad()
+def packing_trouble(model: CLIP) -> str:
+    """What keeps the model from packing its texts where it is, in bfloat16, or "". It is tried out on two texts."""
     if model.config.corner_tokens and not model.config.corner_mask:
         return "corner tokens that see one another are not packed"
-    text = copy.deepcopy(model.text).to(device)
-    tokens = torch.eye(model.config.context, dtype=torch.long, device=device)[:9]  # texts of 1, 2, 3 ... tokens
-    tokens = tokens * (model.config.vocab - 1)
-    total = sum(range(len(tokens) + 1))
+    device = model.logit_scale.device
+    ends = torch.full((2, 1), model.config.vocab - 1, device=device)
     try:
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
-            summaries = text(tokens)[0], text.packed(tokens, total)[0]
-        weight = text.blocks[0].attn.qkv.weight  # its gradient depends on all of the tower, forward and backward
-        padded, packed = (torch.autograd.grad(x.sum(), weight)[0] for x in summaries)
+        with torch.autocast(device.type, torch.bfloat16):
+            model.text.packed(ends, total=2)
     except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    difference = float((packed - padded).norm() / padded.norm())
-    return "" if difference < 0.1 else f"packed and padded texts differ by {difference:.2g} in their gradients"
+    return ""
 
 
 # ---- checkpoints: ours -----------------------------------------------------------------------------------------------
@@ -505,8 +486,6 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
-        with suppress(OSError):
-            temporary.unlink()
         print(f"{path} could not be written ({error.__context__ or error}); older ones are as they were, and it is "
               "tried again", flush=True)
         return False
@@ -583,12 +562,9 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
             return load_released(path, content, activation)
         model = CLIP(config_from(SimpleNamespace(**content["settings"])))
         load_weights(model, content["model"])
+        return model, content["settings"]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    # Older runs could keep an average of the weights, which is the model to evaluate.
-    for parameter, average in zip(model.parameters(), content.get("average") or []):
-        parameter.data.copy_(average)
-    return model, content["settings"]
 
 
 def load_weights(model: CLIP, state: dict[str, Tensor]):
@@ -673,7 +649,7 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
     source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
     print(f"{path.name}: activation {model.config.activation} ({source})")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
 
 def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
@@ -685,7 +661,8 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     if it is none of these layouts.
     """
     state = {name.removeprefix("module."): value.float() for name, value in state.items()}
-    state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
+    for name in NOT_WEIGHTS:
+        state.pop(name, None)
     try:
         if "visual.conv1.weight" in state:
             settings, state = read_open_clip(state)
@@ -865,12 +842,15 @@ def export_transformers(model: CLIP, folder: Path):
 
 # ---- checkpoints: where training starts ------------------------------------------------------------------------------
 
-# What a run may choose anew although its first weights come from a file. `grown` makes the weights fit, and the number
-# of a tokenizer's words is compared later.
+# What a run may choose anew although its first weights come from a file: `grown` makes the weights fit, the number of a
+# tokenizer's words is compared later, and no shape tells the last four, so the user's word counts.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
-        "corner_mask", "tokenizer")
+        "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
-UNTOLD = ("vision_heads", "text_heads", "activation", "pool")  # no shape tells these of somebody else's file
+TOWERS = {  # the prefix of its tensors in LoTLIP's release, how they are read, what their shapes tell, the module
+    "init_image": ("visual.trunk.", read_timm, image_sizes, VisionTransformer),
+    "init_text": ("text.transformer.", read_bert, text_sizes, TextTransformer),
+}
 
 
 def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -879,19 +859,16 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
     """
-    told = {}
     if part == "init":
         model, known = load_model(path, flags.get("activation"))
         settings, weights = asdict(model.config), model.state_dict()
         settings["tokenizer"] = known["tokenizer"]
-        told = known.get("told", settings)
     else:
         settings, weights = load_tower(path, part)
         if part == "init_text":
             settings["tokenizer"] = str(path.with_name("vocab.txt"))
-    for name, value in (settings | told).items():
-        free = name in FREE or name in UNTOLD and name not in told
-        if not free and flags.get(name, value) != value:
+    for name, value in settings.items():
+        if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave it away")
     return settings, weights
@@ -899,10 +876,7 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 def load_tower(path: Path, part: str):
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
-    if part == "init_image":
-        prefix, read, sizes, kind = "visual.trunk.", read_timm, image_sizes, VisionTransformer
-    else:
-        prefix, read, sizes, kind = "text.transformer.", read_bert, text_sizes, TextTransformer
+    prefix, read, sizes, kind = TOWERS[part]
     state = read_checkpoint(path)
     theirs = {
         prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names

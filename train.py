@@ -494,7 +494,7 @@ def prepare(model: CLIP, s: Settings):
 def text_layout(model: CLIP, s: Settings) -> str:
     """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
     if s.device.startswith("cuda") and s.precision == "bf16":
-        trouble = packing_trouble(model, s.device)
+        trouble = packing_trouble(model)
         if not trouble:
             return "packed"
         say(f"WARNING: texts are not packed, which is slower: {trouble}")

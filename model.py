@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -418,20 +419,16 @@ class CLIP(nn.Module):
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")
-        lengths, order = lengths[order], torch.from_numpy(order).to(tokens.device)
-        tokens = tokens[order]
+        bounds = np.searchsorted(lengths[order], 2 ** np.arange(4, 32), side="right")
         summaries, embeddings = [], []
-        start, most = 0, 16
-        while start < len(tokens):
-            end = int((lengths <= most).sum())
-            if end > start:
-                longest = int(lengths[end - 1])
-                summary, words = self.encode_text(tokens[start:end, :longest])
+        for rows in np.split(order, np.unique(bounds)):
+            if len(rows):
+                longest = lengths[rows[-1]]
+                summary, words = self.encode_text(tokens[torch.from_numpy(rows).to(tokens.device), :longest])
                 summaries.append(summary)
                 if with_tokens:
                     embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
-            start, most = end, 2 * most
-        back = order.argsort()
+        back = torch.from_numpy(order.argsort()).to(tokens.device)
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
     def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
@@ -644,10 +641,11 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                         pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    known = told | dict(activation=activation) if activation else told
-    model = from_state_dict(state, **known)
-    source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
-    print(f"{path.name}: activation {model.config.activation} ({source})")
+    if activation:
+        told["activation"] = activation
+    model = from_state_dict(state, **told)
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want --activation "
+          "quickgelu)")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
     return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
@@ -795,8 +793,13 @@ def export_open_clip(model: CLIP, file: Path):
     file.with_suffix(".json").write_text(json.dumps(config, indent=1))
 
 
-def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
-    """State dict and config for transformers.CLIPModel of the model, which is CLIP in its parts (else UserError)."""
+def export_transformers(model: CLIP, folder: Path):
+    """Writes what transformers.CLIPModel.from_pretrained and CLIPImageProcessor.from_pretrained read of a folder. The
+    model is CLIP in its parts (else UserError)."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("--export transformers writes safetensors: pip install safetensors") from None
     c = model.config
     check_plain(c, "transformers")
     if c.pool == "average":
@@ -808,12 +811,10 @@ def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
         if ".qkv." in theirs:
             for part, rows in zip("qkv", value.chunk(3)):
                 state[theirs.replace("qkv", part + "_proj")] = rows.contiguous()
+        elif "_projection." in theirs:
+            state[theirs] = value.mT.contiguous()
         else:
-            state[theirs] = value
-    for name in ("visual_projection.weight", "text_projection.weight"):
-        state[name] = state[name].mT.contiguous()
-    token = "vision_model.embeddings.class_embedding"
-    state[token] = state[token][0]
+            state[theirs] = value[0] if theirs.endswith("class_embedding") else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
@@ -821,19 +822,10 @@ def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
                 num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
                 max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
-    return state, dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
-
-
-def export_transformers(model: CLIP, folder: Path):
-    """Writes what transformers.CLIPModel.from_pretrained and CLIPImageProcessor.from_pretrained read of a folder."""
-    state, config = to_transformers(model)
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("--export transformers writes safetensors: pip install safetensors") from None
-    size = model.config.image_size
+    config = dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
     # Bicubic resizing, CLIP's mean and deviation are what the processor does unless told otherwise.
-    pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=size), crop_size=size)
+    pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=c.image_size),
+                    crop_size=c.image_size)
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -847,9 +839,9 @@ def export_transformers(model: CLIP, folder: Path):
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
-TOWERS = {  # the prefix of its tensors in LoTLIP's release, how they are read, what their shapes tell, the module
-    "init_image": ("visual.trunk.", read_timm, image_sizes, VisionTransformer),
-    "init_text": ("text.transformer.", read_bert, text_sizes, TextTransformer),
+TOWERS = {  # the prefix of its tensors in LoTLIP's release, how they are read, what their shapes tell
+    "init_image": ("visual.trunk.", read_timm, image_sizes),
+    "init_text": ("text.transformer.", read_bert, text_sizes),
 }
 
 
@@ -876,20 +868,16 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 def load_tower(path: Path, part: str):
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
-    prefix, read, sizes, kind = TOWERS[part]
+    prefix, read, sizes = TOWERS[part]
     state = read_checkpoint(path)
     theirs = {
         prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names
         for name, value in state.get("model", state).items() if not name.startswith(NOT_TOWERS)}
     try:
         settings, weights = read(theirs)
-        settings |= sizes(weights)
-        tower = kind(CLIPConfig(**settings))
-        own = {name.split(".", 1)[1]: value for name, value in weights.items()}
-        load_weights(tower, {"proj": tower.proj.data} | own)  # nothing else may be missing
-    except (KeyError, UserError) as error:
-        raise UserError(f"{path} is no whole file for --{part.replace('_', '-')}: {error}") from None
-    return settings, weights
+        return settings | sizes(weights), weights
+    except KeyError as error:
+        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
 
 
 def grown(state, model: CLIP) -> dict[str, Tensor]:
@@ -897,15 +885,19 @@ def grown(state, model: CLIP) -> dict[str, Tensor]:
 
     Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
     there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
-    projection, stays as the model has drawn it.
+    projection, stays as the model has drawn it. Raises UserError where half a tower is missing.
     """
+    towers = {name.split(".")[0] for name in state}
     if "text.token_embedding.weight" in state:
         state = {"text.corner_embedding": state["text.token_embedding.weight"][-1:]} | state
     full = model.state_dict()
     for name, drawn in full.items():
         first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
-        if name not in state:
-            full[name] = nudged(state[first]) if first in state else drawn
+        if first in state and name not in state:
+            full[name] = nudged(state[first])
+        elif name not in state:
+            if name.split(".")[0] in towers and not name.endswith(".proj"):
+                raise UserError(f"the weights to start from are not whole: they have no {name}")
         elif state[name].shape == drawn.shape:
             full[name] = state[name]
         else:

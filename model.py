@@ -584,20 +584,21 @@ def resized(model: CLIP, image_size: int) -> CLIP:
 
 # ---- checkpoints: released ones --------------------------------------------------------------------------------------
 
-# Our names and theirs: the parts of a tensor's name that differ, in the order in which they are replaced.
+# The parts of a tensor's name that are replaced, in this order: ours by theirs in OPEN_CLIP and TRANSFORMERS, theirs by
+# ours in TIMM and BERT.
 OPEN_CLIP = {
     ".blocks.": ".transformer.resblocks.", ".attn.qkv.": ".attn.in_proj_", ".attn.out.": ".attn.out_proj.",
     ".fc.": ".mlp.c_fc.", ".proj.0.": ".mlp.c_proj.", ".proj.": ".c_proj.",  # the last: Holistic CLIP's MLPs
     "visual.patch_embedding": "visual.conv1", "text.proj": "text.text_projection"}
 TIMM = {
-    "visual.": "visual.trunk.", ".attn.out.": ".attn.proj.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
-    ".fc.": ".mlp.fc1.", ".proj.0.": ".mlp.fc2.", ".ln_post.": ".norm.", ".class_embedding": ".cls_token",
-    ".patch_embedding.": ".patch_embed.proj.", ".positional_embedding": ".pos_embed"}
+    "visual.trunk.": "visual.", ".attn.proj.": ".attn.out.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
+    ".mlp.fc1.": ".fc.", ".mlp.fc2.": ".proj.0.", ".norm.": ".ln_post.", ".cls_token": ".class_embedding",
+    ".patch_embed.proj.": ".patch_embedding.", ".pos_embed": ".positional_embedding"}
 BERT = {
-    ".blocks.": ".transformer.encoder.layer.", ".attn.out.": ".attention.output.dense.",
-    ".ln_1.": ".attention.output.LayerNorm.", ".attn.": ".attention.self.", ".fc.": ".intermediate.dense.",
-    ".proj.0.": ".output.dense.", ".ln_2.": ".output.LayerNorm.", ".pooler.0.": ".transformer.pooler.dense.",
-    ".ln_pre.": ".transformer.embeddings.LayerNorm.", ".weight": ".gamma", ".bias": ".beta"}  # the last: older files'
+    ".transformer.encoder.layer.": ".blocks.", ".attention.output.dense.": ".attn.out.",
+    ".attention.output.LayerNorm.": ".ln_1.", ".attention.self.": ".attn.", ".intermediate.dense.": ".fc.",
+    ".output.dense.": ".proj.0.", ".output.LayerNorm.": ".ln_2.", ".transformer.pooler.dense.": ".pooler.0.",
+    ".transformer.embeddings.LayerNorm.": ".ln_pre.", ".gamma": ".weight", ".beta": ".bias"}  # the last: older files'
 TRANSFORMERS = {
     "visual.proj": "visual_projection.weight", "text.proj": "text_projection.weight",
     "visual.": "vision_model.", "text.": "text_model.", ".blocks.": ".encoder.layers.", ".ln_1.": ".layer_norm1.",
@@ -611,16 +612,13 @@ NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 
 
-def to_ours(name, table):
-    for ours, theirs in table.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def to_theirs(name, table):
-    for ours, theirs in table.items():
-        name = name.replace(ours, theirs)
-    return name
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    ours = {}
+    for name, value in state.items():
+        for old, new in table.items():
+            name = name.replace(old, new)
+        ours[name] = value
+    return ours
 
 
 def count(state, pattern):
@@ -665,7 +663,10 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
         if "visual.conv1.weight" in state:
             settings, state = read_open_clip(state)
         elif "visual.trunk.cls_token" in state:
-            settings, state = read_lotlip(state)
+            settings, state = read_timm(state)
+            text_settings, state = read_bert(state, corners=2, places=128)
+            state["text.proj"] = state.pop("text.proj.weight").mT
+            settings |= text_settings
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
         settings |= image_sizes(state) | text_sizes(state)
@@ -705,7 +706,8 @@ def read_open_clip(state):
     for name, value in state.items():
         if not name.startswith(("visual.", "text.", "logit_scale")):
             name = "text." + name  # the text tower's tensors stand at the top, or under "text."
-        ours[to_ours(name, OPEN_CLIP)] = value
+        ours[name] = value
+    ours = renamed(ours, {theirs: our for our, theirs in OPEN_CLIP.items()})
     positions = ours["visual.positional_embedding"]
     tokens = ours["visual.class_embedding"].view(-1, positions.shape[1])
     H = len(tokens)
@@ -720,17 +722,9 @@ def read_open_clip(state):
     return dict(branches=H, branch_mask=H == 1), ours
 
 
-def read_lotlip(state):
-    """State dict of LoTLIP's release -> settings, state dict in our names."""
-    settings, image = read_timm(state)
-    text_settings, text = read_bert(state, corners=2, places=128)
-    text["text.proj"] = text.pop("text.proj.weight").mT
-    return settings | text_settings, image | text
-
-
 def read_timm(state):
-    """The image tower of LoTLIP's release, which is timm's ViT -> settings, state dict in our names."""
-    ours = {to_ours(name, TIMM): value for name, value in state.items() if name.startswith("visual.")}
+    """LoTLIP's image tower, which is timm's ViT -> settings, the state dict with our names for this tower."""
+    ours = renamed(state, TIMM)
     # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
     positions = ours["visual.positional_embedding"][0]  # [1+P, W]
     patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
@@ -741,9 +735,9 @@ def read_timm(state):
 
 
 def read_bert(state, corners=0, places=None):
-    """The rest of LoTLIP's release, whose text tower is BERT -> settings, state dict in our names. It reads texts of
-    up to `places` tokens, corners counted."""
-    ours = {to_ours(name, BERT): value for name, value in state.items() if not name.startswith("visual.")}
+    """LoTLIP's text tower, which is BERT -> settings, the state dict with our names for this tower. It reads texts of up
+    to `places` tokens, corners counted."""
+    ours = renamed(state, BERT)
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
@@ -774,9 +768,8 @@ def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
     check_plain(c, "open_clip")
-    state = {}
-    for name, value in model.state_dict().items():
-        state[to_theirs(name, OPEN_CLIP).removeprefix("text.")] = value
+    state = renamed(model.state_dict(), OPEN_CLIP)
+    state = {name.removeprefix("text."): value for name, value in state.items()}
     state["visual.class_embedding"] = state["visual.class_embedding"][0]
     vision = dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
@@ -806,15 +799,14 @@ def export_transformers(model: CLIP, folder: Path):
         raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place "
                         "there")
     state = {}
-    for name, value in model.state_dict().items():
-        theirs = to_theirs(name, TRANSFORMERS)
-        if ".qkv." in theirs:
+    for name, value in renamed(model.state_dict(), TRANSFORMERS).items():
+        if ".qkv." in name:
             for part, rows in zip("qkv", value.chunk(3)):
-                state[theirs.replace("qkv", part + "_proj")] = rows.contiguous()
-        elif "_projection." in theirs:
-            state[theirs] = value.mT.contiguous()
+                state[name.replace("qkv", part + "_proj")] = rows.contiguous()
+        elif "_projection." in name:
+            state[name] = value.mT.contiguous()
         else:
-            state[theirs] = value[0] if theirs.endswith("class_embedding") else value
+            state[name] = value[0] if name.endswith("class_embedding") else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
@@ -839,10 +831,6 @@ def export_transformers(model: CLIP, folder: Path):
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
-TOWERS = {  # the prefix of its tensors in LoTLIP's release, how they are read, what their shapes tell
-    "init_image": ("visual.trunk.", read_timm, image_sizes),
-    "init_text": ("text.transformer.", read_bert, text_sizes),
-}
 
 
 def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -853,12 +841,10 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     """
     if part == "init":
         model, known = load_model(path, flags.get("activation"))
-        settings, weights = asdict(model.config), model.state_dict()
-        settings["tokenizer"] = known["tokenizer"]
+        weights = model.state_dict()
+        settings = asdict(model.config) | dict(tokenizer=known["tokenizer"])
     else:
         settings, weights = load_tower(path, part)
-        if part == "init_text":
-            settings["tokenizer"] = str(path.with_name("vocab.txt"))
     for name, value in settings.items():
         if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
@@ -868,14 +854,16 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 def load_tower(path: Path, part: str):
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
-    prefix, read, sizes = TOWERS[part]
     state = read_checkpoint(path)
-    theirs = {
-        prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names
-        for name, value in state.get("model", state).items() if not name.startswith(NOT_TOWERS)}
+    state = state.get("model", state)
+    names = [name for name in state if not name.startswith(NOT_TOWERS)]
     try:
-        settings, weights = read(theirs)
-        return settings | sizes(weights), weights
+        if part == "init_image":
+            settings, weights = read_timm({"visual.trunk." + name: state[name].float() for name in names})
+            return settings | image_sizes(weights), weights
+        theirs = {"text.transformer." + name.removeprefix("bert."): state[name].float() for name in names}
+        settings, weights = read_bert(theirs)
+        return settings | text_sizes(weights) | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
     except KeyError as error:
         raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
 

@@ -13,17 +13,16 @@ and the two towers to CLIP; behind them stand the checkpoints, ours and released
 Attention masks are boolean, True where a query may look at a key.
 """
 
-import copy
 import json
 import os
 import re
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,6 +33,7 @@ from data import UserError, read_json
 
 @dataclass
 class CLIPConfig:
+    # the model
     image_size: int = 224  # side of the square image, in pixels
     patch: int = 16  # side of a patch, in pixels
     vision_width: int = 768  # width W of the image tower
@@ -72,12 +72,6 @@ CHOICES = dict(
 
 def check(c: CLIPConfig):
     """Raises UserError, one sentence, where settings cannot go together."""
-    for name, value in vars(c).items():
-        least = {"corner_tokens": 0, "context": 2}.get(name, 1)  # a text has its two ends
-        if type(value) is int and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"no {name} {value!r}: choose from {', '.join(CHOICES[name])}")
     if c.image_size % c.patch:
         raise UserError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
                         "--image-size")
@@ -369,12 +363,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
-MOST_PACKED = 65_535  # texts in one call of FlashAttention: a CUDA grid's second side has no more
-
-
 class CLIP(nn.Module):
-    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), in "buckets" of like length
-    # with little of it, or "padded", which like "packed" is a single call of the text tower.
+    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like length
+    # with little of it.
     layout = "buckets"
 
     def __init__(self, config: CLIPConfig):
@@ -419,32 +410,25 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
         zeros or those of padding). `lengths` of N numbers, a NumPy array, are the texts' lengths: given, the device
-        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest;
-        so do more texts than can be packed.
+        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest.
         """
-        if self.layout == "padded":
-            return self.encode_text(tokens)
         if lengths is None:
             lengths = (tokens.argmax(-1) + 1).cpu().numpy()
         lengths = lengths.reshape(-1)
-        if self.layout == "packed" and len(tokens) <= MOST_PACKED:
+        if self.layout == "packed":
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")
-        lengths, order = lengths[order], torch.from_numpy(order).to(tokens.device)
-        tokens = tokens[order]
+        bounds = np.searchsorted(lengths[order], 2 ** np.arange(4, 32), side="right")
         summaries, embeddings = [], []
-        start, most = 0, 16
-        while start < len(tokens):
-            end = int((lengths <= most).sum())
-            if end > start:
-                longest = int(lengths[end - 1])
-                summary, words = self.encode_text(tokens[start:end, :longest])
+        for rows in np.split(order, np.unique(bounds)):
+            if len(rows):
+                longest = lengths[rows[-1]]
+                summary, words = self.encode_text(tokens[torch.from_numpy(rows).to(tokens.device), :longest])
                 summaries.append(summary)
                 if with_tokens:
                     embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
-            start, most = end, 2 * most
-        back = order.argsort()
+        back = torch.from_numpy(order.argsort()).to(tokens.device)
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
     def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
@@ -463,24 +447,19 @@ class CLIP(nn.Module):
         }
 
 
-def packing_trouble(model: CLIP, device: str) -> str:
-    """What keeps the model from packing its texts on the device, or "". Embeds a few texts packed and padded there, in
-    bfloat16, and compares."""
+@torch.no_grad()
+def packing_trouble(model: CLIP) -> str:
+    """What keeps the model from packing its texts where it is, in bfloat16, or "". It is tried out on two texts."""
     if model.config.corner_tokens and not model.config.corner_mask:
         return "corner tokens that see one another are not packed"
-    text = copy.deepcopy(model.text).to(device)
-    tokens = torch.eye(model.config.context, dtype=torch.long, device=device)[:9]  # texts of 1, 2, 3 ... tokens
-    tokens = tokens * (model.config.vocab - 1)
-    total = sum(range(len(tokens) + 1))
+    device = model.logit_scale.device
+    ends = torch.full((2, 1), model.config.vocab - 1, device=device)
     try:
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
-            summaries = text(tokens)[0], text.packed(tokens, total)[0]
-        weight = text.blocks[0].attn.qkv.weight  # its gradient depends on all of the tower, forward and backward
-        padded, packed = (torch.autograd.grad(x.sum(), weight)[0] for x in summaries)
+        with torch.autocast(device.type, torch.bfloat16):
+            model.text.packed(ends, total=2)
     except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    difference = float((packed - padded).norm() / padded.norm())
-    return "" if difference < 0.1 else f"packed and padded texts differ by {difference:.2g} in their gradients"
+    return ""
 
 
 # ---- checkpoints: ours -----------------------------------------------------------------------------------------------
@@ -504,8 +483,6 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
-        with suppress(OSError):
-            temporary.unlink()
         print(f"{path} could not be written ({error.__context__ or error}); older ones are as they were, and it is "
               "tried again", flush=True)
         return False
@@ -582,12 +559,9 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
             return load_released(path, content, activation)
         model = CLIP(config_from(SimpleNamespace(**content["settings"])))
         load_weights(model, content["model"])
+        return model, content["settings"]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    # Older runs could keep an average of the weights, which is the model to evaluate.
-    for parameter, average in zip(model.parameters(), content.get("average") or []):
-        parameter.data.copy_(average)
-    return model, content["settings"]
 
 
 def load_weights(model: CLIP, state: dict[str, Tensor]):
@@ -610,20 +584,21 @@ def resized(model: CLIP, image_size: int) -> CLIP:
 
 # ---- checkpoints: released ones --------------------------------------------------------------------------------------
 
-# Our names and theirs: the parts of a tensor's name that differ, in the order in which they are replaced.
+# The parts of a tensor's name that are replaced, in this order: ours by theirs in OPEN_CLIP and TRANSFORMERS, theirs by
+# ours in TIMM and BERT.
 OPEN_CLIP = {
     ".blocks.": ".transformer.resblocks.", ".attn.qkv.": ".attn.in_proj_", ".attn.out.": ".attn.out_proj.",
     ".fc.": ".mlp.c_fc.", ".proj.0.": ".mlp.c_proj.", ".proj.": ".c_proj.",  # the last: Holistic CLIP's MLPs
     "visual.patch_embedding": "visual.conv1", "text.proj": "text.text_projection"}
 TIMM = {
-    "visual.": "visual.trunk.", ".attn.out.": ".attn.proj.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.",
-    ".fc.": ".mlp.fc1.", ".proj.0.": ".mlp.fc2.", ".ln_post.": ".norm.", ".class_embedding": ".cls_token",
-    ".patch_embedding.": ".patch_embed.proj.", ".positional_embedding": ".pos_embed"}
+    "visual.trunk.": "visual.", ".attn.proj.": ".attn.out.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
+    ".mlp.fc1.": ".fc.", ".mlp.fc2.": ".proj.0.", ".norm.": ".ln_post.", ".cls_token": ".class_embedding",
+    ".patch_embed.proj.": ".patch_embedding.", ".pos_embed": ".positional_embedding"}
 BERT = {
-    ".blocks.": ".transformer.encoder.layer.", ".attn.out.": ".attention.output.dense.",
-    ".ln_1.": ".attention.output.LayerNorm.", ".attn.": ".attention.self.", ".fc.": ".intermediate.dense.",
-    ".proj.0.": ".output.dense.", ".ln_2.": ".output.LayerNorm.", ".pooler.0.": ".transformer.pooler.dense.",
-    ".ln_pre.": ".transformer.embeddings.LayerNorm.", ".weight": ".gamma", ".bias": ".beta"}  # the last: older files'
+    ".transformer.encoder.layer.": ".blocks.", ".attention.output.dense.": ".attn.out.",
+    ".attention.output.LayerNorm.": ".ln_1.", ".attention.self.": ".attn.", ".intermediate.dense.": ".fc.",
+    ".output.dense.": ".proj.0.", ".output.LayerNorm.": ".ln_2.", ".transformer.pooler.dense.": ".pooler.0.",
+    ".transformer.embeddings.LayerNorm.": ".ln_pre.", ".gamma": ".weight", ".beta": ".bias"}  # the last: older files'
 TRANSFORMERS = {
     "visual.proj": "visual_projection.weight", "text.proj": "text_projection.weight",
     "visual.": "vision_model.", "text.": "text_model.", ".blocks.": ".encoder.layers.", ".ln_1.": ".layer_norm1.",
@@ -637,16 +612,13 @@ NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 
 
-def to_ours(name, table):
-    for ours, theirs in table.items():
-        name = name.replace(theirs, ours)
-    return name
-
-
-def to_theirs(name, table):
-    for ours, theirs in table.items():
-        name = name.replace(ours, theirs)
-    return name
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    ours = {}
+    for name, value in state.items():
+        for old, new in table.items():
+            name = name.replace(old, new)
+        ours[name] = value
+    return ours
 
 
 def count(state, pattern):
@@ -667,12 +639,13 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                         pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    known = told | dict(activation=activation) if activation else told
-    model = from_state_dict(state, **known)
-    source = "as told" if known else "as is usual; OpenAI's, MetaCLIP's and DFN's weights want --activation quickgelu"
-    print(f"{path.name}: activation {model.config.activation} ({source})")
+    if activation:
+        told["activation"] = activation
+    model = from_state_dict(state, **told)
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want --activation "
+          "quickgelu)")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24, told=told)
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
 
 def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
@@ -684,12 +657,16 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     if it is none of these layouts.
     """
     state = {name.removeprefix("module."): value.float() for name, value in state.items()}
-    state = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
+    for name in NOT_WEIGHTS:
+        state.pop(name, None)
     try:
         if "visual.conv1.weight" in state:
             settings, state = read_open_clip(state)
         elif "visual.trunk.cls_token" in state:
-            settings, state = read_lotlip(state)
+            settings, state = read_timm(state)
+            text_settings, state = read_bert(state, corners=2, places=128)
+            state["text.proj"] = state.pop("text.proj.weight").mT
+            settings |= text_settings
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
         settings |= image_sizes(state) | text_sizes(state)
@@ -729,7 +706,8 @@ def read_open_clip(state):
     for name, value in state.items():
         if not name.startswith(("visual.", "text.", "logit_scale")):
             name = "text." + name  # the text tower's tensors stand at the top, or under "text."
-        ours[to_ours(name, OPEN_CLIP)] = value
+        ours[name] = value
+    ours = renamed(ours, {theirs: our for our, theirs in OPEN_CLIP.items()})
     positions = ours["visual.positional_embedding"]
     tokens = ours["visual.class_embedding"].view(-1, positions.shape[1])
     H = len(tokens)
@@ -744,17 +722,9 @@ def read_open_clip(state):
     return dict(branches=H, branch_mask=H == 1), ours
 
 
-def read_lotlip(state):
-    """State dict of LoTLIP's release -> settings, state dict in our names."""
-    settings, image = read_timm(state)
-    text_settings, text = read_bert(state, corners=2, places=128)
-    text["text.proj"] = text.pop("text.proj.weight").mT
-    return settings | text_settings, image | text
-
-
 def read_timm(state):
-    """The image tower of LoTLIP's release, which is timm's ViT -> settings, state dict in our names."""
-    ours = {to_ours(name, TIMM): value for name, value in state.items() if name.startswith("visual.")}
+    """LoTLIP's image tower, which is timm's ViT -> settings, the state dict with our names for this tower."""
+    ours = renamed(state, TIMM)
     # timm's ViT has a bias on its patches, which joins their positions, and no projection: ours is an identity.
     positions = ours["visual.positional_embedding"][0]  # [1+P, W]
     patches = positions[1:] + ours.pop("visual.patch_embedding.bias")
@@ -765,9 +735,9 @@ def read_timm(state):
 
 
 def read_bert(state, corners=0, places=None):
-    """The rest of LoTLIP's release, whose text tower is BERT -> settings, state dict in our names. It reads texts of
-    up to `places` tokens, corners counted."""
-    ours = {to_ours(name, BERT): value for name, value in state.items() if not name.startswith("visual.")}
+    """LoTLIP's text tower, which is BERT -> settings, the state dict with our names for this tower. It reads texts of up
+    to `places` tokens, corners counted."""
+    ours = renamed(state, BERT)
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
@@ -798,9 +768,8 @@ def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
     check_plain(c, "open_clip")
-    state = {}
-    for name, value in model.state_dict().items():
-        state[to_theirs(name, OPEN_CLIP).removeprefix("text.")] = value
+    state = renamed(model.state_dict(), OPEN_CLIP)
+    state = {name.removeprefix("text."): value for name, value in state.items()}
     state["visual.class_embedding"] = state["visual.class_embedding"][0]
     vision = dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
@@ -817,25 +786,27 @@ def export_open_clip(model: CLIP, file: Path):
     file.with_suffix(".json").write_text(json.dumps(config, indent=1))
 
 
-def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
-    """State dict and config for transformers.CLIPModel of the model, which is CLIP in its parts (else UserError)."""
+def export_transformers(model: CLIP, folder: Path):
+    """Writes what transformers.CLIPModel.from_pretrained and CLIPImageProcessor.from_pretrained read of a folder. The
+    model is CLIP in its parts (else UserError)."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("--export transformers writes safetensors: pip install safetensors") from None
     c = model.config
     check_plain(c, "transformers")
     if c.pool == "average":
         raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place "
                         "there")
     state = {}
-    for name, value in model.state_dict().items():
-        theirs = to_theirs(name, TRANSFORMERS)
-        if ".qkv." in theirs:
+    for name, value in renamed(model.state_dict(), TRANSFORMERS).items():
+        if ".qkv." in name:
             for part, rows in zip("qkv", value.chunk(3)):
-                state[theirs.replace("qkv", part + "_proj")] = rows.contiguous()
+                state[name.replace("qkv", part + "_proj")] = rows.contiguous()
+        elif "_projection." in name:
+            state[name] = value.mT.contiguous()
         else:
-            state[theirs] = value
-    for name in ("visual_projection.weight", "text_projection.weight"):
-        state[name] = state[name].mT.contiguous()
-    token = "vision_model.embeddings.class_embedding"
-    state[token] = state[token][0]
+            state[name] = value[0] if name.endswith("class_embedding") else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
@@ -843,19 +814,10 @@ def to_transformers(model: CLIP) -> tuple[dict[str, Tensor], dict]:
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
                 num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
                 max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
-    return state, dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
-
-
-def export_transformers(model: CLIP, folder: Path):
-    """Writes what transformers.CLIPModel.from_pretrained and CLIPImageProcessor.from_pretrained read of a folder."""
-    state, config = to_transformers(model)
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("--export transformers writes safetensors: pip install safetensors") from None
-    size = model.config.image_size
+    config = dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
     # Bicubic resizing, CLIP's mean and deviation are what the processor does unless told otherwise.
-    pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=size), crop_size=size)
+    pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=c.image_size),
+                    crop_size=c.image_size)
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -864,12 +826,11 @@ def export_transformers(model: CLIP, folder: Path):
 
 # ---- checkpoints: where training starts ------------------------------------------------------------------------------
 
-# What a run may choose anew although its first weights come from a file. `grown` makes the weights fit, and the number
-# of a tokenizer's words is compared later.
+# What a run may choose anew although its first weights come from a file: `grown` makes the weights fit, the number of a
+# tokenizer's words is compared later, and no shape tells the last four, so the user's word counts.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
-        "corner_mask", "tokenizer")
+        "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
-UNTOLD = ("vision_heads", "text_heads", "activation", "pool")  # no shape tells these of somebody else's file
 
 
 def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -878,19 +839,14 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
     """
-    told = {}
     if part == "init":
         model, known = load_model(path, flags.get("activation"))
-        settings, weights = asdict(model.config), model.state_dict()
-        settings["tokenizer"] = known["tokenizer"]
-        told = known.get("told", settings)
+        weights = model.state_dict()
+        settings = asdict(model.config) | dict(tokenizer=known["tokenizer"])
     else:
         settings, weights = load_tower(path, part)
-        if part == "init_text":
-            settings["tokenizer"] = str(path.with_name("vocab.txt"))
-    for name, value in (settings | told).items():
-        free = name in FREE or name in UNTOLD and name not in told
-        if not free and flags.get(name, value) != value:
+    for name, value in settings.items():
+        if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave it away")
     return settings, weights
@@ -898,23 +854,18 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 def load_tower(path: Path, part: str):
     """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
-    if part == "init_image":
-        prefix, read, sizes, kind = "visual.trunk.", read_timm, image_sizes, VisionTransformer
-    else:
-        prefix, read, sizes, kind = "text.transformer.", read_bert, text_sizes, TextTransformer
     state = read_checkpoint(path)
-    theirs = {
-        prefix + name.removeprefix("bert."): value.float()  # LoTLIP's names
-        for name, value in state.get("model", state).items() if not name.startswith(NOT_TOWERS)}
+    state = state.get("model", state)
+    names = [name for name in state if not name.startswith(NOT_TOWERS)]
     try:
-        settings, weights = read(theirs)
-        settings |= sizes(weights)
-        tower = kind(CLIPConfig(**settings))
-        own = {name.split(".", 1)[1]: value for name, value in weights.items()}
-        load_weights(tower, {"proj": tower.proj.data} | own)  # nothing else may be missing
-    except (KeyError, UserError) as error:
-        raise UserError(f"{path} is no whole file for --{part.replace('_', '-')}: {error}") from None
-    return settings, weights
+        if part == "init_image":
+            settings, weights = read_timm({"visual.trunk." + name: state[name].float() for name in names})
+            return settings | image_sizes(weights), weights
+        theirs = {"text.transformer." + name.removeprefix("bert."): state[name].float() for name in names}
+        settings, weights = read_bert(theirs)
+        return settings | text_sizes(weights) | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
+    except KeyError as error:
+        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
 
 
 def grown(state, model: CLIP) -> dict[str, Tensor]:
@@ -922,15 +873,19 @@ def grown(state, model: CLIP) -> dict[str, Tensor]:
 
     Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
     there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
-    projection, stays as the model has drawn it.
+    projection, stays as the model has drawn it. Raises UserError where half a tower is missing.
     """
+    towers = {name.split(".")[0] for name in state}
     if "text.token_embedding.weight" in state:
         state = {"text.corner_embedding": state["text.token_embedding.weight"][-1:]} | state
     full = model.state_dict()
     for name, drawn in full.items():
         first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
-        if name not in state:
-            full[name] = nudged(state[first]) if first in state else drawn
+        if first in state and name not in state:
+            full[name] = nudged(state[first])
+        elif name not in state:
+            if name.split(".")[0] in towers and not name.endswith(".proj"):
+                raise UserError(f"the weights to start from are not whole: they have no {name}")
         elif state[name].shape == drawn.shape:
             full[name] = state[name]
         else:

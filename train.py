@@ -10,7 +10,6 @@ torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
-import dataclasses
 import fcntl
 import functools
 import gc
@@ -22,11 +21,11 @@ import re
 import signal
 import sys
 import time
-import typing
-from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, con
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
@@ -175,27 +174,25 @@ def parse_flags(argv=None) -> dict:
                     argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of a step goes and the hours the run would take; no training")
-    hints = typing.get_type_hints(Settings)
-    group = parser.add_argument_group("the model")
-    for line in (inspect.getsource(CLIPConfig) + inspect.getsource(Settings)).splitlines():
-        title = re.fullmatch(r"    # (.+)", line)
-        field = re.fullmatch(r"    (\w+): .+? = (.+?)  # (.+)", line)
+    source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
+    for title, name, text in re.findall(r"^    (?:# (.+)|(\w+): .+?  # (.+))", source, re.M):
         if title:
-            group = parser.add_argument_group(title[1])
-        if field and field[1] != "vocab":  # the tokenizer has it
-            add_flag(group, field[1], hints[field[1]], f"{field[3]} [{field[2]}]".replace("%", "%%"))
+            group = parser.add_argument_group(title)
+        elif name != "vocab":  # the tokenizer has it
+            add_flag(group, Settings.__dataclass_fields__[name], text)
     return vars(parser.parse_args(argv))
 
 
-def add_flag(group, name: str, hint, text: str):
-    flag = "--" + name.replace("_", "-")
-    if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif typing.get_origin(hint) is tuple:
-        group.add_argument(flag, type=str, nargs="+", help=text)
+def add_flag(group, field, text: str):
+    options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif field.name == "data":
+        options["nargs"] = "+"
     else:
-        kind = float if float in typing.get_args(hint) else hint
-        group.add_argument(flag, type=kind, choices=CHOICES.get(name), help=text)
+        options["type"] = float if field.default is None else field.type
+        options["choices"] = CHOICES.get(field.name)
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def resolve(flags: dict, world: int = 1, started=()) -> Settings:
@@ -207,21 +204,15 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     size = flags.get("size", "auto")
     if size == "auto":
         size = "tiny" if device == "cpu" else "small"
-    name = flags.get("method", Settings.method)
-    row = SIZES[size]
-    method = METHODS[name]
-    if row["kinds"] == BASE["kinds"]:
-        method = method | RECIPES.get(name, {})
-    given = {**dict(started), **method, **flags}
-    s = Settings(**{"pool": "auto", **row, **given, "device": device, "size": size})
-    if isinstance(s.data, str):
-        s.data = (s.data,)
-    s.data = tuple(s.data)
+    small = size in ("nano", "tiny", "small")
+    method = flags.get("method", Settings.method)
+    row = {"pool": "auto", **SIZES[size], **dict(started), **METHODS[method]}
+    if not small:
+        row |= RECIPES.get(method, {})
+    s = Settings(**{**row, **flags, "device": device, "size": size})
+    s.data = (s.data,) if isinstance(s.data, str) else tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
-        averages = size in ("nano", "tiny", "small") and (s.branches == 1 or s.branch_type == "mlp")
-        s.pool = "average" if averages else "class"
-    if s.grouping == "token" and "negatives" not in flags:
-        s.negatives = "image"  # a token's rivals are the other tokens of its caption (SPARC)
+        s.pool = "average" if small and (s.branches == 1 or s.branch_type == "mlp") else "class"
     if s.augment == "strong" and "crop" not in flags:
         s.crop = 0.2
     if s.precision == "auto":
@@ -241,24 +232,21 @@ def multiplies_bfloat16(device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-ABOVE_0 = ("batch", "images", "accumulate", "log_every", "lr", "save_minutes", "timeout_minutes", "shuffle_buffer", "crop")
-SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")  # at most 1
+ABOVE_0 = (
+    "image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads", "context",
+    "embed", "branches", "branch_layers", "batch", "images", "accumulate", "log_every", "lr", "save_minutes",
+    "timeout_minutes", "shuffle_buffer", "crop")
+SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
-            least = "above 0" if name in ABOVE_0 else "0 or more"
-            fits = value > 0 if name in ABOVE_0 else value >= 0
-            if name in SHARES:
-                least += " and at most 1"
-                fits = fits and value <= 1
-            if not fits or not value < 2 ** 63:
-                raise UserError(f"--{name.replace('_', '-')} must be {least}, not {value}")
+            most = 1 if name in SHARES else 2 ** 62
+            if not 0 <= value <= most or name in ABOVE_0 and value == 0:
+                raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
     check_device(s.device)
-    if s.data == ("scenes",) and (s.caption_fields or s.image_root):
-        raise UserError("--caption-fields and --image-root are for files: leave them away, or name some with --data")
     if s.init and (s.init_image or s.init_text):
         raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
     if s.lock_image and not (s.init or s.init_image):
@@ -270,15 +258,11 @@ def check(s: Settings, world: int = 1):
     if s.corner_tokens and set(slots) == {"raw"}:
         raise UserError("corner tokens are trained on long texts and sub-captions, and there are none: add "
                         "--long-texts 1 or --sub-captions 3")
-    if s.grouping == "none" and s.contrastive_weight == 0:
-        raise UserError("both losses are off: give --grouping or a --contrastive-weight above 0")
     if s.grouping == "sub-caption" and s.negatives == "image" and len(slots) == 1:
         raise UserError("grouping by sub-caption contrasts the texts of one image, and there is only one: add "
                         "--sub-captions 3 or use --negatives batch")
-    if s.branches == 1 and (s.branch_diversity or s.matching == "text"):
-        raise UserError("--branch-diversity and --matching are about several branches: add --branches 5, or leave them")
-    if s.grouping == "token" and s.negatives != "image":
-        raise UserError(f"--negatives {s.negatives} is for sub-captions: add --grouping sub-caption, or leave it")
+    if s.branches == 1 and s.branch_diversity:
+        raise UserError("--branch-diversity is about several branches: add --branches 5, or leave it")
     if s.region_grouping and (s.grouping == "none" or "sub" not in slots):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
@@ -289,15 +273,6 @@ def check(s: Settings, world: int = 1):
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
-def begin(flags: dict) -> Settings:
-    """The settings; the process has joined torchrun's others, if there are any."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    s = resolve(flags, world)
-    if world > 1:
-        join_group(s, world)
-    return s
-
-
 def set_machine(s: Settings):
     """What PyTorch and the fused op keep for the whole process."""
     if s.device.startswith("cuda"):
@@ -305,31 +280,24 @@ def set_machine(s: Settings):
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and buckets of texts have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
-    if s.fused == "on":
-        try:
-            fused.similarity_logsumexp(torch.ones(2, 8, device=s.device), torch.ones(2, 8, device=s.device), 1.0)
-        except RuntimeError as error:
-            raise UserError(str(error)) from None
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
-    torch.backends.cuda.matmul.allow_tf32 = s.precision == "bf16"
-    torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
 
 
-def join_group(s: Settings, world: int):
+def join_group(s: Settings):
     """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts for all that is no tensor of the model.
 
     A process that dies closes its connections, so the others notice it at the next step.
     """
-    backend, store = "gloo", None
+    backend = "gloo"
     if s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=s.timeout_minutes)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
         store = dist.PrefixStore(f"attempt {restarts()}", store)
-    rank = int(os.environ["RANK"])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
@@ -338,7 +306,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
 
 
@@ -378,10 +346,9 @@ def together():
     except UserError as error:
         caught = error
     errors = of_each_process(caught)
-    failed = [rank for rank, error in enumerate(errors) if error]
-    if failed and failed[0] == rank_and_world()[0]:
+    if caught and not any(errors[:rank_and_world()[0]]):
         raise caught
-    if failed:
+    if any(errors):
         raise SystemExit(1)
 
 
@@ -389,13 +356,12 @@ def together():
 def signals_caught():
     """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
     caught = []
-    handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, _: caught.append(number))
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
     try:
         yield caught
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
@@ -403,25 +369,24 @@ def signals_caught():
 
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
-    allowed = batch.allowed
-    if allowed is not None:
-        allowed = allowed.to(s.device, non_blocking=True)
-    images = batch.images.to(s.device, non_blocking=True)
-    tokens = batch.tokens.to(s.device, non_blocking=True)
-    return dataclasses.replace(batch, images=images, tokens=tokens, allowed=allowed)
+    moved = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(s.device, non_blocking=True)
+    return replace(batch, **moved)
 
 
-def embed(network, images, tokens, lengths, s: Settings) -> dict:
+def embed(network, batch: Batch, s: Settings) -> dict:
     """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
-        return network(normalize(images), tokens, s.grouping == "token", lengths)
+        return network(normalize(batch.images), batch.tokens, s.grouping == "token", batch.lengths)
 
 
-def backward_in_memory(network, batch: Batch, s: Settings, scaler):
+def backward_in_memory(network, batch: Batch, s: Settings):
     """`backward`; where the memory of a single GPU does not do, in twice as many parts from then on."""
     while True:
         try:
-            return backward(network, batch, s, scaler)
+            return backward(network, batch, s)
         except torch.OutOfMemoryError:
             parts = 2 * s.accumulate
             if distributed() or s.batch % parts:
@@ -433,78 +398,70 @@ def backward_in_memory(network, batch: Batch, s: Settings, scaler):
         say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
 
 
-def backward(network, batch: Batch, s: Settings, scaler, mark=lambda part: None):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name.
-
-    mark: is called with the name of each part of the step once it is done (for --profile).
-    """
+def backward(network, batch: Batch, s: Settings):
+    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name."""
     if s.accumulate > 1:
-        return backward_in_parts(network, batch, s, scaler, mark)
-    out = embed(network, batch.images, batch.tokens, batch.lengths, s)
+        return backward_in_parts(network, batch, s)
+    out = embed(network, batch, s)
     loss, parts = method_loss(out, s, batch.allowed)
-    mark("losses")
-    scaler.scale(loss).backward()
-    mark("backward")
+    loss.backward()
     return loss.detach(), parts
 
 
-def backward_in_parts(network, batch: Batch, s: Settings, scaler, mark):
+def backward_in_parts(network, batch: Batch, s: Settings):
     """GradCache (2101.06983): embeds all parts without a graph, takes the loss over the whole batch for the embeddings'
     gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
     the memory is one part's."""
     n = s.accumulate
-    chunks = list(zip(batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
+    chunks = list(map(Batch, batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
     with torch.no_grad():
-        embedded = [embed(network, *chunk, s) for chunk in chunks]
-    leaves = {}
+        embedded = [embed(network, chunk, s) for chunk in chunks]
+    whole = {}
     for name, first in embedded[0].items():
-        if first is None:
-            continue
-        leaf = torch.cat([out[name] for out in embedded]) if first.dim() else first.clone()  # logit_scale is a number
-        leaves[name] = leaf.requires_grad_(leaf.is_floating_point())
-    loss, parts = method_loss(leaves, s, batch.allowed)
-    scaler.scale(loss).backward()
-    mark("losses")
-    grads = {}
-    for name, leaf in leaves.items():
-        if leaf.grad is not None:
-            grads[name] = leaf.grad.chunk(n) if leaf.dim() else [leaf.grad / n] * n
+        if first is not None:
+            x = torch.cat([out[name] for out in embedded]) if first.dim() else first  # logit_scale is a number
+            whole[name] = x.requires_grad_(x.is_floating_point())
+    loss, parts = method_loss(whole, s, batch.allowed)
+    loss.backward()
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
-            out = embed(network, *chunk, s)
-            trained = [name for name in grads if out[name].requires_grad]  # not those of a locked tower
-            torch.autograd.backward([out[name] for name in trained], [grads[name][i] for name in trained])
-            mark("backward")
+            out = embed(network, chunk, s)
+            surrogate = 0  # its gradient by an embedding is the loss's
+            for name, x in whole.items():
+                if x.grad is not None:
+                    grad = x.grad.chunk(n)[i] if x.dim() else x.grad / n
+                    surrogate = surrogate + (out[name] * grad).sum()
+            surrogate.backward()
     return loss.detach(), parts
 
 
 # ---- the state, and how a step changes it ----------------------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclass
 class State:
     """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
     from (seed, epoch, index)."""
 
     model: CLIP
     optimizer: "Muon"
-    scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
     step: int = 0  # steps done; times the batch, the place in the data
     best: float = math.inf  # least held-out loss
-    bad: BadCount = dataclasses.field(default_factory=BadCount)  # of the samples that this process has met
+    bad: BadCount = field(default_factory=BadCount)  # of the samples that this process has met
 
 
-def start_of(s: Settings, flags: dict) -> tuple[Settings, dict]:
-    """The settings of a new run with what the files of --init, --init-image and --init-text tell, and their weights.
-    Raises UserError."""
+def start_of(s: Settings, flags: dict):
+    """-> what the files of --init, --init-image and --init-text tell of a new run's settings, and their weights. Raises
+    UserError."""
     started, weights = {}, {}
     for part in ("init", "init_image", "init_text"):
-        if getattr(s, part):
-            told, tensors = start_from(Path(getattr(s, part)), part, flags)
+        path = getattr(s, part)
+        if path:
+            told, tensors = start_from(Path(path), part, flags)
             started |= told
             weights |= tensors
-    return resolve({**flags, "device": s.device}, rank_and_world()[1], started), weights
+    return started, weights
 
 
 def build(s: Settings, weights=None) -> CLIP:
@@ -516,72 +473,66 @@ def build(s: Settings, weights=None) -> CLIP:
     return model
 
 
-def prepare(model: CLIP, s: Settings) -> tuple[State, torch.nn.Module]:
-    """The state a run begins with, and the model as a step calls it, wrapped for several processes."""
+def prepare(model: CLIP, s: Settings):
+    """-> the State a run begins with, and the model as a step calls it, wrapped for several processes."""
+    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     model.layout = text_layout(model, s)
     model.visual.requires_grad_(not s.lock_image)
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
-    vision = len(model.visual.blocks)
-    for i, block in enumerate([*model.visual.blocks, *model.text.blocks]):  # by their forward, so names stay as they are
-        if s.compile:  # the number of words changes from step to step, that of patches does not
-            block.forward = torch.compile(block.forward, dynamic=i >= vision)
-        if s.grad_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
+    for tower in (model.visual, model.text):
+        for block in tower.blocks:  # by their forward, so names stay as they are
+            if s.compile:  # the number of words changes from step to step, that of patches does not
+                block.forward = torch.compile(block.forward, dynamic=tower is model.text)
+            if s.grad_checkpointing:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    scaler = torch.amp.GradScaler(s.device.split(":")[0], init_scale=1.0)
-    return State(model, make_optimizer(model, s), scaler, torch.zeros(2, device=s.device)), network
+    return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
 
 
 def text_layout(model: CLIP, s: Settings) -> str:
     """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
-    if not s.device.startswith("cuda") or s.precision != "bf16":
-        return "buckets"
-    trouble = packing_trouble(model, s.device)
-    if trouble:
+    if s.device.startswith("cuda") and s.precision == "bf16":
+        trouble = packing_trouble(model)
+        if not trouble:
+            return "packed"
         say(f"WARNING: texts are not packed, which is slower: {trouble}")
-        return "buckets"
-    return "packed"
+    return "buckets"
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the groups of matrices that say so (Jordan, kellerjordan.github.io/posts/muon): a step is the
+    """AdamW, and Muon for the group of matrices that says so (Jordan, kellerjordan.github.io/posts/muon): a step is the
     matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982).
 
-    One optimizer, so that a GradScaler skips a broken step for all of them: `found_inf` is 1 then.
+    A step that is `broken`, 1.0 on the device, changes nothing, and the host waits for nothing.
     """
 
     @torch.no_grad()
-    def step(self):
+    def step(self, broken: torch.Tensor):
+        self.found_inf = broken  # PyTorch's fused AdamW looks at it, which it has from a GradScaler otherwise
         for group in self.param_groups:
-            if group["muon"]:
-                by_shape = defaultdict(list)
-                for p in group["params"]:
-                    by_shape[p.shape].append(p)
-                for alike in by_shape.values():
-                    self.step_matrices(alike, group)
+            if group.get("muon"):
+                for shape in {p.shape for p in group["params"]}:
+                    self.step_matrices([p for p in group["params"] if p.shape == shape], group)
         super().step()  # passes over the matrices, which have no gradient any more
 
     def step_matrices(self, matrices: list, group: dict):
         """Steps matrices of one shape together and takes their gradients away."""
+        ahead = []
         for p in matrices:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))  # AdamW expects a "step"
-        moments = [self.state[p]["exp_avg"] for p in matrices]
-        momentum = torch.stack(moments)  # [n, a, b]
-        gradient = torch.stack([p.grad for p in matrices])
-        gradient = torch.where(self.found_inf > 0, momentum, gradient)  # leaves the momentum as it is
-        momentum = momentum.lerp(gradient, 0.05)
-        direction = orthogonal(gradient.lerp(momentum, 0.95))  # Nesterov's
+            momentum = self.state[p]["exp_avg"]
+            gradient = torch.where(self.found_inf > 0, momentum, p.grad)  # leaves the momentum as it is
+            momentum.lerp_(gradient, 0.05)
+            ahead.append(gradient.lerp(momentum, 0.95))  # Nesterov's
+            p.grad = None
         rate = group["lr"] * (1 - self.found_inf)
         size = 0.2 * max(matrices[0].shape) ** 0.5
-        for p, moment, new, step in zip(matrices, moments, momentum, direction):
-            moment.copy_(new)
+        for p, step in zip(matrices, orthogonal(torch.stack(ahead))):
             p.mul_(1 - rate * group["weight_decay"])
             p.sub_(rate * size * step)
-            p.grad = None
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -602,25 +553,22 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
     matrices, decay, free = [], [], []
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
-        decays = not is_embedding or s.decay_embeddings and "class" not in name
         if name == "logit_scale" or not p.requires_grad:
             continue
         if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
             matrices.append(p)
-        elif p.ndim > 1 and decays:
-            decay.append(p)
-        else:
+        elif p.ndim < 2 or "class" in name or is_embedding and not s.decay_embeddings:
             free.append(p)
+        else:
+            decay.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
-        dict(params=free, weight_decay=0.0),
-        dict(params=[model.logit_scale], weight_decay=0.0),
+        dict(params=free),
+        dict(params=[model.logit_scale]),
     ]
-    for group in groups:
-        group |= dict(peak=s.lr, muon=False)
     if matrices:
-        groups.append(dict(params=matrices, weight_decay=s.weight_decay, peak=s.muon_lr, muon=True))
-    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, fused=True)
+        groups.append(dict(params=matrices, weight_decay=s.weight_decay, muon=True))
+    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -637,17 +585,15 @@ def update(state: State, rate: float, s: Settings) -> torch.Tensor:
     """Clips the gradients and steps the optimizer, with `rate` times its greatest learning rate -> the gradients' norm.
 
     Where a gradient is NaN or infinite, on all processes alike since it is their sum, weights and moments stay as they
-    are. PyTorch's GradScaler, made for half precision, sees to it on the device, so the host waits for nothing.
+    are.
     """
-    state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * group["peak"]
-    state.scaler.step(state.optimizer)
-    state.scaler.update(1.0)  # float32 and bfloat16 need no other scale
+        group["lr"] = rate * (s.muon_lr if group.get("muon") else s.lr)
+    broken = (~norm.isfinite()).float()
+    state.optimizer.step(broken)
     state.optimizer.zero_grad(set_to_none=True)
     state.model.logit_scale.clamp_(max=math.log(100))
-    broken = (~norm.isfinite()).float()
     state.skipped += broken
     state.skipped[1] *= broken
     state.step += 1
@@ -659,12 +605,12 @@ def held_out_loss(run: "Run") -> float:
     """The mean of the method's loss over always the same held-out images."""
     rank, world = rank_and_world()
     n = min(len(run.held_out), run.s.eval_images)
-    s = dataclasses.replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
+    s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
     steps = max(1, n // s.batch)
     total = 0.0
     for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
         batch = to_device(batch, s)
-        out = embed(run.network, batch.images, batch.tokens, batch.lengths, s)
+        out = embed(run.network, batch, s)
         total += method_loss(out, s, batch.allowed)[0]
     return sums(total.item())[0] / world / steps
 
@@ -678,19 +624,20 @@ def run_folder(s: Settings) -> Path:
         if not checkpoints(Path(s.resume)):
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
-    base = Path(s.out) if s.out != "auto" else Path("runs") / f"{s.method}-{s.size}"
-    folder, number = base, 1
-    unfinished = []
+    goes_on = s.resume == "auto" or restarts() > 0
+    if s.out != "auto":
+        if checkpoints(Path(s.out)) and not goes_on:
+            raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
+        return Path(s.out)
+    base = folder = Path("runs") / f"{s.method}-{s.size}"
+    number = 1
+    begun = None  # the newest run of this name that is not finished
     while (folder / "settings.json").exists():
-        if restarts() or not (folder / "finished").exists():
-            unfinished.append(folder)
+        if not (folder / "finished").exists():
+            begun = folder
         number += 1
         folder = base.with_name(f"{base.name}-{number}")
-    if unfinished and (s.resume == "auto" or restarts()):
-        return unfinished[-1]
-    if s.out != "auto" and s.resume == "no" and checkpoints(base):
-        raise UserError(f"{base} holds a run already: choose another --out, or --resume {base}")
-    return folder if s.out == "auto" else base
+    return begun if begun and goes_on else folder
 
 
 MAY_CHANGE = (  # when a run goes on
@@ -698,69 +645,59 @@ MAY_CHANGE = (  # when a run goes on
     "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
 
 
-def settings_of(folder: Path, s: Settings, flags: dict) -> Settings:
-    """The settings that the folder's run was started with, and the given flags on top, where those may change. Raises
-    UserError."""
-    try:
-        before = json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no settings to go on with ({error}): start anew without --resume") from None
-    known = [f.name for f in dataclasses.fields(s)]
-    before = {name: value for name, value in before.items() if name in known}
+def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
+    """The settings `before`, of the folder's checkpoint. Raises UserError where the flags differ and may not."""
+    now = asdict(s)
+    before = {name: before[name] for name in now if name in before}
     different = []
     for name in flags:
-        value = getattr(s, name)
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in MAY_CHANGE and value != before.get(name, value):
-            different.append(f"{name} ({before[name]} there, {value} here)")
+        if name not in MAY_CHANGE and now[name] != before.get(name, now[name]):
+            different.append(f"{name} ({before[name]} there, {now[name]} here)")
     if different:
         raise UserError(f"{folder} was started with other settings: {', '.join(different)}; leave these flags away, or "
                         "start anew without --resume")
-    return resolve({**before, **flags, "device": s.device, "resume": s.resume}, rank_and_world()[1])
+    return before
 
 
-def claim_folder(folder: Path, s: Settings, step: int):
-    """Makes the folder this process's own and leaves in it what belongs to a run that has done `step` steps; later ones
-    are written again. -> the file whose lock goes with the process. Raises UserError."""
+def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
+    """The folder's metrics.jsonl, open for more lines. Those of steps after this one go: they are done again. A lock on
+    it, which goes with the process, keeps other runs out of the folder. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = open(folder / "settings.json", "a+")
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        claim.truncate(0)
-        claim.write(json.dumps(dataclasses.asdict(s), indent=1))
-        claim.flush()
-        for temporary in folder.glob("*.tmp"):
-            temporary.unlink()
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(kept))
+        metrics = open(folder / "metrics.jsonl", "a+")
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
     except BlockingIOError:
         raise UserError(f"another process trains in {folder}: choose another --out") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
-    return claim
+    metrics.seek(0)
+    end = 0
+    for line in metrics:
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        end += len(line)
+    metrics.truncate(end)
+    return metrics
 
 
-def append_line(path: Path, row: dict):
-    """Adds a line of JSON. Where the disk fails: says so, and the file stays as it was."""
+def write_line(metrics: TextIO, row: dict):
+    """Adds a line of JSON, with null for NaN. Where the disk is full it says so, and the line waits for the next one."""
     rounded = {}
     for name, value in row.items():
         if isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else None
         rounded[name] = value
-    size = path.stat().st_size
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        metrics.write(json.dumps(rounded) + "\n")
+        metrics.flush()
     except OSError as error:
-        os.truncate(path, size)
-        say(f"{path} could not be written ({error}): step {row['step']} is not in it")
+        say(f"{metrics.name} could not be written ({error}); it is tried again with the next line")
 
 
 def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=state.model.state_dict(), step=state.step, settings=dataclasses.asdict(s))
+    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(s))
     if not best:
         bad = bad_of_all(state)
         content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad.plain())
@@ -769,16 +706,9 @@ def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
     return sums(written)[0] > 0
 
 
-@torch.no_grad()
 def restore(state: State, content: dict):
     """Makes the state that of a checkpoint's contents."""
     state.model.load_state_dict(content["model"])
-    ordered = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moments = content["optimizer"]["state"]
-    for i, of_one in moments.items():
-        for name in {"exp_avg", "exp_avg_sq"} & of_one.keys():
-            # Of the parameter's strides, for the fused AdamW goes by places in memory.
-            of_one[name] = torch.empty_like(ordered[i]).copy_(of_one[name])
     state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])
     state.step = content["step"]
@@ -797,7 +727,7 @@ def bad_of_all(state: State) -> BadCount:
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """All that a training run has in hand."""
 
@@ -807,11 +737,10 @@ class Run:
     network: torch.nn.Module  # state.model, wrapped for several processes
     tokenizer: object
     dataset: object
-    held_out: object | None  # None: no evaluation
+    held_out: object  # None: no evaluation
     steps: int  # of the whole run
-    first: int = 0  # steps done before this process began
-    saved: float = 0.0  # when the last checkpoint was written, by time.monotonic
-    claim: object = None  # the open file whose lock keeps others from the folder
+    saved: float  # when the last checkpoint was written, by time.monotonic
+    metrics: object = None  # metrics.jsonl, of the chief alone
 
 
 def open_data(s: Settings, flags: dict):
@@ -841,7 +770,10 @@ def open_data(s: Settings, flags: dict):
 
 def open_run(flags: dict, writes: bool = True) -> Run:
     """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
-    s = begin(flags)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    s = resolve(flags, world)
+    if world > 1:
+        join_group(s)
     folder, newest = None, None
     if writes:
         with together():
@@ -850,24 +782,25 @@ def open_run(flags: dict, writes: bool = True) -> Run:
                 newest = newest_whole(folder)
         folder, newest = of_each_process((folder, newest))[0]
     with together():
+        before, started, weights = {}, {}, {}
         if newest:
-            s, weights = settings_of(folder, s, flags), None  # they are in the checkpoint
+            content = load_checkpoint(newest)
+            before = settings_of(folder, content["settings"], s, flags)
         else:
-            s, weights = start_of(s, flags)
-    set_machine(s)
-    with together():
+            started, weights = start_of(s, flags)
+        s = resolve({**before, **flags, "device": s.device}, world, started)
+        set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:
-        with together():
-            restore(state, load_checkpoint(newest))
+        restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
-    run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, state.step, time.monotonic())
+    run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, time.monotonic())
     with together():
         if writes and is_chief():
-            run.claim = claim_folder(folder, s, state.step)
+            run.metrics = open_metrics(folder, s, state.step)
     return run
 
 
@@ -875,98 +808,83 @@ def train(flags: dict) -> Path:
     """Trains as the flags say and returns the run's folder."""
     run = open_run(flags)
     s, state = run.s, run.state
-    parameters = sum(p.numel() for p in state.model.parameters()) / 1e6
-    world = rank_and_world()[1]
-    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; "
-        f"{parameters:.2f} M parameters, {s.device}, {s.precision}, processes {world}, workers {s.workers}; "
-        f"run folder {run.folder}")
-    changed = [f"{f.name}={getattr(s, f.name)}" for f in dataclasses.fields(s) if getattr(s, f.name) != f.default]
-    say("  " + ", ".join(changed))
+    parameters = sum(p.numel() for p in state.model.parameters())
+    say(f"{s.method} on {' '.join(s.data)}: {len(run.dataset)} images, {run.steps} steps of {s.batch}; {parameters:,} "
+        f"parameters, {s.device}, {s.precision}; run folder {run.folder}")
     try:
         with signals_caught() as caught:
             train_steps(run, caught)
+        if state.step < run.steps:
+            say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
+            raise SystemExit(130)
         finish(run)
     finally:
-        if run.claim:
-            run.claim.close()
+        if run.metrics:
+            with suppress(OSError):
+                run.metrics.close()
     return run.folder
 
 
 def train_steps(run: Run, caught: list):
-    """All steps from the run's first to its last."""
+    """All steps from the run's first to its last, or to the signal in `caught`, and a checkpoint. Raises UserError."""
     s, state = run.s, run.state
-    rank, world = rank_and_world()
-    batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, rank, world)
-    bar = tqdm(total=run.steps, initial=state.step, disable=rank > 0, unit="step", mininterval=1, dynamic_ncols=True)
+    batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, *rank_and_world())
+    bar = tqdm(batches, total=run.steps, initial=state.step, disable=not is_chief(), unit="step", mininterval=1,
+               dynamic_ncols=True)
     marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
-    with bar:
-        for batch in until_error(batches):
-            pause(run, batch, caught, bar)
+    for batch in bar:
+        count_samples(state, batch, s)
+        batch = to_device(batch, s)
+        loss, parts = backward_in_memory(run.network, batch, s)
+        rate = learning_rate(state.step, run.steps, s)
+        norm = update(state, rate, s)
 
-            batch = to_device(batch, s)
-            loss, parts = backward_in_memory(run.network, batch, s, state.scaler)
-            rate = learning_rate(state.step, run.steps, s)
-            norm = update(state, rate, s)
-
-            bar.update()
-            last = state.step == run.steps
-            evaluates = run.held_out is not None and s.eval_steps and (last or state.step % s.eval_steps == 0)
-            if evaluates or last or state.step % s.log_every == 0:
-                speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
-                row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
-                if evaluates:
-                    row["held_out_loss"] = evaluate_held_out(run)
-                marked = (state.step, time.monotonic())
-                report(run, row, parts, bar)
-
-
-def until_error(batches):
-    """The batches; a UserError that ends them comes as the last, for all processes to hear of."""
-    try:
-        yield from batches
-    except UserError as error:
-        yield error
+        last = state.step == run.steps
+        evaluates = run.held_out and s.eval_steps and (last or state.step % s.eval_steps == 0)
+        if evaluates or last or state.step % s.log_every == 0:
+            speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
+            row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
+            if evaluates:
+                row["held_out_loss"] = evaluate_held_out(run)
+            marked = (state.step, time.monotonic())
+            report(run, row, parts, bar)
+        if not last and saves_or_stops(run, caught):
+            break
+    if not save(run.folder, state, s):
+        with together():
+            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
+                            f"{run.folder}")
 
 
-def pause(run: Run, batch, caught: list, bar):
-    """Between two steps, on all processes alike: saves when it is time, and ends the run after a signal, after data that
-    cannot be read, and where too many samples are bad."""
+def saves_or_stops(run: Run, caught: list) -> bool:
+    """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree."""
     s, state = run.s, run.state
-    failed = isinstance(batch, UserError)
-    late = is_chief() and time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late, failures, bad, seen = sums(bool(caught), late, failed, state.bad.total, state.bad.seen)
-    spoiled = state.bad.over(s.max_bad, bad, seen)
-    due = late or s.save_steps and state.step % s.save_steps == 0
-    if (due or stop or failures or spoiled) and state.step > run.first:
+    late = time.monotonic() - run.saved > 60 * s.save_minutes
+    stop, late = sums(bool(caught), late)
+    if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
         save(run.folder, state, s)
         run.saved = time.monotonic()
-    if stop:
-        bar.close()
-        say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
-        raise SystemExit(130)
-    if failures or spoiled:
-        total = bad_of_all(state)
-        with together():
-            if failed:
-                raise batch
-            total.check(s.max_bad)
-    state.bad.seen += len(batch.images) + len(batch.bad)  # after the save, which is of the steps before
+    return stop > 0
+
+
+def count_samples(state: State, batch: Batch, s: Settings):
+    """Counts the batch's samples, the bad ones too. Raises UserError where too many are bad."""
+    state.bad.seen += len(batch.images) + len(batch.bad)
     for sample in batch.bad:
         state.bad.add(sample)
+    state.bad.check(s.max_bad)
 
 
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
     """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
-    values = torch.stack([loss, *parts.values()]).detach()
-    if distributed():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    loss, *values = values.tolist()
+    world = rank_and_world()[1]
+    losses = torch.stack([loss, *parts.values()]).tolist()
+    *losses, bad = sums(*losses, state.bad.total)
+    loss, *losses = [total / world for total in losses]
     skipped, in_a_row = state.skipped.int().tolist()
     return dict(
-        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, values)), grad_norm=norm.item(),
-        skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(),
-        bad=int(sums(state.bad.total)[0]))
+        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, losses)), grad_norm=norm.item(),
+        skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(), bad=int(bad))
 
 
 def evaluate_held_out(run: Run) -> float:
@@ -980,9 +898,8 @@ def evaluate_held_out(run: Run) -> float:
 def report(run: Run, row: dict, parts: dict, bar):
     """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
     if is_chief():
-        append_line(run.folder / "metrics.jsonl", row)
-        shown = [f"{name} {row[name]:.3f}" for name in parts]
-        bar.set_postfix_str(", ".join([*shown, f"{row['images_per_s']:.0f} images/s"]))
+        write_line(run.metrics, row)
+        bar.set_postfix({name: row[name] for name in (*parts, "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run.folder, run.state, run.s)
         with together():
@@ -992,24 +909,17 @@ def report(run: Run, row: dict, parts: dict, bar):
 
 
 def finish(run: Run):
-    """The last checkpoint, what there is to say, and the evaluation."""
-    s, state = run.s, run.state
-    if state.step > run.first and not save(run.folder, state, s):
-        with together():
-            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
-                            f"{run.folder}")
-    if state.skipped[0]:
-        say(f"{int(state.skipped[0])} steps were skipped: their gradient was NaN or infinite")
-    bad = bad_of_all(state)
+    """What there is to say at the end, and the evaluation."""
+    bad = bad_of_all(run.state)
     if bad:
         say(f"replaced by other samples: {bad.report()}")
     chief = is_chief()
     leave_group(run)
+    if chief and run.s.eval_images:
+        from evaluate import evaluate_run  # here, because matplotlib takes a second to import
+        evaluate_run(run.folder)
     if chief:
         (run.folder / "finished").touch()
-        if s.eval_images:
-            from evaluate import evaluate_run  # here, because matplotlib takes a second to import
-            evaluate_run(run.folder)
 
 
 def leave_group(run: Run):
@@ -1023,57 +933,31 @@ def leave_group(run: Run):
 
 def profile(flags: dict, steps: int = 30, warm: int = 10):
     """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    from torch.utils.benchmark import Timer, timer  # here, because it looks for a compiler
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    cuda = s.device.startswith("cuda")
-    seconds = Counter()
-    marked = 0.0
-
-    def mark(part):
-        """What lies between two calls was spent on the later one's part."""
-        nonlocal marked
-        if cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - marked
-        marked = now
-
-    def step():
-        batch = next(batches)
-        mark("waiting for data")
+    marks = [timer()]  # it waits until a GPU has done all that it was given to do
+    for batch in training_loader(run.dataset, run.tokenizer, s, 0, warm + steps, *rank_and_world()):
         batch = to_device(batch, s)
-        mark("to the device")
-        backward(run.network, batch, s, state.scaler, mark)
+        marks.append(timer())
+        backward(run.network, batch, s)
+        marks.append(timer())
         update(state, 0.0, s)
-        mark("optimiser")
+        marks.append(timer())
+    seconds = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    rate = s.batch / seconds.sum()
+    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s")
+    for part, spent in zip(("waiting for data", "forward and backward", "optimizer"), seconds):
+        say(f"    {part:22}{1000 * spent:10.2f} ms")
 
-    state.model.visual.register_forward_hook(lambda *_: mark("image tower"))
-    state.model.register_forward_hook(lambda *_: mark("text tower"))
-    batches = iter(training_loader(run.dataset, run.tokenizer, s, 0, warm + 1 + steps, *rank_and_world()))
-    for _ in range(warm):
-        step()
     with FlopCounterMode(display=False) as counter:
-        step()
-    seconds.clear()
-    for _ in range(steps):
-        step()
-    step_seconds = seconds.total() / steps
-    rate = s.batch / step_seconds
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s, "
-        f"{1000 * step_seconds:.1f} ms a step")
-    for part, spent in seconds.most_common():
-        say(f"    {part:20}{1000 * spent / steps:10.2f} ms {100 * spent / steps / step_seconds:5.1f}%")
-
-    from torch.utils.benchmark import Timer  # here, because it takes half a second to import
-    n = 8192 if cuda else 1024
-    a = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
-    product = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5)
-    ceiling = 2 * n ** 3 / product.median
-    speed = counter.get_total_flops() / step_seconds
-    say(f"{speed / 1e12:.3f} TFLOP/s a process, padding counted: {100 * speed / ceiling:.1f}% (MFU) of the "
-        f"{ceiling / 1e12:.3f} of its matrix products")
-    if cuda:
-        say(f"memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
+        backward(run.network, batch, s)
+    n = 8192 if s.device.startswith("cuda") else 1024
+    matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
+    product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
+    usage = counter.get_total_flops() / seconds.sum() / (2 * n ** 3 / product.mean)
+    say(f"{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted")
+    say(f"GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
     say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
     leave_group(run)
 
@@ -1087,11 +971,9 @@ def main():
             train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-    except KeyboardInterrupt:  # before the first step or after the last one
-        sys.exit(130)
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
-        if not gone or os.environ.get("WORLD_SIZE", "1") == "1":
+        if not gone or "RANK" not in os.environ:
             raise
         sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
                  "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")

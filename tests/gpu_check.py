@@ -84,9 +84,9 @@ def judge_losses(text, folder):
 
 def rate_of(text):
     """train.py's profile -> images/s without the waiting for data, which no layout of texts changes; and in words."""
-    rate, step = map(float, re.search(r"(\d+) images/s, ([\d.]+) ms a step", text).groups())
-    waiting = float(re.search(r"waiting for data +([\d.]+) ms", text)[1])
-    free = rate * step / (step - waiting)
+    rate = float(re.search(r"(\d+) images/s", text)[1])
+    waiting, computing, optimizing = map(float, re.findall(r"^    .* ([\d.]+) ms$", text, re.M))
+    free = rate * (1 + waiting / (computing + optimizing))
     usage = re.search(r"[\d.]+% \(MFU\)", text)[0]
     return free, f"{rate:.0f} images/s ({free:.0f} but for the waiting for data), {usage}"
 

@@ -123,42 +123,27 @@ def test_the_negatives_of_a_slot_come_from_that_slot_alone(K):
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
 
 
+@pytest.mark.parametrize("matching", ["image", "text"])
 @pytest.mark.parametrize("H, M", [(3, 3), (1, 4), (2, 5), (4, 2)])
-def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M):
+def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M, matching):
+    """Of the other images a text meets the branch that "image" each has chosen, or that the "text"'s own image has."""
     branches = unit(4, H, 6)
     texts = unit(4, M, 6, seed=1)
+    images = branches.tolist()
     terms = []
     for m in range(M):
         texts_m = texts[:, m].tolist()
         chosen = []
-        for of_image, text in zip(branches.tolist(), texts_m):
-            similarities = [dot(branch, text) for branch in of_image]
-            free = M < H or m >= H
-            h = similarities.index(max(similarities)) if free else m
-            chosen.append(of_image[h])
-        terms.append(infonce(chosen, texts_m))
-    loss = multi_to_multi_loss(branches, texts, SCALE)
-    assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
-
-
-@pytest.mark.parametrize("H, M", [(3, 3), (2, 5), (4, 2)])
-def test_matched_by_the_text_all_images_use_the_branch_that_its_own_image_chose(H, M):
-    branches = unit(4, H, 6)
-    texts = unit(4, M, 6, seed=1)
-    terms = []
-    for m in range(M):
-        texts_m = texts[:, m].tolist()
-        chosen = []
-        for of_image, text in zip(branches.tolist(), texts_m):
+        for of_image, text in zip(images, texts_m):
             similarities = [dot(branch, text) for branch in of_image]
             free = M < H or m >= H
             chosen.append(similarities.index(max(similarities)) if free else m)
         for i, h in enumerate(chosen):
-            own = branches[i, h].tolist()
-            row = [S * dot(own, text) for text in texts_m]
-            column = [S * dot(image[h].tolist(), texts_m[i]) for image in branches]
+            row = [S * dot(images[i][h], text) for text in texts_m]
+            others = chosen if matching == "image" else [h] * len(images)
+            column = [S * dot(image[k], texts_m[i]) for image, k in zip(images, others)]
             terms.append((logsumexp(row) + logsumexp(column)) / 2 - row[i])
-    loss = multi_to_multi_loss(branches, texts, SCALE, "text")
+    loss = multi_to_multi_loss(branches, texts, SCALE, matching)
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
 
 

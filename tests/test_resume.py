@@ -143,7 +143,7 @@ def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, monkeyp
     network = train.build(s)
     network.load_state_dict(best["model"])
     batch, = training_loader(held_out, tokenizer, s, 0, 1)
-    loss, _ = train.backward(network, batch, s, torch.amp.GradScaler("cpu"))
+    loss, _ = train.backward(network, batch, s)
     assert loss.item() == pytest.approx(min(losses), rel=1e-4)
     assert checkpoint["best"] == pytest.approx(min(losses), rel=1e-4)
 
@@ -195,7 +195,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(factor,
     counts = []
     for broken in (False, True, True, False):
         before = copy.deepcopy(weights_and_moments())
-        train.backward(network, batch, s, state.scaler)
+        train.backward(network, batch, s)
         train.update(state, 0.01, s)
         unchanged = all(map(torch.equal, before, weights_and_moments()))
         assert unchanged == broken
@@ -340,16 +340,15 @@ def test_another_number_of_processes_goes_on_at_the_same_sample(start, whole, tm
     assert losses == pytest.approx(dict(losses_by_step(read_lines(folder / "metrics.jsonl"))), abs=2e-3)
 
 
-@pytest.mark.parametrize("fault, sentence, cause", [
-    (SIGKILL, "process 0 lost another one", ""),
-    ("raise", "process 0 lost another one", "JSONDecodeError"),
-    ("no data", "this process finds no data", ""),
+@pytest.mark.parametrize("fault, cause", [
+    (SIGKILL, ""),
+    ("raise", "JSONDecodeError"),
+    ("no data", "error: this process finds no data"),
 ])
-def test_when_one_of_two_fails_the_other_ends_too_with_one_sentence(fault, sentence, cause, start, tmp_path):
+def test_when_one_of_two_fails_the_other_ends_too_with_one_sentence(fault, cause, start, tmp_path):
     codes, printed = start(tmp_path / "run", ["", fault], 4)
     assert 0 not in codes
-    error, = re.findall("^error: .*", "\n".join(printed), re.M)
-    assert sentence in error
+    assert re.findall("^error: process 0 lost another one", printed[0], re.M)
     assert cause in printed[1]
     assert "Traceback" not in printed[0]
 

@@ -43,6 +43,7 @@ from losses import distributed, method_loss
 from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, load_checkpoint,
                    newest_whole, packing_trouble, start_from, write_whole)
 
+MOMENTUM = 0.9  # Muon's
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
 
@@ -87,7 +88,7 @@ class Settings(CLIPConfig):
     images: int = 0  # images to see in the whole run; left away: the size's own
     batch: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
-    optimizer: str = "adamw"  # "adamw" (the papers), or "muon" for the matrices of the blocks and AdamW for the rest
+    optimizer: str = "adamw"  # "adamw" (the papers), or "muon" for the matrices of blocks and stem, AdamW for the rest
     lr: float = 1e-3  # AdamW's greatest learning rate
     muon_lr: float = 2e-3  # Muon's
     warmup: float = 0.08  # share of the steps
@@ -149,7 +150,7 @@ SIZES = {
                  images=8_000, batch=32, lr=2e-3, kinds=12),
     "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
                  text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
-                 images=60_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
+                 images=50_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),
@@ -503,7 +504,8 @@ def text_layout(model: CLIP, s: Settings) -> str:
 
 class Muon(torch.optim.AdamW):
     """AdamW, and Muon for the group of matrices that says so (Jordan, kellerjordan.github.io/posts/muon): a step is the
-    matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982).
+    matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982). A
+    convolution is a matrix, too, of output channels by everything that each of them looks at.
 
     A step that is `broken`, 1.0 on the device, changes nothing, and the host waits for nothing.
     """
@@ -525,14 +527,15 @@ class Muon(torch.optim.AdamW):
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))  # AdamW expects a "step"
             momentum = self.state[p]["exp_avg"]
             gradient = torch.where(self.found_inf > 0, momentum, p.grad)  # leaves the momentum as it is
-            momentum.lerp_(gradient, 0.05)
-            ahead.append(gradient.lerp(momentum, 0.95))  # Nesterov's
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            ahead.append(gradient.lerp(momentum, MOMENTUM))  # Nesterov's
             p.grad = None
         rate = group["lr"] * (1 - self.found_inf)
-        size = 0.2 * max(matrices[0].shape) ** 0.5
-        for p, step in zip(matrices, orthogonal(torch.stack(ahead))):
+        steps = orthogonal(torch.stack(ahead).flatten(2))
+        size = 0.2 * max(steps.shape[1:]) ** 0.5
+        for p, step in zip(matrices, steps):
             p.mul_(1 - rate * group["weight_decay"])
-            p.sub_(rate * size * step)
+            p.sub_(rate * size * step.view_as(p))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -555,7 +558,8 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
         is_embedding = "embedding" in name and "patch" not in name
         if name == "logit_scale" or not p.requires_grad:
             continue
-        if s.optimizer == "muon" and ".blocks." in name and p.ndim == 2:
+        is_inner = ".blocks." in name or "patch_embedding" in name
+        if s.optimizer == "muon" and is_inner and p.ndim > 1:
             matrices.append(p)
         elif p.ndim < 2 or "class" in name or is_embedding and not s.decay_embeddings:
             free.append(p)

@@ -319,25 +319,28 @@ def test_muon_makes_singular_values_about_1_and_keeps_their_vectors(shape):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon from 2.9 on")
-def test_muon_steps_the_blocks_matrices_as_pytorchs_own_does(monkeypatch):
+def test_muon_steps_matrices_and_convolutions_as_pytorchs_own_does(monkeypatch):
     def orthogonal(gradient, *_):  # PyTorch's rounds to bfloat16
         return train.orthogonal(gradient[None])[0]
 
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)
     s = settings("--method dreamlip --optimizer muon --muon-lr 0.02", batch=8, clip_grad=0.0)
     state, network = train.prepare(fresh(s), s)
-    twin = fresh(s)
-    names = [name for name, p in twin.named_parameters() if ".blocks." in name and p.ndim == 2]
-    options = dict(lr=0.02, weight_decay=s.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    muon = torch.optim.Muon([twin.get_parameter(name) for name in names], **options)
+    flat = {}  # PyTorch's takes matrices alone
+    for name, p in state.model.named_parameters():
+        if p.ndim > 1 and (".blocks." in name or "patch_embedding" in name):
+            flat[name] = torch.nn.Parameter(p.detach().flatten(1).clone())
+    assert sum("patch_embedding" in name for name in flat) == 3
+    options = dict(lr=0.02, weight_decay=s.weight_decay, momentum=train.MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(flat.values(), **options)
     for _ in range(3):
         train.backward(network, batch_of(s, 8), s)
-        for name in names:
-            twin.get_parameter(name).grad = state.model.get_parameter(name).grad.clone()
+        for name, p in flat.items():
+            p.grad = state.model.get_parameter(name).grad.flatten(1).clone()
         train.update(state, 1.0, s)
         muon.step()
-    for name in names:
-        torch.testing.assert_close(state.model.get_parameter(name), twin.get_parameter(name), rtol=1e-5, atol=1e-6)
+    for name, p in flat.items():
+        torch.testing.assert_close(state.model.get_parameter(name).flatten(1), p, rtol=1e-5, atol=1e-6)
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_along_half_a_cosine():

@@ -881,15 +881,13 @@ def grown(state, model: CLIP) -> dict[str, Tensor]:
     full = model.state_dict()
     for name, drawn in full.items():
         first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
-        if first in state and name not in state:
+        if name in state:
+            fits = state[name].shape == drawn.shape
+            full[name] = state[name] if fits else FITTED[name](state[name], len(drawn))
+        elif first in state:
             full[name] = nudged(state[first])
-        elif name not in state:
-            if name.split(".")[0] in towers and not name.endswith(".proj"):
-                raise UserError(f"the weights to start from are not whole: they have no {name}")
-        elif state[name].shape == drawn.shape:
-            full[name] = state[name]
-        else:
-            full[name] = FITTED[name](state[name], len(drawn))
+        elif name.split(".")[0] in towers and not name.endswith(".proj"):
+            raise UserError(f"the weights to start from are not whole: they have no {name}")
     return full
 
 

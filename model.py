@@ -364,8 +364,8 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
 class CLIP(nn.Module):
-    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like length
-    # with little of it.
+    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like
+    # length with little of it.
     layout = "buckets"
 
     def __init__(self, config: CLIPConfig):
@@ -642,8 +642,8 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
     if activation:
         told["activation"] = activation
     model = from_state_dict(state, **told)
-    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want --activation "
-          "quickgelu)")
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
+          "--activation quickgelu)")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
     return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
@@ -735,8 +735,8 @@ def read_timm(state):
 
 
 def read_bert(state, corners=0, places=None):
-    """LoTLIP's text tower, which is BERT -> settings, the state dict with our names for this tower. It reads texts of up
-    to `places` tokens, corners counted."""
+    """LoTLIP's text tower, which is BERT -> settings, the state dict with our names for this tower. It reads texts of
+    up to `places` tokens, corners counted."""
     ours = renamed(state, BERT)
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
@@ -881,15 +881,13 @@ def grown(state, model: CLIP) -> dict[str, Tensor]:
     full = model.state_dict()
     for name, drawn in full.items():
         first = re.sub(r"\.proj\.\d+\.", ".proj.0.", name)  # of a block's parallel MLPs
-        if first in state and name not in state:
+        if name in state:
+            fits = state[name].shape == drawn.shape
+            full[name] = state[name] if fits else FITTED[name](state[name], len(drawn))
+        elif first in state:
             full[name] = nudged(state[first])
-        elif name not in state:
-            if name.split(".")[0] in towers and not name.endswith(".proj"):
-                raise UserError(f"the weights to start from are not whole: they have no {name}")
-        elif state[name].shape == drawn.shape:
-            full[name] = state[name]
-        else:
-            full[name] = FITTED[name](state[name], len(drawn))
+        elif name.split(".")[0] in towers and not name.endswith(".proj"):
+            raise UserError(f"the weights to start from are not whole: they have no {name}")
     return full
 
 

@@ -234,8 +234,8 @@ def multiplies_bfloat16(device: str) -> bool:
 
 
 ABOVE_0 = (
-    "image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads", "context",
-    "embed", "branches", "branch_layers", "batch", "images", "accumulate", "log_every", "lr", "save_minutes",
+    "image_size", "patch", "vision_width", "vision_depth", "vision_heads", "text_width", "text_depth", "text_heads",
+    "context", "embed", "branches", "branch_layers", "batch", "images", "accumulate", "log_every", "lr", "save_minutes",
     "timeout_minutes", "shuffle_buffer", "crop")
 SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
@@ -486,7 +486,8 @@ def prepare(model: CLIP, s: Settings):
             if s.compile:  # the number of words changes from step to step, that of patches does not
                 block.forward = torch.compile(block.forward, dynamic=tower is model.text)
             if s.grad_checkpointing:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                                  preserve_rng_state=False)
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
@@ -686,7 +687,7 @@ def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
 
 
 def write_line(metrics: TextIO, row: dict):
-    """Adds a line of JSON, with null for NaN. Where the disk is full it says so, and the line waits for the next one."""
+    """Adds a line of JSON, with null for NaN. Where the disk is full it says so; the line waits for the next one."""
     rounded = {}
     for name, value in row.items():
         if isinstance(value, float):
@@ -950,7 +951,8 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
         marks.append(timer())
     seconds = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
     rate = s.batch / seconds.sum()
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: {rate:.0f} images/s")
+    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: "
+        f"{rate:.0f} images/s")
     for part, spent in zip(("waiting for data", "forward and backward", "optimizer"), seconds):
         say(f"    {part:22}{1000 * spent:10.2f} ms")
 

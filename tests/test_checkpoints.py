@@ -127,10 +127,10 @@ def test_parallel_mlps_are_holistic_clips():
 
 # ---- LoTLIP's layout: timm's ViT and transformers' BERT with corner tokens -------------------------------------------
 
-V, C = 120, 2  # BERT's words, corner tokens
+C = 2  # corner tokens
 
 
-def lotlip(words=V):
+def lotlip(words):
     torch.manual_seed(0)
     vit = timm.create_model(
         "vit_base_patch16_224.augreg_in21k",
@@ -160,7 +160,7 @@ def lotlip(words=V):
 
 
 @torch.no_grad()
-def bert_with_corners(bert, proj, words, vocabulary=V):
+def bert_with_corners(bert, proj, words, vocabulary):
     """[CLS], corners, words, [SEP] -> summary embeddings [1, 1+C, D], by LoTLIP's mask (2410.05249, section 3.2)."""
     ids = torch.tensor([[101, *range(vocabulary, vocabulary + C), *words, 102]])
     n = ids.shape[1]
@@ -171,20 +171,6 @@ def bert_with_corners(bert, proj, words, vocabulary=V):
     mask = torch.zeros(1, 1, n, n).masked_fill(~sees, torch.finfo(torch.float32).min)
     hidden = bert.encoder(bert.embeddings(input_ids=ids), attention_mask=mask)[0]
     return F.normalize(bert.pooler.activation(bert.pooler.dense(hidden[:, : 1 + C])) @ proj.T, dim=-1)
-
-
-@torch.no_grad()
-def test_lotlips_release_is_timms_vit_and_berts_text_tower_with_corners():
-    vit, bert, proj, state = lotlip()
-    ours = from_state_dict(state).eval()
-    assert (ours.config.corner_tokens, ours.config.context, ours.config.vocab) == (C, 40 - C, V + 1)
-    images = pictures(3, 32)
-    branches, patches = ours.encode_image(images)
-    assert same(branches[:, 0], F.normalize(vit(images), dim=-1))
-    assert same(patches, F.normalize(vit.forward_features(images)[:, 1:], dim=-1))
-    for words in ([5, 9, 110], [7], [102, 33, 102, 4, 8, 60, 61, 62]):  # [SEP] between sentences, too
-        tokens = torch.tensor([[101, *words, V, 0, 0]])  # the last [SEP] is the vocabulary's last
-        assert same(ours.encode_text(tokens)[0], bert_with_corners(bert, proj, words))
 
 
 def vocabulary(folder):
@@ -205,14 +191,21 @@ def test_word_pieces_are_berts_with_sentences_parted_and_an_own_end(tmp_path):
 
 
 @torch.no_grad()
-def test_a_file_of_lotlips_is_read_with_berts_vocabulary_beside_it(tmp_path):
+def test_lotlips_release_is_timms_vit_and_berts_text_tower_with_corners(tmp_path):
     size = vocabulary(tmp_path)
-    _, bert, proj, state = lotlip(words=size)
+    vit, bert, proj, state = lotlip(words=size)
     ddp = {"module." + name: value for name, value in state.items()}
     torch.save({"epoch": 32, "state_dict": ddp, "optimizer": {"lr": 1e-3}}, tmp_path / "model.pt")
     model = Model(tmp_path / "model.pt", "cpu")
+    assert (model.config.corner_tokens, model.config.context, model.config.vocab) == (C, 40 - C, size + 1)
+    images = pictures(3, 32)
+    branches, patches = model.clip.encode_image(images)
+    assert same(branches[:, 0], F.normalize(vit(images), dim=-1))
+    assert same(patches, F.normalize(vit.forward_features(images)[:, 1:], dim=-1))
+    for words in ([5, 9, 110], [7], [102, 33, 102, 4, 8, 60, 61, 62]):  # [SEP] between sentences, too
+        tokens = torch.tensor([[101, *words, size, 0, 0]])  # the last [SEP] is the vocabulary's last
+        assert same(model.clip.encode_text(tokens)[0], bert_with_corners(bert, proj, words, size))
     words = WordPieces(tmp_path / "vocab.txt").pieces.encode("a red house[SEP]it is on").ids[1:-1]
-    assert model.settings["corner_tokens"] == C
     assert same(model.texts(["A red house. It is on"]), bert_with_corners(bert, proj, words, size)[:, 0])
 
 

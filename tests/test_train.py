@@ -386,10 +386,9 @@ def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():
         assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_profile_says_where_the_time_of_a_step_goes_and_leaves_nothing(accumulate, tmp_path, monkeypatch, capsys):
+def test_a_profile_says_where_the_time_of_a_step_goes_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train.profile({**RUN, "images": 3200, "accumulate": accumulate}, steps=3, warm=1)
+    train.profile({**RUN, "images": 3200, "accumulate": 2}, steps=3, warm=1)
     printed = capsys.readouterr().out
     rate = int(re.search(r"(\d+) images/s", printed)[1])
     parts = dict(re.findall(r"^    (\D+?) +([\d.]+) ms$", printed, re.M))

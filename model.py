@@ -198,6 +198,13 @@ def blocks(width, depth, heads, activation, style, branches=1, branch_layers=0):
     return layers
 
 
+def residual_stream(x):
+    """x in autocast's dtype, where autocast is on, as the stream of open_clip's image tower: sums and norms read and
+    write half as many bytes."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def normalized(x):
     return F.normalize(x.float(), dim=-1)
 
@@ -233,7 +240,7 @@ class VisionTransformer(nn.Module):
         x = x + self.positional_embedding[1:].to(x)
         classes = (self.class_embedding + self.positional_embedding[:1]).to(x)
         x = torch.cat([classes.expand(len(x), -1, -1), x], 1)  # [B, T+P, W]
-        x = self.ln_pre(x)[None]  # [1, B, T+P, W]
+        x = residual_stream(self.ln_pre(x))[None]  # [1, B, T+P, W]
         for block in self.blocks:
             x = block(x, self.mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
@@ -299,7 +306,7 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
         plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
         mask = None if plain_causal else text_mask(end, L, C, self.causal, self.corner_mask)[:, None]
-        x = self.ln_pre(x)[None]
+        x = residual_stream(self.ln_pre(x))[None]
         for block in self.blocks:
             x = block(x, mask, plain_causal)
         x = self.project(x[0])  # [N, L+C, D]
@@ -324,7 +331,7 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.repeat_interleave(N, 0)])  # [T+C·N, W]
         summary = starts[1:] - 1 if self.causal else starts[:-1]
         packing = Packing(starts.int(), summary, len(self.positional_embedding), C, self.causal)
-        x = self.ln_pre(x)[None, None]
+        x = residual_stream(self.ln_pre(x))[None, None]
         for block in self.blocks:
             x = block(x, packing)
         x, corners = x[0, 0].split([total, C * N])
@@ -362,6 +369,9 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
+
+MOST_PACKED = 65_535  # texts in one call of FlashAttention: a CUDA grid's second side has no more
+
 
 class CLIP(nn.Module):
     # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like
@@ -410,12 +420,13 @@ class CLIP(nn.Module):
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
         zeros or those of padding). `lengths` of N numbers, a NumPy array, are the texts' lengths: given, the device
-        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest.
+        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest;
+        so do more texts than can be packed.
         """
         if lengths is None:
             lengths = (tokens.argmax(-1) + 1).cpu().numpy()
         lengths = lengths.reshape(-1)
-        if self.layout == "packed":
+        if self.layout == "packed" and len(tokens) <= MOST_PACKED:
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")

@@ -977,6 +977,8 @@ def main():
             train(flags)
     except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:  # before or after the steps, which end with a checkpoint
+        sys.exit(130)
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
         if not gone or "RANK" not in os.environ:

@@ -229,10 +229,28 @@ def test_a_text_is_embedded_as_alone_in_whatever_layout(width, lengths, settings
     for model.layout, known in itertools.product(layouts, (None, np.array(lengths))):
         embedded.append(model.encode_texts(tokens, True, known))
         assert same(model.encode_texts(tokens, False, known)[0], embedded[-1][0])
+    monkeypatch.setattr(model_module, "MOST_PACKED", 0)
+    monkeypatch.setattr(model_module, "varlen_attention", None)
+    embedded.append(model.encode_texts(tokens, True))  # too many to be packed
     for summaries, words in embedded:
         words = torch.cat([row[:n] for row, n in zip(words, lengths)])
         for found, wanted in zip(with_gradients(summaries, words), expected, strict=True):
             assert same(found, wanted, 1e-5 + 1e-5 * float(wanted.detach().abs().max()))
+
+
+def test_under_autocast_the_residual_stream_is_bfloat16_and_embeddings_are_nearly_float32s():
+    model = small(context=70, vision_depth=2, text_depth=2)
+    images, tokens = torch.randn(2, 3, 16, 16), texts(9, 5, width=9)
+    expected = model(images, tokens[:, None])
+    dtypes = []
+    for tower in (model.visual, model.text):
+        tower.blocks[1].register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images, tokens[:, None])
+    assert dtypes == [torch.bfloat16] * 2
+    for name in ("branches", "patches", "summaries"):
+        assert found[name].dtype == torch.float32
+        assert F.cosine_similarity(found[name], expected[name], dim=-1).min() > 0.999
 
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)

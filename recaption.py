@@ -2,7 +2,7 @@
 
     pip install 'openai[aiohttp]'                                   the client
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the model; any OpenAI-compatible server will do
-    python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
+    python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.html      look first
     python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --dense 2   crops: for train.py --region-grouping
 
@@ -358,7 +358,7 @@ def unfinished(records, s):
     """Yields (Output, i, fields) for every image that lacks captions, in the order of the files."""
     keys, current = records.keys()[:s.limit or None], None
     for i, key in enumerate(tqdm(keys, unit="image")):
-        number = records.file_of(i)
+        number, _ = records.part_of(i)
         if number != current:
             current = number
             output = Output(captions_path(records.files[number]))  # the last one closes when its images are done
@@ -456,7 +456,7 @@ def parse_flags(argv=None):
     add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops, too: sentences with a box")
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
     add("--limit", type=int, default=0, help="only the first so many images")
-    add("--preview", metavar="FILE.png", help="draw the first pictures (8, or --limit, up to 16) with their captions")
+    add("--preview", metavar="FILE.html", help="show the first pictures (8, or --limit, up to 16) with their captions")
     add("--image-root", help="where the images of CSV and JSON lines lie")
     add("--max-side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
     add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")

@@ -1582,19 +1582,22 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         print(f"wrote {sheet}")
 
 
+def data_url(picture: Image.Image) -> str:
+    """A PIL picture as a JPEG in an address, which pages and servers take in the place of a file's."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def contact_sheet(path, shown: list[tuple]):
     """Writes (picture, texts) pairs as a page of HTML with the pictures inside. Raises UserError."""
-    rows = []
+    page = '<!DOCTYPE html>\n<meta charset="utf-8">\n<table>\n'
     for picture, texts in shown:
         picture.thumbnail((256, 256))
-        file = io.BytesIO()
-        picture.save(file, "JPEG")
-        content = base64.b64encode(file.getvalue()).decode()
         lines = "<br>".join(map(html.escape, texts))
-        rows.append(f'<tr><td><img src="data:image/jpeg;base64,{content}"></td><td>{lines}</td></tr>\n')
-    page = f'<!DOCTYPE html>\n<meta charset="utf-8">\n<table>\n{"".join(rows)}</table>\n'
+        page += f'<tr><td><img src="{data_url(picture)}"></td><td>{lines}</td></tr>\n'
     try:
-        Path(path).write_text(page, "utf-8", errors="replace")
+        Path(path).write_text(f"{page}</table>\n", "utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from None
 

@@ -6,12 +6,13 @@
     image = load_image("dog.png")  # PIL, RGB, upright, on white
     records = Records("cc3m/{00000..00331}.tar")  # or .jsonl, .csv, a folder: records[7].key, .image, .row
 
-    python data.py --look DATA --sheet sheet.png         counts, bad samples, lengths of captions, pictures
+    python data.py --look DATA --sheet sheet.html        counts, bad samples, lengths of captions, pictures
     python data.py --join captions.csv 'cc3m/*.tar'      captions of a table -> NAME.captions.jsonl beside shards
     python data.py --shards 'recap/*.parquet' FOLDER     Parquet with the pictures inside -> tar shards
 """
 
 import argparse
+import base64
 import csv
 import functools
 import gc
@@ -29,15 +30,14 @@ import re
 import signal
 import sys
 import tarfile
-import textwrap
 import urllib.parse
-import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +53,6 @@ from scenes import PERSPECTIVES, Scenes
 
 class UserError(Exception):
     """A mistake the user can mend: one sentence naming the thing and the remedy. Scripts print it and exit 1."""
-
-    def __init__(self, message: str):
-        if len(message) > 1500:  # somebody's path of 5,000 letters
-            message = f"{message[:700]} ... {message[-700:]}"
-        super().__init__(message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,8 +82,7 @@ def say_once(message):
 def check_target(path):
     """Finds out before the work what could not be written after it. Raises UserError."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
 
 
@@ -121,11 +115,6 @@ def clean_text(text, fix_text=None):
     return " ".join(text.split()).lower()
 
 
-def split_words(text):
-    """Cleaned text -> CLIP's words, each closed by one space: "it's 10!" -> ["it ", "'s ", "1 ", "0 ", "! "]."""
-    return [word + " " for word in WORDS.findall(text)]
-
-
 class Tokenizer:
     """Byte-level BPE over CLIP's words: tokenizer(texts, context_length) -> LongTensor [N, context_length].
 
@@ -143,15 +132,16 @@ class Tokenizer:
         self.vocab_size = self.eot + 1
         self.encoding = tiktoken.Encoding(
             name, pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens={SOT: self.sot, EOT: self.eot})
-        self.row = functools.lru_cache(maxsize=1 << 15)(self._row)
+        self.encode = functools.lru_cache(maxsize=1 << 15)(self.encode)
 
     def __reduce__(self):  # a DataLoader worker gets the ranks and builds its own encoding and cache
         return Tokenizer, (self.name, self.ranks, self.fix_text)
 
     def encode(self, text):
         """Ids of a text, without start and end."""
-        words = "".join(split_words(clean_text(text, self.fix_text)))
-        return self.encoding.encode(words, allowed_special="all", disallowed_special=())
+        words = WORDS.findall(clean_text(text, self.fix_text))  # "it's 10!" -> it, 's, 1, 0, !
+        closed = "".join(word + " " for word in words)
+        return self.encoding.encode(closed, allowed_special="all", disallowed_special=())
 
     def decode(self, ids):
         """The cleaned text, words apart by spaces; of a whole row, what stands between its start and its end."""
@@ -163,18 +153,13 @@ class Tokenizer:
                 kept.append(i)
         return self.encoding.decode(kept).rstrip(" ")
 
-    def _row(self, text):
-        ids = [self.sot, *self.encode(text), self.eot]
-        return np.array(ids, dtype=np.int32)
-
     def __call__(self, texts, context_length):
         """One text or a list of N -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = np.zeros((len(texts), context_length), dtype=np.int64)
-        for i, text in enumerate(texts):
-            row = self.row(text)[:context_length]
-            tokens[i, :len(row)] = row
-            tokens[i, len(row) - 1] = self.eot
+        for row, text in zip(tokens, texts):
+            ids = [self.sot, *self.encode(text)][:context_length - 1] + [self.eot]
+            row[:len(ids)] = ids
         return torch.from_numpy(tokens)
 
 
@@ -187,22 +172,26 @@ def load_tokenizer(name_or_path="auto"):
             return load_tokenizer("clip")
         except UserError as error:
             say_once(f"TOKENIZER: scenes instead of clip, so real captions take more tokens, because {error}")
-            return load_tokenizer("scenes")
+            name = "scenes"
     if name == "clip":
         return Tokenizer(name, read_clip_ranks(find_clip_vocabulary()), find_ftfy())
+    if name == "scenes":
+        return Tokenizer(name, read_tiktoken(SCENES_VOCABULARY))
     if name.endswith("vocab.txt"):
         return WordPieces(name)
-    if name.endswith(".txt.gz"):
-        return Tokenizer(Path(name).name.removesuffix(".txt.gz"), read_clip_ranks(name), find_ftfy())
-    if name == "scenes" or name.endswith(".tiktoken"):
-        path = SCENES_VOCABULARY if name == "scenes" else Path(name)
-        return Tokenizer(path.stem, read_tiktoken(path))
+    stem, _, suffix = Path(name).name.partition(".")
+    if suffix == "txt.gz":
+        return Tokenizer(stem, read_clip_ranks(name), find_ftfy())
+    if suffix == "tiktoken":
+        return Tokenizer(stem, read_tiktoken(name))
     raise UserError(f"no tokenizer {name!r}: take auto, clip, scenes, or the path of a .tiktoken or .txt.gz file")
 
 
 class WordPieces:
     """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
     the end a [SEP] with an id of its own, the greatest (model.read_lotlip)."""
+
+    name = "vocab.txt"
 
     def __init__(self, path):
         try:
@@ -212,14 +201,12 @@ class WordPieces:
         if not Path(path).is_file():
             raise UserError(f"no {path}: put bert-base-uncased's vocab.txt there or name it with --tokenizer")
         self.pieces = BertWordPieceTokenizer(str(path), lowercase=True)
-        self.name = "vocab.txt"
         self.vocab_size = self.pieces.get_vocab_size() + 1
 
     def __call__(self, texts, context):
         tokens = torch.zeros(len(texts), context, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            sentences = "[SEP]".join(text.split(". "))
-            ids = self.pieces.encode(sentences).ids[:-1]
+            *ids, _ = self.pieces.encode(text.replace(". ", "[SEP]")).ids
             ids = [*ids[:context - 1], self.vocab_size - 1]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
@@ -253,7 +240,7 @@ def find_clip_vocabulary():
 
 def printable_bytes() -> dict[str, int]:
     """GPT-2's table {printable character: the byte that it stands for}; its order is the order of the first ids."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    printable = [byte for byte in range(33, 256) if chr(byte).isprintable()]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
     for i, byte in enumerate(others):
@@ -261,53 +248,46 @@ def printable_bytes() -> dict[str, int]:
     return byte_of
 
 
-def read_merges(path) -> list[str]:
-    """CLIP's merges in their order, each two symbols with a space between."""
-    lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-    return list(filter(None, lines[1:1 + CLIP_MERGES]))
+def read_vocabulary(path) -> tuple[list[str], list[str]]:
+    """CLIP's merges, each two symbols with a space between, and its symbols in the order of the ids: 256 bytes, the
+    same 256 ending a word, and one for each merge. Raises UserError."""
+    try:
+        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is not a CLIP vocabulary ({error}): check --tokenizer") from None
+    merges = list(filter(None, lines[1:1 + CLIP_MERGES]))
+    symbols = list(printable_bytes())
+    symbols += [symbol + "</w>" for symbol in symbols]
+    symbols += [merge.replace(" ", "") for merge in merges]
+    return merges, symbols
 
 
 def read_clip_ranks(path):
-    """CLIP's merges file -> {token: rank}. Ids go: 256 bytes, the same 256 ending a word, then one per merge.
+    """CLIP's merges file -> {token: rank}. Raises UserError.
 
     The file writes bytes as printable characters. The bytes that end a word rank before every merge, so tiktoken joins
     a word's last byte and its space first of all, as CLIP's merging starts out.
     """
     byte_of = printable_bytes()
-
-    def token(symbol):
-        content = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
-        return content + b" " if symbol.endswith("</w>") else content
-
-    tokens = [bytes([byte]) for byte in byte_of.values()]
-    tokens += [byte + b" " for byte in tokens]
-    try:
-        for line in read_merges(path):
-            left, right = line.split()
-            tokens.append(token(left) + token(right))
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("a merge is listed twice")
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer file {path}: check --tokenizer") from None
-    except (OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a CLIP vocabulary ({error!r}): delete it or name another") from None
-    return {token: rank for rank, token in enumerate(tokens)}
+    _, symbols = read_vocabulary(path)
+    ranks = {}
+    for rank, symbol in enumerate(symbols):
+        token = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
+        if symbol.endswith("</w>"):
+            token += b" "
+        ranks[token] = rank
+    return ranks
 
 
 def write_clip_tokenizer(folder: Path, context: int):
     """CLIP's tokenizer as transformers.CLIPTokenizer reads it from a folder. Raises UserError."""
-    merges = read_merges(find_clip_vocabulary())
-    symbols = list(printable_bytes())
-    symbols += [symbol + "</w>" for symbol in symbols]
-    symbols += [merge.replace(" ", "") for merge in merges]
-    symbols += [SOT, EOT]
-    special = dict(bos_token=SOT, eos_token=EOT, unk_token=EOT, pad_token=EOT)
-    config = dict(tokenizer_class="CLIPTokenizer", do_lower_case=True, model_max_length=context) | special
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    merges, symbols = read_vocabulary(find_clip_vocabulary())
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, SOT, EOT])}
+    config = dict(tokenizer_class="CLIPTokenizer", do_lower_case=True, model_max_length=context,
+                  bos_token=SOT, eos_token=EOT, unk_token=EOT, pad_token=EOT)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def read_tiktoken(path):
@@ -316,9 +296,7 @@ def read_tiktoken(path):
         ranks = load_tiktoken_bpe(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a .tiktoken file ({error}): check --tokenizer") from None
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    gaps = sorted(ranks.values()) != list(range(len(ranks)))
-    if missing or gaps:
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise UserError(f"{path} is incomplete: it needs all 256 single bytes, and ranks from 0 without gaps")
     return ranks
 
@@ -382,7 +360,7 @@ def is_abbreviation(name, following):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format for which Pillow starts another program, as it does for EPS
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # load_image has its own, settable limit
+Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own
 
 
 def load_image(source, size=None, max_pixels=64_000_000, name=None):
@@ -390,31 +368,24 @@ def load_image(source, size=None, max_pixels=64_000_000, name=None):
 
     `size`: the shorter side wanted in the end; a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, where that leaves it.
     Raises BadSample with the reason "image missing", "image too large" (over max_pixels: a small file can fill the
-    memory), "image truncated" or "image will not decode", and `name` (else the file's) in its detail.
+    memory) or "image will not decode", and `name` (else the path) in its detail.
     """
-    path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
-    name = name or path
-    if path is source and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-        raise BadSample("image will not decode", f"{name}, no file")
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    name = name or source
     try:
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadSample("image too large", f"{name}, {width} x {height}")
-            if size is not None:
+            if size:
                 image.draft(None, (size, size))  # does nothing to other formats
             image.load()
             return to_rgb(upright(image))
     except BadSample:
         raise
-    except FileNotFoundError:
-        raise BadSample("image missing", str(name)) from None
-    except Image.DecompressionBombError as error:
-        raise BadSample("image too large", f"{name}, {error}") from None
     except Exception as error:  # decoders raise nearly anything on broken files: OSError, SyntaxError, struct.error ...
-        reason = "image truncated" if "truncated" in str(error).lower() else "image will not decode"
+        reason = "image missing" if isinstance(error, FileNotFoundError) else "image will not decode"
         detail = re.sub(r" <_io.*", "", str(error))  # the address of bytes in memory is another in every process
         raise BadSample(reason, f"{name}, {detail}") from None
 
@@ -428,12 +399,11 @@ def upright(image):
 
 def to_rgb(image):
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey: Pillow's own conversion clips at 255
-        grey = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
-        grey = grey.round().clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+        grey = np.asarray(image) / 257  # 65535 -> 255
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -466,15 +436,6 @@ def change_colours(image: torch.Tensor) -> torch.Tensor:
     return change(image)
 
 
-@contextmanager
-def torch_seeded(rng: random.Random | None):
-    """torchvision draws from PyTorch's generator: here it begins anew from `rng`, and is as before afterwards."""
-    with torch.random.fork_rng(devices=()):
-        if rng:
-            torch.manual_seed(rng.getrandbits(63))
-        yield
-
-
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
 
 # Where each kind of text is found, by the names that published files use: DreamLIP's columns (SV ShareGPT4V, IB
@@ -503,13 +464,17 @@ class Captions:
     short: list[str]  # one-sentence captions, one a model
     long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
-    boxes: list[tuple | None] = field(default_factory=list)  # of each sentence of `long`; None: no place; []: all None
-    models: list[str] = field(default_factory=list)  # whose caption each sentence of `long` is of; []: all of one
+    boxes: list[tuple | None] = field(default_factory=list)  # of each sentence of `long`; None, as by default: no place
+    models: list[str] = field(default_factory=list)  # whose caption each sentence of `long` is of; by default one's
+
+    def __post_init__(self):
+        self.boxes = self.boxes or [None] * len(self.long)
+        self.models = self.models or [""] * len(self.long)
 
     def long_captions(self) -> list[list[str]]:
         """The sentences of each model's long caption."""
         captions = {}
-        for sentence, model in zip(self.long, self.models or [""] * len(self.long)):
+        for sentence, model in zip(self.long, self.models):
             captions.setdefault(model, []).append(sentence)
         return list(captions.values())
 
@@ -519,11 +484,9 @@ class Captions:
 
         crop and boxes: (left, top, right, bottom) as shares of the image.
         """
-        if not self.boxes:
-            return self
         left, top, right, bottom = crop
-        long, boxes, models = [], [], []
-        for n, (sentence, box) in enumerate(zip(self.long, self.boxes)):
+        kept = []
+        for sentence, box, model in zip(self.long, self.boxes, self.models):
             if box:
                 corners = np.reshape(box, (2, 2))
                 x, y = corners.mean(0)
@@ -531,11 +494,10 @@ class Captions:
                     continue
                 shares = (corners - (left, top)) / (right - left, bottom - top)
                 box = tuple(shares.clip(0, 1).flatten().tolist())
-            long.append(sentence)
-            boxes.append(box)
-            models += self.models[n:n + 1]
-        if not long:
+            kept.append((sentence, box, model))
+        if not kept:
             return replace(self, boxes=[])
+        long, boxes, models = map(list, zip(*kept))
         return replace(self, long=long, boxes=boxes, models=models)
 
 
@@ -544,11 +506,11 @@ def read_fields(text: str, dense: bool = False) -> dict:
     captions. Raises UserError."""
     fields = FIELDS | {"long": FIELDS["long"] + DENSE * dense}
     for part in filter(None, text.split(",")):
-        kind, _, names = part.partition("=")
-        if kind.strip() not in fields or not names.strip():
+        kind, _, names = part.strip().partition("=")
+        if kind not in fields or not names:
             raise UserError(f"--caption-fields: {part!r} is not like long=field or long=field+field, with one of "
                             + ", ".join(fields))
-        fields[kind.strip()] = tuple(name.strip() for name in names.split("+"))
+        fields[kind] = names.split("+")
     return fields
 
 
@@ -571,81 +533,64 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     sentences, and of a long caption a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}.
     Raises BadSample, with `name` in its detail, if there is no text or a box is none."""
     row = all_fields(row)
-    found = {}  # kind: the texts of each field that has some
+    found = {}  # kind: the texts of all its fields
     for kind, names in fields.items():
-        texts = [clean_field(row.get(field)) for field in names]
-        found[kind] = [of_field for of_field in texts if of_field]
-    listed = found["caption"][0] if found["caption"] else []
-    raw = find_raw(found, listed)
-    if not raw:
+        texts = [" ".join(clean_field(row.get(field), name)) for field in names]
+        found[kind] = list(filter(None, texts))
+    listed = []
+    for field in fields["caption"]:
+        listed = listed or clean_field(row.get(field), name)
+    perspectives = []
+    for kind in PERSPECTIVES[1:]:  # without "raw"
+        perspectives += found[kind][:1]
+    candidates = [*found["raw"], *listed[:1], *found["short"], *found["long"], *perspectives]
+    if not candidates:
         raise BadSample("no caption", name)
+    raw = candidates[0]
 
     placed = []
-    for name_of_field in fields["long"]:
-        model = name_of_field.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
-        for text, box in with_boxes(row.get(name_of_field), name):
-            placed.append((text, box, model))
+    for field in fields["long"]:
+        model = field.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
+        placed += [(text, box, model) for text, box in placed_texts(row.get(field), name)]
     if not placed:
-        placed = [(text, None, "") for text in listed[1:] or listed or [raw]]
+        placed = [(text, None, "") for text in listed[1:] or [raw]]
     long, boxes, models = [], [], []
     for text, box, model in placed:
         for sentence in split_sentences(text):
             long.append(sentence)
             boxes.append(box)
             models.append(model)
-    if not long:
-        long, boxes = [raw], [None]
-
-    perspectives = []
-    for kind in PERSPECTIVES:
-        if kind != "raw" and found[kind]:
-            perspectives.append(" ".join(found[kind][0]))
-    short = [" ".join(texts) for texts in found["short"]]
-    if not any(boxes):
-        boxes = []
-    if len(set(models)) == 1:
-        models = []
-    return Captions(raw, short, long, [raw, *(perspectives or listed[1:])], boxes, models)
+    return Captions(raw, found["short"], long or [raw], [raw, *(perspectives or listed[1:])], boxes, models)
 
 
-def find_raw(found: dict, listed: list[str]) -> str:
-    """The raw caption, or what comes nearest to it: the first of a list, a short one, the first of anything."""
-    candidates = [*found["raw"], listed[:1], *found["short"]]
-    for kind in found.values():
-        candidates += [texts[:1] for texts in kind]
-    for texts in candidates:
-        if texts:
-            return " ".join(texts)
-    return ""
+def clean_field(value, name="") -> list[str]:
+    """The texts of a field, without their boxes."""
+    return [text for text, _ in placed_texts(value, name)]
 
 
-def clean_field(value) -> list[str]:
-    """The texts of a field, a string or a list, stripped; what is no text goes."""
-    texts = []
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, dict) and "box" in part:
-            part = part.get("text")
-        elif isinstance(part, dict) and part.get("from") == "gpt":  # the answer in a conversation
-            part = part.get("value")
-        if isinstance(part, str) and part.strip():
-            texts.append(part.strip()[:LONGEST_TEXT])
-    return texts
-
-
-def with_boxes(value, name) -> list[tuple[str, tuple | None]]:
-    """clean_field, each text with its box, or None. Raises BadSample."""
+def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
+    """The texts of a field, a string or a list, stripped, each with its box or None; what is no text goes. Raises
+    BadSample."""
     placed = []
     for part in value if isinstance(value, list) else [value]:
-        box = part.get("box") if isinstance(part, dict) else None
+        box = None
+        if isinstance(part, dict):
+            box = part.get("box")
+            answers = part.get("from") == "gpt"  # in a conversation
+            part = part.get("value" if answers else "text")
         if box is not None:
-            try:
-                left, top, right, bottom = box = tuple(map(float, box))
-            except (TypeError, ValueError):
-                left = math.nan
-            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-                raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
-        placed += [(text, box) for text in clean_field([part])]
+            box = read_box(box, name)
+        if isinstance(part, str) and part.strip():
+            placed.append((part.strip()[:LONGEST_TEXT], box))
     return placed
+
+
+def read_box(box, name) -> tuple[float, ...]:
+    with suppress(TypeError, ValueError):  # raised by what is not four numbers
+        left, top, right, bottom = map(float, box)
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return left, top, right, bottom
+    raise BadSample("not a box", f"{name}, {str(box)[:60]} is not [x0, y0, x1, y1] from 0 to 1")
 
 
 def text_slots(s) -> list[str]:
@@ -669,7 +614,7 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     slots = text_slots(s)
     captions = c.long_captions()
     rng.shuffle(captions)  # of one caption this draws no random number
-    pool = list(zip(c.long, c.boxes or [None] * len(c.long)))
+    pool = list(zip(c.long, c.boxes))
     if s.short_caption:
         pool += [(text, None) for text in c.short]
     if not s.raw_caption:
@@ -684,9 +629,8 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
         n = s.long_sentences or len(sentences)
         start = rng.randrange(max(len(sentences) - n, 0) + 1)
         texts.append((" ".join(sentences[start:start + n]), None))
-    M = slots.count("perspective")
-    texts += [(text, None) for text in c.perspectives[:M]]
-    lacking = max(0, M - len(c.perspectives))
+    texts += [(text, None) for text in c.perspectives[:slots.count("perspective")]]
+    lacking = len(slots) - len(texts)
     return texts + draw_sub_captions(pool, lacking, s.sampling, rng)
 
 
@@ -699,12 +643,13 @@ def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> 
 
 def patches_of(boxes, side: int) -> torch.Tensor:
     """Which of side · side patches, row by row, each box overlaps; of None all: T boxes -> bool [T, side²]."""
-    whole = [box or (0, 0, 1, 1) for box in boxes]
-    left, top, right, bottom = side * torch.tensor(whole, dtype=torch.float64).T[..., None]  # each [T, 1]
-    place = torch.arange(side)
-    x = (left.floor() <= place) & (place < right.ceil())  # [T, side]
-    y = (top.floor() <= place) & (place < bottom.ceil())
-    return (y[:, :, None] & x[:, None]).flatten(1)
+    overlaps = torch.ones(len(boxes), side, side, dtype=torch.bool)
+    for of_box, box in zip(overlaps, boxes):
+        if box:
+            left, top, right, bottom = (side * edge for edge in box)
+            of_box[:] = False
+            of_box[math.floor(top):math.ceil(bottom), math.floor(left):math.ceil(right)] = True
+    return overlaps.flatten(1)
 
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
@@ -713,46 +658,41 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 # memory is one SPAN a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
 # one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV,
 # Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there.
-SPAN = np.dtype([("start", "<u8"), ("length", "<u4"), ("key", "<u8")])  # `key`: hash of the sample's key
-INDEX_VERSION = 5  # of the indices kept: raise it when a scan_ function changes
-PIECE = 1 << 20  # characters of a JSON file that are read at a time
-LONGEST = 1 << 27  # bytes of one sample: no picture is larger, and a damaged file shall not fill the memory
+SPAN = np.dtype([("start", "<u8"), ("length", "<u8"), ("key", "<u8")])  # `key`: hash of the sample's key
+INDEX_VERSION = 6  # of the indices kept: raise it when a scan_ function changes
 
 
-class BadCount(dict):
-    """{reason: the first few details} of bad samples; `counts` has the numbers, `seen` that of all samples met."""
+class BadCount:
+    """Bad samples by reason: the detail of the first one, and how many; `seen` counts all samples met."""
 
     def __init__(self, details=(), counts=(), seen=0):
-        super().__init__(details)
+        self.details = dict(details)
         self.counts = Counter(counts)
         self.seen = seen
 
+    def __bool__(self):
+        return bool(self.counts)
+
     def add(self, bad: BadSample):
         self.counts[bad.reason] += 1
-        details = self.setdefault(bad.reason, [])
-        if len(details) < 5 and bad.detail not in details:
-            details.append(bad.detail)
+        self.details.setdefault(bad.reason, bad.detail)
+
+    def merge(self, other: "BadCount"):
+        self.counts += other.counts
+        self.details = other.details | self.details
+        self.seen += other.seen
 
     def plain(self) -> tuple[dict, dict, int]:
         """For a file; BadCount(*plain) is the same again."""
-        return dict(self), dict(self.counts), self.seen
-
-    def merge(self, other: "BadCount"):
-        self.counts.update(other.counts)
-        self.seen += other.seen
-        for reason, details in other.items():
-            self[reason] = (self.get(reason, []) + details)[:5]
+        return self.details, dict(self.counts), self.seen
 
     @property
     def total(self) -> int:
         return self.counts.total()
 
     def report(self) -> str:
-        parts = []
-        for reason, n in self.counts.most_common():
-            more = " ..." if n > 3 else ""
-            parts.append(f"{n} × {reason}: {', '.join(self[reason][:3])}{more}")
-        return "; ".join(parts)
+        """"2 × image missing: a.jpg", and so on for each reason."""
+        return "; ".join(f"{n} × {reason}: {self.details[reason]}" for reason, n in self.counts.items()) or "none"
 
     def over(self, share: float, total: int, seen: int) -> bool:
         """Whether more than this share is bad, of at least 200 seen; total and seen may be those of all ranks."""
@@ -765,17 +705,36 @@ class BadCount(dict):
                             f"raise the limit ({self.report()})")
 
 
+class Joined:
+    """Several parts as one: their samples numbered through, and what is bad in them counted together."""
+
+    def __init__(self, parts: list):
+        self.parts = parts
+        self.first = np.cumsum([0, *map(len, parts)])  # the number of each part's first sample, and that of all
+        self.bad = BadCount()
+        for part in parts:
+            self.bad.merge(part.bad)
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def part_of(self, i: int) -> tuple[int, int]:
+        """The number of a sample's part, and the sample's number in it."""
+        part = int(np.searchsorted(self.first, i, "right")) - 1
+        return part, i - int(self.first[part])
+
+
 @dataclass
 class Record:
     key: str
     image: bytes | Path | str  # content, path, or what a row calls its path or URL
     row: dict  # its texts, as read_captions takes them
+    file: Path | None = None  # that it is of
 
 
-def hashed(key: str | bytes) -> int:
-    if isinstance(key, str):
-        key = key.encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+def hashed(key: str) -> int:
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def parse_json(content: bytes, name: str) -> dict:
@@ -817,83 +776,70 @@ def row_key(row: dict) -> str:
 # with the same identity the first stays); and a parse_ function, (bytes of a span, file) -> Record.
 
 def tar_members(file):
-    """(key, extension, TarInfo, where its header should begin) of every file in a tar. The key of "a/b.seg.JSON" is
-    "a/b": it ends at the first dot of the file's name. `ignore_zeros` goes on behind a damaged header."""
+    """(key, extension, TarInfo, whether its header is not where it should begin) of every file in a tar. The key of
+    "a/b.seg.JSON" is "a/b": it ends at the first dot of the file's name. `ignore_zeros` goes on behind a damaged
+    header."""
     expected = 0
     with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
         for member in tar:
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             stem, _, extension = base.partition(".")
             if member.isreg() and stem:  # no stem: a system's own file, like .DS_Store
-                yield folder + slash + stem, extension.lower(), member, expected
-            expected = padded(member.offset_data + member.size * member.isreg())
-
-
-def padded(size: int) -> int:
-    return (size + 511) // 512 * 512
+                yield folder + slash + stem, extension.lower(), member, member.offset > expected
+            expected = member.offset_data + (member.size * member.isreg() + 511) // 512 * 512
 
 
 def scan_tar(path):
     """A sample is a run of members with one key, from the header of the first to the end of the last."""
-    runs = []  # [key, start, stop, extensions]
+    end = 0
     with open(path, "rb") as file:
         with suppress(tarfile.TarError, OSError, ValueError):  # raised where a tar is cut off
-            for key, extension, member, expected in tar_members(file):
-                damaged = member.offset > expected
-                if damaged:
-                    yield BadSample("tar damaged", f"{path.name} at byte {expected}")
-                if damaged or not runs or runs[-1][0] != key or extension in runs[-1][3]:
-                    runs.append([key, member.offset, 0, []])
-                runs[-1][2] = member.offset_data + member.size
-                runs[-1][3].append(extension)
-        end = padded(runs[-1][2]) if runs else 0
+            for key, members in groupby(tar_members(file), itemgetter(0)):
+                _, extensions, infos, damaged = zip(*members)
+                start, end = infos[0].offset, infos[-1].offset_data + infos[-1].size
+                if any(damaged):
+                    yield BadSample("tar damaged", f"before {key}")
+                if set(SUFFIXES).intersection(extensions):
+                    yield start, end - start, key
+                else:
+                    yield BadSample("no image", f"{key} with {extensions}")
         file.seek(end)
         rest = file.read(1 << 20)
-        if any(rest) or not rest:  # a whole tar ends in zeros
-            yield BadSample("tar cut off", f"{path.name} at byte {end}")
-        if runs and runs[-1][2] > file.seek(0, os.SEEK_END):
-            runs.pop()
-    for key, start, stop, extensions in runs:
-        if any(extension in SUFFIXES for extension in extensions):
-            yield start, stop - start, key, key
-        else:
-            yield BadSample("no image", f"{path.name}/{key} with .{' .'.join(extensions[:3])}")
+    if any(rest) or not rest:  # a whole tar ends in zeros
+        yield BadSample("tar cut off", f"at byte {end}")
 
 
 def parse_tar(content, path):
-    name = ""
-    image = None
-    text = {}
-    row = {}
+    files = {}  # extension: bytes
     for key, extension, member, _ in tar_members(io.BytesIO(content + bytes(1024))):
-        part = content[member.offset_data:member.offset_data + member.size]
-        if extension in SUFFIXES and image is None:
-            name, image = key, part
-        elif extension == "txt":
-            text = {"caption": part.decode("utf-8-sig", errors="replace")}
-        elif extension == "json":
-            row = parse_json(part, f"{path.name}/{key}.json")
-    if image is None:
-        raise BadSample("no image", f"{path.name}/{name}")
-    named = {field: value for field, value in row.items() if value}
-    return Record(name, image, text | named)
+        files.setdefault(extension, content[member.offset_data:member.offset_data + member.size])
+    for extension in SUFFIXES:
+        if extension in files:
+            return Record(key, files[extension], texts_beside(files, f"{path.name}/{key}"))
+    raise BadSample("no image", path.name)
+
+
+def texts_beside(files: dict[str, bytes], name: str) -> dict:
+    """The row of a picture: what is in its .txt, as "caption", and in its .json."""
+    row = {}
+    if "txt" in files:
+        row["caption"] = files["txt"].decode("utf-8-sig", errors="replace")
+    if "json" in files:
+        for field, value in parse_json(files["json"], f"{name}.json").items():
+            if value:
+                row[field] = value
+    return row
 
 
 def scan_lines(path):
     start = 0
     with open(path, "rb") as file:
-        lines = iter(lambda: file.readline(LONGEST), b"")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"{path.name} line {number}"
                 try:
-                    row = parse_json(line, where)
-                    key = row_key(row)
-                    identity = key if row.get("key") == key else line  # a picture may have several lines
-                    yield start, len(line), key, identity
+                    yield start, len(line), row_key(parse_json(line, ""))
                 except BadSample as bad:
-                    torn = bad.reason == "JSON does not parse" and not line.endswith(b"\n")
-                    yield BadSample("last line torn" if torn else bad.reason, where)
+                    yield BadSample(bad.reason, f"line {number}")
             start += len(line)
 
 
@@ -902,82 +848,67 @@ def parse_lines(content, path):
     return Record(row_key(row), image_field(row), row)
 
 
-def scan_folder(folder):
-    """The pictures below a folder; start and length are those of the path in the list of all paths (`list_folder`)."""
-    start = 0
-    for name in list_folder(folder):
-        key = os.fsdecode(name).rpartition(".")[0]
-        yield start, len(name), key, key
-        start += len(name)
-
-
-def list_folder(folder) -> list[bytes]:
+def folder_rows(folder):
+    """A row for every picture below a folder."""
     names = []
-    for at, _, files in os.walk(folder):
-        for name in files:
-            suffix = name.rpartition(".")[2].lower()
-            if suffix in SUFFIXES and not name.startswith("."):
-                path = os.path.join(at, name)
-                names.append(os.fsencode(os.path.relpath(path, folder)))
-    return sorted(names)
+    for path in folder.rglob("*.*"):
+        if path.suffix[1:].lower() in SUFFIXES and not path.name.startswith("."):
+            names.append(str(path.relative_to(folder)))
+    for name in sorted(names, key=os.fsencode):
+        yield {"key": name.rpartition(".")[0], "image": os.path.abspath(folder / name)}
 
 
 def parse_folder(content, folder):
-    path = folder / os.fsdecode(content)
-    row = {}
-    text = path.with_suffix(".txt")
-    data = path.with_suffix(".json")
-    if text.exists():
-        row = {"caption": text.read_bytes().decode("utf-8-sig", errors="replace")}
-    if data.exists():
-        row |= parse_json(data.read_bytes(), str(data))
-    return Record(os.fsdecode(content).rpartition(".")[0], path, row)
+    """A row of `folder_rows` with the texts that lie beside its picture."""
+    record = parse_lines(content, folder)
+    files = {}
+    for extension in ("txt", "json"):
+        beside = Path(record.image).with_suffix(f".{extension}")
+        if beside.exists():
+            files[extension] = beside.read_bytes()
+    record.row = texts_beside(files, record.image)
+    return record
 
 
 def csv_rows(path):
     """The rows of a CSV or TSV, with a BadSample for each that does not parse. Where a quote is never closed, that row
     and those up to the next quote are one bad row."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        names = next(reader, None)
-        while names:
-            where = f"{path.name} line {reader.line_num + 1}"
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        while True:
             try:
-                cells = next(reader)
+                row = next(rows)
             except StopIteration:
                 return
             except csv.Error:  # a cell longer than any caption
-                cells = [""]
-            if len(cells) == len(names):
-                yield dict(zip(map(str.strip, names), cells))
-            elif cells:
-                yield BadSample("row does not parse", where)
+                row = {None: None}
+            if None in row or None in row.values():  # too many cells, or too few
+                yield BadSample("row does not parse", f"line {rows.line_num}")
+            else:
+                yield {name.strip(): cell for name, cell in row.items()}
 
 
 def json_rows(path):
-    """The objects of a JSON file, in an array or one after another, read piece by piece, for the file may be larger
-    than the memory. Where one does not parse, it and what follows in the same piece are one bad row."""
+    """The objects of a JSON file, in an array or one after another, with a BadSample where one does not parse: nothing
+    behind it is read."""
+    text = path.read_text("utf-8-sig", errors="replace")
     decoder = json.JSONDecoder()
-    open_text = gzip.open if path.suffix == ".gz" else open
-    bad = BadSample("JSON does not parse", path.name)
-    rest = ""
+    end = 0
+    with suppress(ValueError, RecursionError):  # raised behind the last one, too
+        while True:
+            row, end = decoder.raw_decode(text, text.index("{", end))
+            yield row
+    if text[end:].strip(" \t\r\n,[]"):
+        yield BadSample("JSON does not parse", f"from character {end} on")
+
+
+def gzip_rows(path):
+    """The lines of compressed JSON lines, as they are."""
     try:
-        with open_text(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            while piece := file.read(PIECE):
-                rest += piece
-                end = 0
-                with suppress(ValueError, RecursionError):  # raised where an object ends in a later piece
-                    while True:
-                        row, end = decoder.raw_decode(rest, rest.index("{", end))
-                        yield row
-                rest = rest[end:]
-                if len(rest) > 2 * PIECE:
-                    yield bad
-                    rest = ""
-    except (OSError, EOFError, zlib.error):  # a compressed file that is cut off or damaged
-        rest = "cut off"
-    if rest.strip(" \t\r\n,[]"):
-        yield bad
+        with gzip.open(path) as file:
+            yield from file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield BadSample("file cut off", str(error))
 
 
 def parquet_batches(path):
@@ -1002,18 +933,21 @@ def parquet_rows(path):
         yield row
 
 
-TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": json_rows, ".json": json_rows, ".parquet": parquet_rows}
+TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": gzip_rows, ".json": json_rows, ".parquet": parquet_rows,
+          "": folder_rows}
 
 
 def copy_table(path, copy):
     """Writes a table as JSON lines. Yields a BadSample for each row that cannot be read. Raises UserError."""
     try:
-        with written_whole(copy) as temporary, open(temporary, "w") as file:
-            for row in TABLES[path.suffix](path):
+        with written_whole(copy) as temporary, open(temporary, "wb") as file:
+            for row in TABLES[suffix_of(path)](path):
                 if isinstance(row, BadSample):
                     yield row
-                else:
-                    file.write(json.dumps(row, default=str) + "\n")  # str: of Parquet's dates and decimals
+                    continue
+                if isinstance(row, dict):
+                    row = json.dumps(row, default=str).encode() + b"\n"  # str: of Parquet's dates and decimals
+                file.write(row)
     except OSError as error:
         raise UserError(f"{copy.parent}, for a copy of {path} as JSON lines, cannot be written ({error.strerror}): set "
                         "MINILIP_CACHE to a folder with room") from None
@@ -1031,8 +965,8 @@ def written_whole(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-READERS = {".tar": (scan_tar, parse_tar), "": (scan_folder, parse_folder),
-           **dict.fromkeys((".jsonl", ".jsonlines", *TABLES), (scan_lines, parse_lines))}
+READERS = {**dict.fromkeys((".jsonl", ".jsonlines", *TABLES), (scan_lines, parse_lines)),
+           ".tar": (scan_tar, parse_tar), "": (scan_lines, parse_folder)}
 
 
 def captions_path(file: Path) -> Path:
@@ -1045,10 +979,10 @@ def expand(pattern: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces:
         return [pattern]
+    first, last = braces.groups()
     texts = []
-    for number in range(int(braces[1]), int(braces[2]) + 1):
-        padded_number = str(number).zfill(len(braces[1]))
-        texts += expand(pattern[:braces.start()] + padded_number + pattern[braces.end():])
+    for number in range(int(first), int(last) + 1):
+        texts += expand(pattern.replace(braces[0], str(number).zfill(len(first)), 1))
     return texts
 
 
@@ -1062,10 +996,14 @@ def find_files(pattern: str) -> list[Path]:
         files += map(Path, sorted(glob.glob(text)) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
-            trouble = f"--data {file} cannot be read" if file.is_file() else f"no file {file}"
-            raise UserError(f"{trouble}: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, .json, .csv, .parquet "
-                            "or a folder, and one pattern stands for files of one format")
+            raise UserError(f"no file {file} that can be read: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, "
+                            ".json, .csv, .parquet or a folder, and one pattern stands for files of one format")
     return files
+
+
+def suffix_of(file: Path) -> str:
+    """What tells a file's format: its suffix; of a folder nothing."""
+    return file.suffix if file.is_file() else ""
 
 
 @dataclass
@@ -1075,6 +1013,9 @@ class Index:
     source: Path  # the file itself, or a table's copy
     spans: np.ndarray  # [N] of SPAN
     bad: BadCount  # what had to be left out
+
+    def __len__(self):
+        return len(self.spans)
 
     def read(self, start: int, length: int) -> bytes:
         """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
@@ -1090,32 +1031,21 @@ def opened(file):
 
 
 def index_of(file: Path) -> Index:
-    """The index kept under ~/.cache, which has another name once the file has changed, or a new one. A folder's is not
-    kept, for its time does not tell what has changed below it."""
-    if not file.is_file():
-        return scan(file, file)
+    """The index kept under ~/.cache, or a new one where the file has changed. A folder's is always new, for its time
+    does not tell what has changed below it."""
     cache = Path(os.environ.get("MINILIP_CACHE") or Path.home() / ".cache" / "minilip")
-    stat = file.stat()
     name = f"{hashed(str(file.resolve())):x}"
-    path = cache / f"{name}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{INDEX_VERSION}"
-    source = path.with_suffix(".jsonl") if file.suffix in TABLES else file
-    try:
-        with open(path, "rb") as kept:
-            head = kept.readline()
-        n, *bad = json.loads(head)
-        spans = np.memmap(path, SPAN, "r", len(head), (n,)) if n else np.zeros(0, SPAN)
-        if source.is_file():
-            return Index(source, spans, BadCount(*bad))
-    except (OSError, ValueError, TypeError):
-        pass
+    kept = cache / f"{name}.pt"
+    source = cache / f"{name}.jsonl" if suffix_of(file) in TABLES else file
+    stamp = [INDEX_VERSION, file.stat().st_size, file.stat().st_mtime_ns]
+    with suppress(Exception):  # where there is none or it is damaged, it is made anew
+        found, spans, *bad = torch.load(kept, mmap=True)
+        if found == stamp and file.is_file() and source.is_file():
+            return Index(source, spans.numpy().view(SPAN), BadCount(*bad))
     index = scan(file, source)
-    head = json.dumps([len(index.spans), *index.bad.plain()]).encode()
-    with suppress(OSError):  # where it cannot be written, it is not kept
-        with written_whole(path) as temporary:
-            temporary.write_bytes(head + b"\n" + index.spans.tobytes())
-        for old in cache.glob(f"{name}-*"):
-            if old not in (path, source):
-                old.unlink(missing_ok=True)
+    spans = torch.from_numpy(index.spans.view(np.uint8))
+    with suppress(OSError, RuntimeError), written_whole(kept) as temporary:  # where it cannot be written, it is not kept
+        torch.save([stamp, spans, *index.bad.plain()], temporary)
     return index
 
 
@@ -1123,48 +1053,37 @@ def scan(file: Path, source: Path) -> Index:
     """Looks through a file, of a table through the copy made here. A sidecar's spans are sorted by key."""
     spans = []
     bad = BadCount()
-    known = set()
-    sidecar = file.name.endswith(".captions.jsonl")  # a key has a line for each model, or each time, that captioned it
-    scan_format, _ = READERS[file.suffix if file.is_file() else ""]
+    scan_format, _ = READERS[suffix_of(file)]
+    copying = copy_table(file, source) if source != file else []
     try:
-        if source != file:
-            for problem in copy_table(file, source):
-                bad.seen += 1
-                bad.add(problem)
-        for found in scan_format(source):
+        for found in chain(copying, scan_format(source)):
             bad.seen += 1
             if isinstance(found, BadSample):
-                bad.add(found)
-                continue
-            start, length, key, identity = found
-            identity = hashed(identity)
-            if length > LONGEST:
-                bad.add(BadSample("sample too large", f"{file.name} at byte {start}"))
-            elif identity in known and not sidecar:
-                bad.add(BadSample("duplicate", f"{file.name}: {key[:80]}"))
+                bad.add(BadSample(found.reason, f"{file.name} {found.detail}"))
             else:
-                known.add(identity)
+                start, length, key = found
                 spans.append((start, length, hashed(key)))
     except OSError as error:
         bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
+    opened.cache_clear()  # it may hold a file that is now another
     spans = np.array(spans, SPAN)
-    if sidecar:
+    if file.name.endswith(".captions.jsonl"):
         spans.sort(order="key", kind="stable")
     return Index(source, spans, bad)
 
 
 def read_indices(files: list[Path]) -> list[Index]:
-    """index_of every file, in parallel where that takes long."""
-    if sum(file.stat().st_size for file in files) < 1 << 24:
-        return [index_of(file) for file in files]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # In other processes, so that what scanning takes of memory is given back.
-    with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:
-        indices = pool.map(index_of, files)
-        return list(tqdm(indices, "indexing", len(files), unit="file", delay=2, leave=False))
+    """index_of every file, made in parallel where that takes long."""
+    if sum(file.stat().st_size for file in files) > 1 << 24:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        # In other processes, so that what scanning takes of memory is given back.
+        with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:
+            for _ in tqdm(pool.map(index_of, files), "indexing", len(files), unit="file", delay=2, leave=False):
+                pass
+    return [index_of(file) for file in files]
 
 
-class Records:
+class Records(Joined):
     """All samples of one path of --data: a file, {00000..00331}.tar, *.tar, a folder of shards or of pictures.
 
     records[i] -> Record, read from its file and joined with the sidecar of new captions, where there is one; raises
@@ -1174,58 +1093,45 @@ class Records:
 
     def __init__(self, path: str, image_root: str | None = None):
         self.path = str(path)
-        self.root = Path(image_root) if image_root else None
+        self.root = image_root
         self.files = find_files(self.path)
-        self.is_folder = self.files[0].is_dir()
-        self.listing = b"".join(list_folder(self.files[0])) if self.is_folder else None
-        _, self.parse = READERS["" if self.is_folder else self.files[0].suffix]
-        self.indices = read_indices(self.files)
-        counts = [len(index.spans) for index in self.indices]
-        self.first = np.cumsum([0, *counts])  # the number of each file's first sample, and that of all
-        self.bad = BadCount()
-        self.sidecars = {}  # number of a file -> index of its new captions
-        for n, file in enumerate(self.files):
-            self.bad.merge(self.indices[n].bad)
+        _, self.parse = READERS[suffix_of(self.files[0])]
+        super().__init__(read_indices(self.files))
+        self.sidecars = {}  # file: the index of its new captions
+        for file in self.files:
             if captions_path(file).is_file():
                 sidecar = index_of(captions_path(file))
                 sidecar.bad.seen = 0  # no samples, but what is said of them
                 self.bad.merge(sidecar.bad)
-                self.sidecars[n] = sidecar
-
-    def __len__(self):
-        return int(self.first[-1])
-
-    def file_of(self, i: int) -> int:
-        return int(np.searchsorted(self.first, i, "right")) - 1
-
-    def locate(self, n: int, image: str) -> Path:
-        """The image that a row of file n names: below the root; of a URL the last part counts."""
-        if "://" in image:
-            image = last_part(image)
-        elif "." not in image:  # a key, as IIW's
-            image += ".jpg"
-        return (self.root or self.files[n].parent) / image
+                self.sidecars[file] = sidecar
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
-        return np.concatenate([index.spans["key"] for index in self.indices])
+        return np.concatenate([index.spans["key"] for index in self.parts])
 
     def __getitem__(self, i: int) -> Record:
-        if not 0 <= i < len(self):
+        if i >= len(self):
             raise IndexError(i)
-        n = self.file_of(i)
-        index = self.indices[n]
-        start, length, key = index.spans[i - self.first[n]].tolist()
+        part, number = self.part_of(i)
+        file, index = self.files[part], self.parts[part]
+        start, length, key = index.spans[number].tolist()
         try:
-            content = self.listing[start:start + length] if self.is_folder else index.read(start, length)
-            record = self.parse(content, self.files[n])
-            if n in self.sidecars:
-                record.row["captions"] = recaptioned(record.row) | new_captions(self.sidecars[n], key)
+            record = self.parse(index.read(start, length), file)
+            if file in self.sidecars:
+                record.row["captions"] = recaptioned(record.row) | new_captions(self.sidecars[file], key)
         except OSError as error:
-            raise BadSample("file cannot be read", f"{self.files[n]}: {error.strerror}") from None
+            raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         if isinstance(record.image, str):
-            record.image = self.locate(n, record.image)
+            record.image = Path(self.root or file.parent, file_named(record.image))
+        record.file = file
         return record
+
+
+def file_named(image: str) -> str:
+    """The file that a row means by a path, a URL, whose last part counts, or a key, as IIW's."""
+    if "://" in image:
+        return last_part(image)
+    return image if "." in image else f"{image}.jpg"
 
 
 def equal(hashes: np.ndarray, wanted) -> slice:
@@ -1244,13 +1150,11 @@ def new_captions(sidecar: Index, key: int) -> dict:
 
 # ---- captions joined to shards, and shards made of Parquet -----------------------------------------------------------
 
-def identities(record: Record) -> list[str]:
-    """What a picture is known by: the URL in its row, if there is one, then its key's last part up to the first dot."""
-    found = []
-    with suppress(BadSample):  # raised where there is none
-        found.append(image_field(record.row, "://"))
-    name, _, _ = last_part(record.key).partition(".")
-    return [*found, name]
+def identity(record: Record, by_url: bool) -> str:
+    """What a picture is known by: the URL in its row, or its key's last part up to the first dot. Raises BadSample."""
+    if by_url:
+        return image_field(record.row, "://")
+    return last_part(record.key).partition(".")[0]
 
 
 def texts_to_join(row: dict, fields: dict) -> dict:
@@ -1268,46 +1172,41 @@ def texts_to_join(row: dict, fields: dict) -> dict:
 def join(captions: str, pattern: str, fields: dict):
     """Writes the texts of a table's rows into a sidecar beside each file of samples. Raises UserError.
 
-    A row is known by its URL. Only if it has none, its key counts, or else its file's name: img2dataset numbers keys
-    anew in each download. In memory are hashes of these alone.
+    Rows are known by their URL. Only where the first has none, their key counts, or else the file's name: img2dataset
+    numbers keys anew in each download. In memory are hashes of these alone.
     """
     samples = Records(pattern)
     for sidecar in map(captions_path, samples.files):
-        if sidecar.exists() and not all("joined" in row for row in read_json(sidecar)):
-            raise UserError(f"{sidecar} has captions that --join has not written: move it away")
+        if sidecar.exists():
+            raise UserError(f"{sidecar} exists: move it away, for --join writes it anew")
     table = Records(captions)
+    by_url = len(table) > 0 and "://" in str(table[0].row)
     hashes = np.zeros(len(table), np.uint64)
-    for i in tqdm(range(len(table)), "reading captions", leave=False):
+    for i in tqdm(range(len(table)), "reading captions"):
         with suppress(BadSample):
-            hashes[i] = hashed(identities(table[i])[0])
-    order = hashes.argsort(kind="stable")
-    hashes = hashes[order]
+            hashes[i] = hashed(identity(table[i], by_url))
+    hashes, rows, counts = np.unique(hashes, return_index=True, return_counts=True)
+    if not by_url:  # files in several folders may have the same name
+        hashes, rows = hashes[counts == 1], rows[counts == 1]
 
-    matched = Counter()
-    for n, file in enumerate(tqdm(samples.files, "joining", leave=False)):
+    matched = 0
+    for n, file in enumerate(tqdm(samples.files, "joining")):
         lines = []
         for i in range(*samples.first[n:n + 2]):
             with suppress(BadSample):
                 sample = samples[i]
-                texts = {}
-                for known_by in identities(sample):
-                    rows = order[equal(hashes, hashed(known_by))]
-                    is_url = "://" in known_by
-                    if len(rows) == 1 or (len(rows) and is_url):  # files in several folders may have the same name
-                        texts = texts_to_join(table[int(rows[0])].row, fields)
-                        break
-                if texts:
-                    matched[is_url] += 1
-                    lines.append(json.dumps({"key": sample.key, "joined": captions, "captions": texts}) + "\n")
+                for row in rows[equal(hashes, hashed(identity(sample, by_url)))]:
+                    texts = texts_to_join(table[row].row, fields)
+                    if texts:
+                        lines.append(json.dumps({"key": sample.key, "captions": texts}) + "\n")
+        matched += len(lines)
         if lines:
-            with written_whole(captions_path(file)) as temporary:
-                temporary.write_text("".join(lines))
+            captions_path(file).write_text("".join(lines))
     if not matched:
         raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by "
-                        f"URL, key or file name (left out: {table.bad.report() or 'none'}): check --caption-fields, and "
-                        f"that the pictures are named by a column {', '.join(IMAGE_FIELDS)}")
-    print(f"{matched.total():,} of {len(samples):,} samples have captions of {len(table):,} rows now: {matched[True]:,} "
-          f"by URL, {matched[False]:,} by key or name")
+                        f"URL, key or file name (left out: {table.bad.report()}): check --caption-fields, and that the "
+                        "pictures are named by a column " + ", ".join(IMAGE_FIELDS))
+    print(f"{matched:,} of {len(samples):,} samples have captions of {len(table):,} rows now")
 
 
 def write_shards(pattern: str, folder: str):
@@ -1322,11 +1221,14 @@ def write_shards(pattern: str, folder: str):
                 picture = row.pop("image", None)
                 if not isinstance(picture, dict):
                     raise UserError(f"--shards {pattern} has no pictures: a column image with bytes is wanted")
-                contents = {"jpg": picture["bytes"] or b"", "json": json.dumps(row, default=str).encode()}
-                for extension, content in contents.items():
-                    member = tarfile.TarInfo(f"{shard:05}{number:04}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                add_member(tar, f"{shard:05}{number:04}.jpg", picture["bytes"] or b"")
+                add_member(tar, f"{shard:05}{number:04}.json", json.dumps(row, default=str).encode())
+
+
+def add_member(tar, name: str, content: bytes):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -1355,7 +1257,6 @@ class SceneImages:
 
     def __init__(self, split: str, n: int, size: int, kinds: int):
         self.scenes = Scenes(split, n, size, kinds)
-        self.train = split == "train"
         self.size = size
         self.bad = BadCount()
 
@@ -1368,16 +1269,13 @@ class SceneImages:
         c = scene.captions
         perspectives = [c[name] for name in PERSPECTIVES]
         captions = Captions(c["raw"], [c["short"]], c["long"], perspectives, self.scenes.boxes(scene))
-        if self.train and rng:
+        if rng and self.scenes.split == "train":
             reach = max(1, self.size // 32)
             down = rng.randint(-reach, reach)
             across = rng.randint(-reach, reach)
             place = np.arange(self.size)
-            rows = (place + down).clip(0, self.size - 1)
-            columns = (place + across).clip(0, self.size - 1)
-            image = image[rows][:, columns]
-            x = across / self.size
-            y = down / self.size
+            image = image.take(place + down, 0, mode="clip").take(place + across, 1, mode="clip")
+            x, y = across / self.size, down / self.size
             captions = captions.within((x, y, x + 1, y + 1))
         return torch.from_numpy(image).permute(2, 0, 1), captions
 
@@ -1405,13 +1303,10 @@ class Pictures:
         self.augment = augment
         self.train = part == "train"
         self.bad = records.bad
-        self.by_shard = records.parse is parse_tar and len(records.files) > 1
         share = min(0.1, HELD_OUT / max(1, len(records)))
-        wanted = np.ones(len(records), bool)
-        if part != "all":
-            held_out = records.keys() < np.uint64(share * 2**64)
-            wanted = held_out if part == "validation" else ~held_out
-        self.rows = np.flatnonzero(wanted).astype(np.uint32)
+        held_out = records.keys() < np.uint64(share * 2**64)
+        wanted = {"train": ~held_out, "validation": held_out, "all": held_out | True}
+        self.rows = np.flatnonzero(wanted[part]).astype(np.uint32)
         self.try_a_few(part)
 
     def try_a_few(self, part):
@@ -1423,58 +1318,57 @@ class Pictures:
                 return
             except BadSample as bad:
                 failed.add(bad)
-        self.bad.merge(failed)
-        raise UserError(f"--data {self.records.path} has no usable sample for {part} ({self.bad.report() or 'it is empty'}):"
-                        " check --image-root and --caption-fields, or look at it with python data.py --look")
+        failed.merge(self.bad)
+        raise UserError(f"--data {self.records.path} has no usable sample for {part} (bad: {failed.report()}): check "
+                        "--image-root and --caption-fields, or look at it with python data.py --look")
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i, rng=None):
-        number = int(self.rows[i])
-        record = self.records[number]
-        file = self.records.files[self.records.file_of(number)]
-        name = f"{file.name}: {record.key}"
+        record = self.records[int(self.rows[i])]
+        name = f"{record.file.name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
         enough = self.size
         if self.train:  # decoded just large enough for the least crop
             enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
         picture = load_image(record.image, enough, name=name)
-        width, height = picture.size
         augmented = self.train and rng is not None
-        with torch_seeded(rng):
+        with torch.random.fork_rng(devices=()):  # torchvision draws from PyTorch's generator, which stays as it is
+            if rng:
+                torch.manual_seed(rng.getrandbits(63))
             box = crop_box(picture, self.crop if augmented else None)
-            picture = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            cropped = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+            image = torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
             if augmented and self.augment == "strong":
                 image = change_colours(image)
-        return image, captions.within(np.divide(box, (width, height, width, height)))
+        return image, captions.within(np.divide(box, 2 * picture.size))
 
     def order(self, rng, window):
         """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
         before long lies together."""
-        if not self.by_shard:
+        if len(self.records.files) == 1 or self.records.parse is not parse_tar:
             return rng.permutation(len(self))
         return shard_order(np.diff(np.searchsorted(self.rows, self.records.first)), rng, window)
 
 
-class Sets:
+class Sets(Joined):
     """Several datasets as one."""
 
-    def __init__(self, parts: list):
-        self.parts = parts
-        self.size = parts[0].size
-        self.bad = BadCount()
-        self.first = np.cumsum([0, *map(len, parts)])
-        for part in parts:
-            self.bad.merge(part.bad)
-
-    def __len__(self):
-        return int(self.first[-1])
+    @property
+    def size(self):
+        return self.parts[0].size
 
     def __getitem__(self, i, rng=None):
-        part = int(np.searchsorted(self.first, i, "right")) - 1
-        return self.parts[part].__getitem__(i - int(self.first[part]), rng)
+        part, number = self.part_of(i)
+        return self.parts[part].__getitem__(number, rng)
+
+    def order(self, rng, window):
+        """The sets mixed evenly."""
+        orders = []
+        for part, first in zip(self.parts, self.first):
+            orders.append(part.order(rng, window) + first)
+        return in_turn(orders, rng.random(len(orders)))
 
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
@@ -1482,18 +1376,17 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes; dense: the crops'
     sentences are among the long captions. Raises UserError."""
     fields = read_fields(caption_fields, dense)
-
-    def open_one(path):
+    sets = []
+    for path in [data] if isinstance(data, str) else data:
         if path != "scenes":
             records = Records(path, image_root)
-            return Pictures(records, size, "validation" if part == "test" else part, crop, fields, augment)
+            sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
+            continue
         try:
-            return SceneImages(part, n, size, kinds)
+            sets.append(SceneImages(part, n, size, kinds))
         except ValueError as error:
             raise UserError(f"--kinds: {error}") from None
-
-    parts = [open_one(path) for path in ([data] if isinstance(data, str) else data)]
-    return parts[0] if len(parts) == 1 else Sets(parts)
+    return sets[0] if len(sets) == 1 else Sets(sets)
 
 
 def check_boxes(dataset, n: int = 64):
@@ -1535,38 +1428,21 @@ def in_turn(parts: list, shifts) -> np.ndarray:
     return np.concatenate(parts)[np.argsort(np.concatenate(turns))]
 
 
-class Order:
-    """The endless stream of samples: order(position) -> (epoch, index), a function of the seed alone. An epoch has every
-    sample of every set once, the sets mixed evenly."""
-
-    def __init__(self, dataset, seed: int, window: int):
-        self.parts = getattr(dataset, "parts", [dataset])
-        self.seed = seed
-        self.window = window
-        self.first = np.cumsum([0, *map(len, self.parts)]).tolist()
-        self.epoch = functools.lru_cache(1)(self._epoch)  # positions come in order, or nearly
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.first[-1])
-        return epoch, int(self.epoch(epoch)[place])
-
-    def _epoch(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch))
-        orders = []
-        for part, first in zip(self.parts, self.first):
-            orders.append(part.order(rng, self.window) + first)
-        if len(orders) == 1:
-            return orders[0]
-        return in_turn(orders, rng.random(len(orders)))
-
-
-def local_batches(order, batch: int, first: int, last: int, rank: int = 0, world: int = 1):
-    """The (epoch, index) pairs of each step's local batch: the stream cut into global batches, of which this rank takes
-    its share. Starts at any step without walking there."""
-    local = batch // world
+def local_batches(dataset, s, first: int, last: int, rank: int = 0, world: int = 1):
+    """The (epoch, index) pairs of each step's local batch: the endless stream of epochs, each with every sample once in
+    an order that the seed gives, is cut into global batches, of which this rank takes its share. Starts at any step."""
+    local = s.batch // world
+    known = None
     for step in range(first, last):
-        start = step * batch + rank * local
-        yield [order(position) for position in range(start, start + local)]
+        pairs = []
+        for position in range(local):
+            epoch, place = divmod(step * s.batch + rank * local + position, len(dataset))
+            if epoch != known:
+                rng = np.random.default_rng((s.seed, epoch))
+                order = dataset.order(rng, s.shuffle_buffer)
+                known = epoch
+            pairs.append((epoch, int(order[place])))
+        yield pairs
 
 
 @dataclass
@@ -1600,22 +1476,21 @@ class TrainingTexts(torch.utils.data.Dataset):
 
     def __getitem__(self, where):
         s = self.settings
-        bad = []
         epoch, index = where
-        rng = random.Random(f"{s.seed} {epoch} {index}")
-        while True:
+        seed = f"{s.seed} {epoch} {index}"
+        rng = random.Random(seed)
+        bad = []
+        while len(bad) < ATTEMPTS:
             try:
                 image, captions = self.dataset.__getitem__(index, rng)
-                break
+                texts, boxes = zip(*draw_texts(captions, s, rng))
+                allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
+                return image, self.tokenizer(texts, s.context), allowed, bad
             except BadSample as problem:
                 bad.append(problem)
-                if len(bad) == ATTEMPTS:
-                    raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {problem}") from None
-                rng.seed(f"{s.seed} {epoch} {where[1]} {len(bad)}")
+                rng.seed(f"{seed} {len(bad)}")
                 index = rng.randrange(len(self.dataset))
-        texts, boxes = zip(*draw_texts(captions, s, rng))
-        allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
-        return image, self.tokenizer(texts, s.context), allowed, bad
+        raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {bad[-1]}")
 
 
 def collate(samples) -> Batch:
@@ -1637,12 +1512,11 @@ def begin_worker(_number):
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
-    order = Order(dataset, settings.seed, settings.shuffle_buffer)
     samples = TrainingTexts(dataset, tokenizer, settings)
     # Forked workers share the mapped indices; to those started otherwise, as from Python 3.14 on, all would be sent.
     forks = settings.workers > 0 and sys.platform == "linux"
     loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=local_batches(order, settings.batch, first, last, rank, world), collate_fn=collate,
+        samples, batch_sampler=local_batches(dataset, settings, first, last, rank, world), collate_fn=collate,
         num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
         pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if forks else None)
     return watched(loader)
@@ -1658,7 +1532,7 @@ def watched(loader):
     except UserError as error:
         raise one_sentence(error) from None
     except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker was about to hand over a batch
-        if "DataLoader worker (pid" not in str(error) and (isinstance(error, RuntimeError) or "Caught" in str(error)):
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}): if memory ran out, lower --workers; "
                         "else look at the data with python data.py --look") from None
@@ -1672,62 +1546,59 @@ def one_sentence(error: UserError) -> UserError:
 # ---- a look at data --------------------------------------------------------------------------------------------------
 
 def look(path, image_root, fields, tokenizer, n, sheet):
-    """Prints what one path of --data holds and what n samples, drawn at random, are like; draws some into a file."""
+    """Prints what one path of --data holds and what n samples, drawn at random, are like; shows some on a page."""
     if path == "scenes":
         raise UserError("scenes are drawn, not read: write some with python scenes.py --write FOLDER, and look there")
     records = Records(path, image_root)
-    print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report() or 'none'}")
+    print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report()}")
     bad = BadCount()
     names = Counter()
+    tokens = {"raw": [], "short": [], "long": []}  # of each text, start and end included; of long ones each sentence
     shown = []
-    lengths = {"raw caption": [], "short caption": [], "sentence of long": [], "whole long": []}
-    chosen = np.random.default_rng(0).permutation(len(records))[:n].tolist()
-    for i in tqdm(chosen, "reading", delay=2, leave=False):
+    chosen = np.random.default_rng(0).permutation(len(records))[:n]
+    for i in tqdm(chosen, leave=False):
         try:
             record = records[i]
-            names.update(name for name, value in all_fields(record.row).items() if value)
-            c = read_captions(record.row, fields, record.key)
+            captions = read_captions(record.row, fields, record.key)
             picture = load_image(record.image, name=record.key)
         except BadSample as error:
             bad.add(error)
             continue
-        texts_of = [c.raw], c.short, c.long, [" ".join(sentences) for sentences in c.long_captions()]
-        for kind, texts in zip(lengths, texts_of):
-            lengths[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]  # with start and end
+        names.update(list(all_fields(record.row)))
+        texts = {"raw": [captions.raw], "short": captions.short, "long": captions.long}
+        for kind in texts:
+            tokens[kind] += [len(tokenizer.encode(text)) + 2 for text in texts[kind]]
         if len(shown) < 24:
             picture.thumbnail((256, 256))
-            texts = [record.key[-44:], f"RAW {c.raw}"]
-            texts += [f"SHORT {text}" for text in c.short]
-            texts.append("LONG " + " | ".join(c.long))
-            shown.append((picture, texts))
-    print(f"{len(chosen):,} looked at, {bad.total} bad: {bad.report() or 'none'}")
-    counts = [f"{name} {count:,}" for name, count in names.most_common()]
-    print(f"fields: {', '.join(counts)}")
-    for kind, found in lengths.items():
-        if found:
-            middle, most = np.quantile(found, (0.5, 0.99))
-            over = 100 * np.mean(np.array(found) > 77)
-            print(f"{kind}: {len(found):,}, tokens: median {middle:.0f}, 99% up to {most:.0f}, over 77: {over:.1f}%")
-    if sheet and shown:
+            shown.append((picture, [record.key, *map(str, texts.items())]))
+    print(f"{len(chosen):,} looked at, {bad.total} bad: {bad.report()}")
+    print("fields:", dict(names))
+    for kind, lengths in tokens.items():
+        if lengths:
+            middle, most = np.quantile(lengths, (0.5, 0.99))
+            print(f"{kind}: {len(lengths):,}, tokens: median {middle:.0f}, 99% up to {most:.0f}")
+    if sheet:
         contact_sheet(sheet, shown)
         print(f"wrote {sheet}")
 
 
+def data_url(picture: Image.Image) -> str:
+    """A PIL picture as a JPEG in an address, which pages and servers take in the place of a file's."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def contact_sheet(path, shown: list[tuple]):
-    """Draws (picture, texts) pairs into a picture file, three in a row. Raises UserError."""
-    from matplotlib.figure import Figure  # here, because it takes a second to import
-    rows = math.ceil(len(shown) / 3)
-    figure = Figure((19, 2.5 * rows), layout="constrained")
-    axes = figure.subplots(rows, 6, width_ratios=(1, 1.6) * 3, squeeze=False).flatten()
-    for axis in axes:
-        axis.axis("off")
-    for (picture, texts), left, right in zip(shown, axes[::2], axes[1::2]):
-        left.imshow(picture)
-        text = "\n".join(textwrap.fill(text, 46, max_lines=6) for text in texts)
-        right.text(0, 1, text, va="top", fontsize=9.5, transform=right.transAxes, parse_math=False)
+    """Writes (picture, texts) pairs as a page of HTML with the pictures inside. Raises UserError."""
+    page = '<!DOCTYPE html>\n<meta charset="utf-8">\n<table>\n'
+    for picture, texts in shown:
+        picture.thumbnail((256, 256))
+        lines = "<br>".join(map(html.escape, texts))
+        page += f'<tr><td><img src="{data_url(picture)}"></td><td>{lines}</td></tr>\n'
     try:
-        figure.savefig(path, dpi=80)
-    except (OSError, ValueError) as error:
+        Path(path).write_text(f"{page}</table>\n", "utf-8", errors="replace")
+    except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from None
 
 
@@ -1739,23 +1610,20 @@ def main():
                          help="write captions beside shards, found by the picture's URL, key or file name")
     command.add_argument("--shards", nargs=2, metavar=("PARQUET", "FOLDER"), help="write pictures as tar shards")
     parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
-    parser.add_argument("--sheet", metavar="FILE", help="write a contact sheet with captions")
+    parser.add_argument("--sheet", metavar="FILE.html", help="write a page of pictures with their captions")
     parser.add_argument("--image-root", help="where the image paths in tables and JSON lines begin")
     parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')
     parser.add_argument("--tokenizer", default="auto", help="to count tokens with")
-    options = parser.parse_args()
-    if options.look_images < 1:
-        raise UserError(f"--look-images must be at least 1, not {options.look_images}")
-    if options.sheet:
-        check_target(options.sheet)
-    fields = read_fields(options.caption_fields)
-    if options.join:
-        join(*options.join, fields)
-    elif options.shards:
-        write_shards(*options.shards)
+    s = parser.parse_args()
+    fields = read_fields(s.caption_fields)
+    if s.sheet:
+        check_target(s.sheet)
+    if s.join:
+        join(*s.join, fields)
+    elif s.shards:
+        write_shards(*s.shards)
     else:
-        look(options.look, options.image_root, fields, load_tokenizer(options.tokenizer), options.look_images,
-             options.sheet)
+        look(s.look, s.image_root, fields, load_tokenizer(s.tokenizer), s.look_images, s.sheet)
 
 
 if __name__ == "__main__":

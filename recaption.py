@@ -2,7 +2,7 @@
 
     pip install 'openai[aiohttp]'                                   the client
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the model; any OpenAI-compatible server will do
-    python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.png      look first
+    python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.html      look first
     python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --dense 2   crops: for train.py --region-grouping
 
@@ -13,10 +13,8 @@ train.py joins it with the data by key. What failed is not written, so the next 
 
 import argparse
 import asyncio
-import base64
 import fcntl
 import gc
-import io
 import json
 import math
 import os
@@ -24,13 +22,14 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, Records, UserError, captions_path, check_target, contact_sheet, hashed,
-                  load_image, read_json, split_sentences)
+from data import (BadCount, BadSample, Parser, Records, UserError, captions_path, check_target, contact_sheet, data_url,
+                  hashed, load_image, read_json, split_sentences)
 
 try:
     import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
@@ -195,41 +194,16 @@ def crops(grid):
 def pictures(source, boxes, side):
     """The bytes or path of an image -> its upright (width, height), and for each box a JPEG as a data URL, its longer
     side at most `side` pixels. Raises BadSample."""
-    size, content = as_it_is(source, side)
-    if size and boxes == [WHOLE]:
-        return size, {WHOLE: data_url(content)}
-    image, urls = load_image(source), {}
+    image = load_image(source)
     width, height = image.size
+    urls = {}
     for box in boxes:
         x0, y0, x1, y1 = box
         top_left = math.floor(x0 * width), math.floor(y0 * height)
         part = image.crop((*top_left, math.ceil(x1 * width), math.ceil(y1 * height)))
         part.thumbnail((side, side))
-        urls[box] = data_url(jpeg(part))
+        urls[box] = data_url(part)
     return image.size, urls
-
-
-def as_it_is(source, side):
-    """(size, bytes) of a JPEG that can go out as it is: upright, RGB, small enough, complete. Else (None, b"")."""
-    try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
-            upright = image.getexif().get(0x0112, 1) == 1  # EXIF's tag of orientation
-            if upright and image.mode == "RGB" and max(image.size) <= side and content.endswith(b"\xff\xd9"):
-                return image.size, content
-    except Exception:  # whatever is wrong with it, load_image has a name for it
-        pass
-    return None, b""
-
-
-def jpeg(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def data_url(content):
-    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -269,7 +243,7 @@ class Server:
                 if len(names) != 1:
                     raise UserError(f"{self.url} serves the models {names}: name one with --model")
                 s.model = names[0]
-            red = data_url(jpeg(Image.new("RGB", (224, 224), "red")))
+            red = data_url(Image.new("RGB", (224, 224), "red"))
             await complete(client, "What colour is this?", 8, red, 0.0, s)
         except (openai.OpenAIError, *MALFORMED) as error:
             raise self.trouble(error, s) from None
@@ -356,22 +330,15 @@ class Output:
 
 def unfinished(records, s):
     """Yields (Output, i, fields) for every image that lacks captions, in the order of the files."""
-    keys, current = records.keys()[:s.limit or None], None
-    for i, key in enumerate(tqdm(keys, unit="image")):
-        number = records.file_of(i)
+    current = None
+    for i, key in enumerate(tqdm(records.keys()[:s.limit or None], unit="image")):
+        number, _ = records.part_of(i)
         if number != current:
             current = number
             output = Output(captions_path(records.files[number]))  # the last one closes when its images are done
         fields = output.claim(int(key), s.fields)
         if fields:
             yield output, i, fields
-
-
-def prepare(record, fields, s):
-    """One image -> the line to be, the fields to ask for, {box: picture}. Raises BadSample."""
-    size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side)
-    line = {"key": record.key, "size": size, "captions": {}, "model": s.model, "prompts": s.version}
-    return line, fields, urls
 
 
 async def caption(output, line, fields, urls, server, progress, s):
@@ -396,13 +363,19 @@ async def caption(output, line, fields, urls, server, progress, s):
 async def recaption(records, s, progress):
     """Captions all that lacks captions."""
     servers = [Server(url, s) for url in s.endpoint.split(",")]
-    todo, turn = unfinished(records, s), threading.Lock()
+    todo = unfinished(records, s)
+    turn = threading.Lock()
 
     def prepare_next():
-        with turn:  # Records is no reader for several threads; encoding is what they share
+        """The Output, the line to be, the fields to ask for, {box: picture}; None at the end. Raises BadSample."""
+        with turn:  # Records is no reader for several threads; decoding and encoding are what they share
             output, i, fields = next(todo, (None, 0, ()))
-            record = output and records[i]
-        return output and (output, *prepare(record, fields, s))
+            if output is None:
+                return None
+            record = records[i]
+        size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side)
+        line = {"key": record.key, "size": size, "captions": {}, "model": s.model, "prompts": s.version}
+        return output, line, fields, urls
 
     async def work(server):
         while True:
@@ -426,21 +399,14 @@ async def recaption(records, s, progress):
 
 
 def preview(path, s):
-    """Prints the first captions, and draws the pictures beside them."""
+    """Writes a page of the first pictures with their captions."""
     records = Records(s.data, s.image_root)  # anew, with the captions just written
     shown = []
     for i in range(min(len(records), s.limit or 8, 16)):
-        try:
+        with suppress(BadSample):
             record = records[i]
-            picture = load_image(record.image)
-        except BadSample as bad:
-            print(bad)
-            continue
-        texts = [record.key]
-        for name, value in record.row.get("captions", {}).items():
-            texts.append(f"{name}: {value}")
-        print("\n".join(texts), end="\n\n")
-        shown.append((picture, texts))
+            texts = [f"{name}: {value}" for name, value in record.row.get("captions", {}).items()]
+            shown.append((load_image(record.image), [record.key, *texts]))
     contact_sheet(path, shown)
 
 
@@ -456,7 +422,7 @@ def parse_flags(argv=None):
     add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops, too: sentences with a box")
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
     add("--limit", type=int, default=0, help="only the first so many images")
-    add("--preview", metavar="FILE.png", help="draw the first pictures (8, or --limit, up to 16) with their captions")
+    add("--preview", metavar="FILE.html", help="show the first pictures (8, or --limit, up to 16) with their captions")
     add("--image-root", help="where the images of CSV and JSON lines lie")
     add("--max-side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
     add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
@@ -480,9 +446,10 @@ def main(argv=None):
     s = parse_flags(argv)
     if openai is None:
         raise UserError("recaption.py asks through the openai package: pip install 'openai[aiohttp]'")
-    records, progress = Records(s.data, s.image_root), Progress()
+    records = Records(s.data, s.image_root)
     if not len(records):
         raise UserError(f"{s.data}: no images; it takes folders of pictures, .tar shards, .jsonl and .csv")
+    progress = Progress()
     progress.failed.merge(records.bad)
     gc.freeze()  # else the collector looks through torch's objects again and again: a tenth of the processor time
     code = 0
@@ -492,11 +459,11 @@ def main(argv=None):
         except KeyboardInterrupt:
             code = 130
             print("\nstopped; the same command goes on from here")
-        report = {"model": s.model, "prompts": s.version, "captioned": progress.captioned,
-                  "failed": progress.failed.counts, "failed, the first few": progress.failed}
-        text = json.dumps(report, indent=1)
-        print(text)
-        captions_path(records.files[0]).with_name("recaption.json").write_text(text)
+        failed, examples = progress.failed.counts, progress.failed.details
+        report = json.dumps({"model": s.model, "prompts": s.version, "captioned": progress.captioned, "failed": failed,
+                             "failed, for example": examples}, indent=1)
+        print(report)
+        captions_path(records.files[0]).with_name("recaption.json").write_text(report)
         if s.preview:
             preview(s.preview, s)
     except OSError as error:

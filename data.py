@@ -772,8 +772,8 @@ def row_key(row: dict) -> str:
     return key if isinstance(key, str) and key else image_field(row)
 
 
-# Each format has a scan_ function, file -> (start, length, key, identity) of every sample, or BadSample (of samples
-# with the same identity the first stays); and a parse_ function, (bytes of a span, file) -> Record.
+# Each format has a scan_ function, file -> (start, length, key) of every sample, or BadSample; and a parse_ function,
+# (bytes of a span, file) -> Record.
 
 def tar_members(file):
     """(key, extension, TarInfo, whether its header is not where it should begin) of every file in a tar. The key of
@@ -1097,6 +1097,9 @@ class Records(Joined):
         self.files = find_files(self.path)
         _, self.parse = READERS[suffix_of(self.files[0])]
         super().__init__(read_indices(self.files))
+        for index in self.parts:
+            if index.source not in self.files:
+                opened(index.source)  # so that forked workers read this copy, though another run may make a new one
         self.sidecars = {}  # file: the index of its new captions
         for file in self.files:
             if captions_path(file).is_file():

@@ -33,6 +33,7 @@ import tarfile
 import urllib.parse
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -143,16 +144,6 @@ class Tokenizer:
         closed = "".join(word + " " for word in words)
         return self.encoding.encode(closed, allowed_special="all", disallowed_special=())
 
-    def decode(self, ids):
-        """The cleaned text, words apart by spaces; of a whole row, what stands between its start and its end."""
-        kept = []
-        for i in map(int, ids):
-            if i == self.eot:
-                break
-            if i != self.sot:
-                kept.append(i)
-        return self.encoding.decode(kept).rstrip(" ")
-
     def __call__(self, texts, context_length):
         """One text or a list of N -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
         texts = [texts] if isinstance(texts, str) else texts
@@ -173,10 +164,10 @@ def load_tokenizer(name_or_path="auto"):
         except UserError as error:
             say_once(f"TOKENIZER: scenes instead of clip, so real captions take more tokens, because {error}")
             name = "scenes"
+    if name == "scenes":
+        name = str(SCENES_VOCABULARY)
     if name == "clip":
         return Tokenizer(name, read_clip_ranks(find_clip_vocabulary()), find_ftfy())
-    if name == "scenes":
-        return Tokenizer(name, read_tiktoken(SCENES_VOCABULARY))
     if name.endswith("vocab.txt"):
         return WordPieces(name)
     stem, _, suffix = Path(name).name.partition(".")
@@ -211,9 +202,6 @@ class WordPieces:
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
-    def decode(self, ids):
-        return self.pieces.decode([int(i) for i in ids])
-
 
 def find_ftfy():
     try:
@@ -224,18 +212,15 @@ def find_ftfy():
 
 
 def find_clip_vocabulary():
-    """Path of CLIP's vocabulary: in an installed open_clip or clip (not imported), or in the cache. Raises UserError."""
-    cached = Path.home() / ".cache" / "clip" / CLIP_VOCABULARY
-    paths = [cached]
-    for package in ("open_clip", "clip"):
-        spec = importlib.util.find_spec(package)
-        if spec and spec.submodule_search_locations:
-            paths.append(Path(spec.submodule_search_locations[0]) / CLIP_VOCABULARY)
-    for path in paths:
-        if path.is_file():
-            return path
-    raise UserError(f"CLIP's vocabulary is not here: pip install open_clip_torch, or put {CLIP_VOCABULARY} of OpenAI's CLIP "
-                    f"at {cached}, or choose --tokenizer scenes")
+    """Path of CLIP's vocabulary: in the cache, or in an installed open_clip (not imported). Raises UserError."""
+    path = cached = Path.home() / ".cache" / "clip" / CLIP_VOCABULARY
+    package = importlib.util.find_spec("open_clip")
+    if package and not cached.is_file():
+        path = Path(package.origin).with_name(CLIP_VOCABULARY)
+    if not path.is_file():
+        raise UserError(f"CLIP's vocabulary is not here: pip install open_clip_torch, or put {CLIP_VOCABULARY} of OpenAI's "
+                        f"CLIP at {cached}, or choose --tokenizer scenes")
+    return path
 
 
 def printable_bytes() -> dict[str, int]:
@@ -451,7 +436,7 @@ FIELDS = {
               "short_caption"),
     "long": ("long", "longSV_captions", "longIB_captions", "longLLA_captions", "long_caption", "description",
              "re_caption", "vlm_caption", "caption_llava", "extra_caption", "IIW", "conversations"),
-    **{name: (name,) for name in PERSPECTIVES if name != "raw"},
+    **{name: (name,) for name in PERSPECTIVES[1:]},
 }
 DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # with --region-grouping, of "long", too
 
@@ -576,8 +561,7 @@ def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
         box = None
         if isinstance(part, dict):
             box = part.get("box")
-            answers = part.get("from") == "gpt"  # in a conversation
-            part = part.get("value" if answers else "text")
+            part = part.get("value" if part.get("from") == "gpt" else "text")  # the first: an answer in a conversation
         if box is not None:
             box = read_box(box, name)
         if isinstance(part, str) and part.strip():
@@ -595,7 +579,7 @@ def read_box(box, name) -> tuple[float, ...]:
 
 def text_slots(s) -> list[str]:
     """The kind of text in each of the T slots, from the settings: "raw", "sub" (sub-caption), "long", "perspective"."""
-    slots = ["raw"] if s.raw_caption else []
+    slots = ["raw"] * s.raw_caption
     if s.sampling == "whole":
         slots += ["long"] * min(s.sub_captions, 1)
     else:
@@ -638,7 +622,7 @@ def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> 
     if sampling == "first":  # the ablation: the same k texts every time
         return [pool[i % len(pool)] for i in range(k)]
     drawn = rng.sample(pool, min(k, len(pool)))
-    return drawn + rng.choices(pool, k=max(0, k - len(pool)))
+    return drawn + rng.choices(pool, k=k - len(drawn))
 
 
 def patches_of(boxes, side: int) -> torch.Tensor:
@@ -655,10 +639,10 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
 
 # A sample is a span of bytes in a file: of a tar the members with its key, of JSON lines its line. All that stays in
-# memory is one SPAN a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
+# memory are three numbers a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
 # one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV,
-# Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there.
-SPAN = np.dtype([("start", "<u8"), ("length", "<u8"), ("key", "<u8")])  # `key`: hash of the sample's key
+# Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there, and so is
+# the list of a folder's pictures.
 INDEX_VERSION = 6  # of the indices kept: raise it when a scan_ function changes
 
 
@@ -944,10 +928,10 @@ def copy_table(path, copy):
             for row in TABLES[suffix_of(path)](path):
                 if isinstance(row, BadSample):
                     yield row
-                    continue
-                if isinstance(row, dict):
-                    row = json.dumps(row, default=str).encode() + b"\n"  # str: of Parquet's dates and decimals
-                file.write(row)
+                elif isinstance(row, bytes):
+                    file.write(row)
+                else:
+                    file.write(json.dumps(row, default=str).encode() + b"\n")  # str: of Parquet's dates and decimals
     except OSError as error:
         raise UserError(f"{copy.parent}, for a copy of {path} as JSON lines, cannot be written ({error.strerror}): set "
                         "MINILIP_CACHE to a folder with room") from None
@@ -996,8 +980,9 @@ def find_files(pattern: str) -> list[Path]:
         files += map(Path, sorted(glob.glob(text)) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
-            raise UserError(f"no file {file} that can be read: --data takes 'scenes', .tar shards, .jsonl, .jsonl.gz, "
-                            ".json, .csv, .parquet or a folder, and one pattern stands for files of one format")
+            raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, .csv, "
+                            ".parquet or a folder, one pattern for files of one format, and train.py takes 'scenes', too, "
+                            "which python scenes.py --write FOLDER writes")
     return files
 
 
@@ -1011,7 +996,7 @@ class Index:
     """Where the samples of a file are."""
 
     source: Path  # the file itself, or a table's copy
-    spans: np.ndarray  # [N] of SPAN
+    spans: np.ndarray  # uint64 [N, 3]: a sample's first byte, its length, the hash of its key
     bad: BadCount  # what had to be left out
 
     def __len__(self):
@@ -1041,11 +1026,10 @@ def index_of(file: Path) -> Index:
     with suppress(Exception):  # where there is none or it is damaged, it is made anew
         found, spans, *bad = torch.load(kept, mmap=True)
         if found == stamp and file.is_file() and source.is_file():
-            return Index(source, spans.numpy().view(SPAN), BadCount(*bad))
+            return Index(source, spans.numpy(), BadCount(*bad))
     index = scan(file, source)
-    spans = torch.from_numpy(index.spans.view(np.uint8))
     with suppress(OSError, RuntimeError), written_whole(kept) as temporary:  # where it cannot be written, it is not kept
-        torch.save([stamp, spans, *index.bad.plain()], temporary)
+        torch.save([stamp, torch.from_numpy(index.spans), *index.bad.plain()], temporary)
     return index
 
 
@@ -1066,19 +1050,17 @@ def scan(file: Path, source: Path) -> Index:
     except OSError as error:
         bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
     opened.cache_clear()  # it may hold a file that is now another
-    spans = np.array(spans, SPAN)
+    spans = np.array(spans, np.uint64).reshape(-1, 3)
     if file.name.endswith(".captions.jsonl"):
-        spans.sort(order="key", kind="stable")
+        spans = spans[spans[:, 2].argsort(kind="stable")]
     return Index(source, spans, bad)
 
 
 def read_indices(files: list[Path]) -> list[Index]:
-    """index_of every file, made in parallel where that takes long."""
-    if sum(file.stat().st_size for file in files) > 1 << 24:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        # In other processes, so that what scanning takes of memory is given back.
-        with ProcessPoolExecutor(max(1, os.cpu_count() // ranks)) as pool:
-            for _ in tqdm(pool.map(index_of, files), "indexing", len(files), unit="file", delay=2, leave=False):
+    """index_of every file; of many files made in parallel, in processes that give back the memory that scanning takes."""
+    if len(files) > 8:
+        with ProcessPoolExecutor(8) as pool:
+            for _ in tqdm(pool.map(index_of, files), "indexing", len(files), delay=2):
                 pass
     return [index_of(file) for file in files]
 
@@ -1110,11 +1092,9 @@ class Records(Joined):
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
-        return np.concatenate([index.spans["key"] for index in self.parts])
+        return np.concatenate([index.spans[:, 2] for index in self.parts])
 
     def __getitem__(self, i: int) -> Record:
-        if i >= len(self):
-            raise IndexError(i)
         part, number = self.part_of(i)
         file, index = self.files[part], self.parts[part]
         start, length, key = index.spans[number].tolist()
@@ -1146,7 +1126,7 @@ def equal(hashes: np.ndarray, wanted) -> slice:
 def new_captions(sidecar: Index, key: int) -> dict:
     """What the lines of a sidecar say of a key, given by its hash; of two that name a field the later."""
     found = {}
-    for start, length, _ in sidecar.spans[equal(sidecar.spans["key"], key)].tolist():
+    for start, length, _ in sidecar.spans[equal(sidecar.spans[:, 2], key)].tolist():
         found |= recaptioned(parse_json(sidecar.read(start, length), sidecar.source.name))
     return found
 
@@ -1241,15 +1221,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    mean, std = mean_and_deviation(images.device)
-    return images.float().sub_(mean).div_(std)
+    return images.float().sub_(of_channels(MEAN, images.device)).div_(of_channels(STD, images.device))
 
 
 @functools.cache  # to bring numbers to a GPU anew at every step would be to wait for it
-def mean_and_deviation(device):
-    mean = torch.tensor(MEAN, device=device)
-    std = torch.tensor(STD, device=device)
-    return 255 * mean[:, None, None], 255 * std[:, None, None]
+def of_channels(numbers, device):
+    return 255 * torch.tensor(numbers, device=device)[:, None, None]
 
 
 # A dataset: len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
@@ -1294,25 +1271,26 @@ def spread(n: int, k: int) -> list[int]:
     return np.linspace(0, n - 1, min(n, k)).astype(int).tolist()
 
 
+@dataclass
 class Pictures:
     """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
 
-    def __init__(self, records: Records, size: int, part: str = "all", crop: float = 0.9, fields: dict = FIELDS,
-                 augment: str = "crop"):
-        self.records = records
-        self.size = size
-        self.crop = crop
-        self.fields = fields
-        self.augment = augment
-        self.train = part == "train"
-        self.bad = records.bad
-        share = min(0.1, HELD_OUT / max(1, len(records)))
-        held_out = records.keys() < np.uint64(share * 2**64)
-        wanted = {"train": ~held_out, "validation": held_out, "all": held_out | True}
-        self.rows = np.flatnonzero(wanted[part]).astype(np.uint32)
-        self.try_a_few(part)
+    records: Records
+    size: int
+    part: str = "all"
+    crop: float = 0.9
+    fields: dict = field(default_factory=FIELDS.copy)
+    augment: str = "crop"
 
-    def try_a_few(self, part):
+    def __post_init__(self):
+        self.bad = self.records.bad
+        share = min(0.1, HELD_OUT / max(1, len(self.records)))
+        held_out = self.records.keys() < np.uint64(share * 2**64)
+        wanted = (held_out == (self.part == "validation")) | (self.part == "all")
+        self.rows = np.flatnonzero(wanted).astype(np.uint32)
+        self.try_a_few()
+
+    def try_a_few(self):
         """Raises UserError where none of a few samples can be used: the image root or a field's name is wrong."""
         failed = BadCount()
         for i in spread(len(self), 8):
@@ -1322,7 +1300,7 @@ class Pictures:
             except BadSample as bad:
                 failed.add(bad)
         failed.merge(self.bad)
-        raise UserError(f"--data {self.records.path} has no usable sample for {part} (bad: {failed.report()}): check "
+        raise UserError(f"--data {self.records.path} has no usable sample for {self.part} (bad: {failed.report()}): check "
                         "--image-root and --caption-fields, or look at it with python data.py --look")
 
     def __len__(self):
@@ -1333,10 +1311,10 @@ class Pictures:
         name = f"{record.file.name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
         enough = self.size
-        if self.train:  # decoded just large enough for the least crop
+        if self.part == "train":  # decoded just large enough for the least crop
             enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
         picture = load_image(record.image, enough, name=name)
-        augmented = self.train and rng is not None
+        augmented = rng and self.part == "train"
         with torch.random.fork_rng(devices=()):  # torchvision draws from PyTorch's generator, which stays as it is
             if rng:
                 torch.manual_seed(rng.getrandbits(63))
@@ -1392,13 +1370,13 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     return sets[0] if len(sets) == 1 else Sets(sets)
 
 
-def check_boxes(dataset, n: int = 64):
-    """Raises UserError if of n samples of each set, spread over it, not one has a sentence with a place."""
-    for part in getattr(dataset, "parts", [dataset]):
-        for i in spread(len(part), n):
-            with suppress(BadSample):
-                if part[i][1].boxes:
-                    return
+def check_boxes(dataset, n: int = 200):
+    """Raises UserError if of n samples, spread over the data, not one has a sentence with a place."""
+    for i in spread(len(dataset), n):
+        with suppress(BadSample):
+            _, captions = dataset[i]
+            if any(captions.boxes):
+                return
     raise UserError(f"--region-grouping: none of {n} samples looked at has a sentence with a place; caption crops with "
                     "recaption.py --dense 2, or name their field, as in --caption-fields long=long+denseX_captions")
 
@@ -1411,12 +1389,11 @@ TOGETHER = 8  # shards read at a time
 def shard_order(counts, rng, window: int) -> np.ndarray:
     """Numbers of the samples of shards with these counts, in the order they are read: shards in random order, some of
     them together and in turn, then all shuffled within windows of so many samples."""
-    first = np.cumsum([0, *counts])
-    order = []
+    numbers = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # of each shard
     files = rng.permutation(len(counts))
+    order = []
     for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
-        numbers = [np.arange(first[file], first[file + 1]) for file in some]
-        order.append(in_turn(numbers, rng.random(len(some))))
+        order.append(in_turn([numbers[file] for file in some], rng.random(len(some))))
     order = np.concatenate(order)
     for start in range(0, len(order), window):
         rng.shuffle(order[start:start + window])
@@ -1454,7 +1431,7 @@ class Batch:
     tokens: torch.Tensor  # int64 [B,T,L], cut to the batch's longest text
     lengths: np.ndarray  # int64 [B,T]: tokens of each text, both end tokens counted; on the host, so no device is asked
     allowed: torch.Tensor | None = None  # bool [B,T,P], with --region-grouping: the patches in each text's box
-    bad: list[BadSample] = field(default_factory=list)  # met on the way to these samples
+    bad: Sequence[BadSample] = ()  # met on the way to these samples
 
     def pin_memory(self):
         allowed = None if self.allowed is None else self.allowed.pin_memory()
@@ -1464,7 +1441,8 @@ class Batch:
 ATTEMPTS = 100  # samples tried in the place of a bad one
 
 
-class TrainingTexts(torch.utils.data.Dataset):
+@dataclass
+class TrainingTexts:
     """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], with --region-grouping the patches in each text's
     box [T,P] (bool), else None, and the BadSamples met: in the place of a bad sample stands another, at random.
 
@@ -1472,10 +1450,9 @@ class TrainingTexts(torch.utils.data.Dataset):
     a restart.
     """
 
-    def __init__(self, dataset, tokenizer, settings):
-        self.dataset = dataset
-        self.tokenizer = tokenizer
-        self.settings = settings
+    dataset: SceneImages | Pictures | Sets
+    tokenizer: Tokenizer
+    settings: object
 
     def __getitem__(self, where):
         s = self.settings
@@ -1517,11 +1494,11 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
     samples = TrainingTexts(dataset, tokenizer, settings)
     # Forked workers share the mapped indices; to those started otherwise, as from Python 3.14 on, all would be sent.
-    forks = settings.workers > 0 and sys.platform == "linux"
+    context = "fork" if settings.workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=local_batches(dataset, settings, first, last, rank, world), collate_fn=collate,
         num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if forks else None)
+        pin_memory=torch.cuda.is_available(), multiprocessing_context=context)
     return watched(loader)
 
 
@@ -1550,20 +1527,17 @@ def one_sentence(error: UserError) -> UserError:
 
 def look(path, image_root, fields, tokenizer, n, sheet):
     """Prints what one path of --data holds and what n samples, drawn at random, are like; shows some on a page."""
-    if path == "scenes":
-        raise UserError("scenes are drawn, not read: write some with python scenes.py --write FOLDER, and look there")
     records = Records(path, image_root)
     print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report()}")
     bad = BadCount()
     names = Counter()
     tokens = {"raw": [], "short": [], "long": []}  # of each text, start and end included; of long ones each sentence
     shown = []
-    chosen = np.random.default_rng(0).permutation(len(records))[:n]
-    for i in tqdm(chosen, leave=False):
+    for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n], leave=False):
         try:
             record = records[i]
             captions = read_captions(record.row, fields, record.key)
-            picture = load_image(record.image, name=record.key)
+            picture = load_image(record.image, 256, name=record.key)
         except BadSample as error:
             bad.add(error)
             continue
@@ -1572,17 +1546,14 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         for kind in texts:
             tokens[kind] += [len(tokenizer.encode(text)) + 2 for text in texts[kind]]
         if len(shown) < 24:
-            picture.thumbnail((256, 256))
             shown.append((picture, [record.key, *map(str, texts.items())]))
-    print(f"{len(chosen):,} looked at, {bad.total} bad: {bad.report()}")
+    print(f"{min(n, len(records)):,} looked at, {bad.total} bad: {bad.report()}")
     print("fields:", dict(names))
     for kind, lengths in tokens.items():
-        if lengths:
-            middle, most = np.quantile(lengths, (0.5, 0.99))
-            print(f"{kind}: {len(lengths):,}, tokens: median {middle:.0f}, 99% up to {most:.0f}")
+        middle, most = np.quantile(lengths or [0], (0.5, 0.99))
+        print(f"{kind}: {len(lengths):,}, tokens: median {middle:.0f}, 99% up to {most:.0f}")
     if sheet:
         contact_sheet(sheet, shown)
-        print(f"wrote {sheet}")
 
 
 def data_url(picture: Image.Image) -> str:
@@ -1593,16 +1564,13 @@ def data_url(picture: Image.Image) -> str:
 
 
 def contact_sheet(path, shown: list[tuple]):
-    """Writes (picture, texts) pairs as a page of HTML with the pictures inside. Raises UserError."""
+    """Writes (picture, texts) pairs as a page of HTML with the pictures inside."""
     page = '<!DOCTYPE html>\n<meta charset="utf-8">\n<table>\n'
     for picture, texts in shown:
         picture.thumbnail((256, 256))
         lines = "<br>".join(map(html.escape, texts))
         page += f'<tr><td><img src="{data_url(picture)}"></td><td>{lines}</td></tr>\n'
-    try:
-        Path(path).write_text(f"{page}</table>\n", "utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+    Path(path).write_text(f"{page}</table>\n", "utf-8", errors="replace")
 
 
 def main():

@@ -100,10 +100,10 @@ REFUSAL = re.compile(r"""
     | (?:upload|provide|share|attach)\s(?:the|an|your)\simage\b""", re.I | re.X)
 
 
-def clean(answer, field="long", prompt="", finish="stop"):
+def clean(answer, prompt="", finish="stop"):
     """A model's answer -> (caption, None), or ("", why it is bad).
 
-    Bad is what holds nothing to train on: "empty", "not text", "refusal", "prompt echo", "cut off", "repetition".
+    Bad is what holds nothing to train on: "empty", "not text", "refusal", "prompt echo", "repetition".
     Removed are stock openers, small talk, markdown, repeated sentences and a last one that is cut off.
     `finish`: the API's finish_reason.
     """
@@ -120,22 +120,16 @@ def clean(answer, field="long", prompt="", finish="stop"):
         return "", "refusal"
     if loops(" ".join(sentences)):
         return "", "repetition"
-    if field == "few_words":
-        items = re.split(r"[,;]\s", ", ".join(sentences))
-        sentences = [item.strip(" .\"'“”") for item in items]
-    unique = {}
+    kept, known = [], {""}
     for sentence in sentences:
-        if not CHATTER.match(sentence) and not REFUSAL.search(sentence):
-            unique.setdefault(words(sentence), sentence)
-    unique.pop("", None)
-    kept = list(unique.values())
+        if not (words(sentence) in known or CHATTER.match(sentence) or REFUSAL.search(sentence)):
+            known.add(words(sentence))
+            kept.append(sentence)
     # A last sentence that is complete ends with a letter and a stop, unlike "It is 3."
     if finish == "length" and kept and not re.search(r"[^\W\d][\"'”’»)]*[.!?。！？][\"'”’»)]*$", kept[-1]):
         kept.pop()
     if not kept:
-        return "", "cut off" if finish == "length" else "empty"
-    if field == "few_words":
-        return ", ".join(kept), None
+        return "", "empty"
     if len(kept) > 1:  # the items of a list, joined, need full stops
         kept = [re.sub(r"(?<![.!?。！？…])[,;: ]*$", ".", sentence, count=1) for sentence in kept]
     caption = re.sub(r"(?<=[。！？]) ", "", " ".join(kept))
@@ -239,10 +233,9 @@ class Server:
         try:
             if not s.model:
                 models = await client.models.list()
-                names = [model.id for model in models.data]
-                if len(names) != 1:
-                    raise UserError(f"{self.url} serves the models {names}: name one with --model")
-                s.model = names[0]
+                s.model, *others = [model.id for model in models.data]
+                if others:
+                    raise UserError(f"{self.url} serves the models {[s.model, *others]}: name one with --model")
             red = data_url(Image.new("RGB", (224, 224), "red"))
             await complete(client, "What colour is this?", 8, red, 0.0, s)
         except (openai.OpenAIError, *MALFORMED) as error:
@@ -275,7 +268,7 @@ async def ask(server, name, picture, progress, s):
         try:
             reply = await complete(server.client, prompt, tokens, picture, temperature, s)
             choice = reply["choices"][0]
-            text, reason = clean(choice["message"]["content"], name, prompt, choice.get("finish_reason"))
+            text, reason = clean(choice["message"]["content"], prompt, choice.get("finish_reason"))
             progress.answered = time.monotonic()
         except MALFORMED:
             text, reason = "", "not an answer"
@@ -307,11 +300,9 @@ class Output:
                 self.file.truncate(end)
                 break
             end += len(line)
-            try:
+            with suppress(*MALFORMED):  # raised by a line that somebody else wrote
                 row = json.loads(line)
                 self.claim(hashed(row["key"]), row["captions"])
-            except MALFORMED:
-                continue  # a line that somebody else wrote
 
     def claim(self, key, fields):
         """Of these fields, those that this key (a hash) lacks; from now on it counts as having them."""
@@ -369,9 +360,10 @@ async def recaption(records, s, progress):
     def prepare_next():
         """The Output, the line to be, the fields to ask for, {box: picture}; None at the end. Raises BadSample."""
         with turn:  # Records is no reader for several threads; decoding and encoding are what they share
-            output, i, fields = next(todo, (None, 0, ()))
-            if output is None:
+            found = next(todo, None)
+            if found is None:
                 return None
+            output, i, fields = found
             record = records[i]
         size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side)
         line = {"key": record.key, "size": size, "captions": {}, "model": s.model, "prompts": s.version}
@@ -402,7 +394,7 @@ def preview(path, s):
     """Writes a page of the first pictures with their captions."""
     records = Records(s.data, s.image_root)  # anew, with the captions just written
     shown = []
-    for i in range(min(len(records), s.limit or 8, 16)):
+    for i in range(min(len(records), s.limit or 16)):
         with suppress(BadSample):
             record = records[i]
             texts = [f"{name}: {value}" for name, value in record.row.get("captions", {}).items()]
@@ -422,7 +414,7 @@ def parse_flags(argv=None):
     add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops, too: sentences with a box")
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
     add("--limit", type=int, default=0, help="only the first so many images")
-    add("--preview", metavar="FILE.html", help="show the first pictures (8, or --limit, up to 16) with their captions")
+    add("--preview", metavar="FILE.html", help="write a page of the first pictures (16, or --limit) and captions")
     add("--image-root", help="where the images of CSV and JSON lines lie")
     add("--max-side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
     add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
@@ -431,10 +423,10 @@ def parse_flags(argv=None):
     s.prompts, s.version = read_prompts(s.prompts) if s.prompts else (PROMPTS, VERSION)
     names = [name for name in s.prompts if name != "dense"]
     s.fields = names if s.fields == "all" else s.fields.split(",")
-    for name in s.fields:
-        if name not in names:
-            raise UserError(f"--fields: no prompt for {name!r}; there are {', '.join(names)}, and --dense GRID for "
-                            "crops")
+    unknown = set(s.fields).difference(names)
+    if unknown:
+        raise UserError(f"--fields: no prompt for {', '.join(unknown)}; there are {', '.join(names)}, and --dense GRID for "
+                        "crops")
     if s.dense:
         s.fields.append("dense")
     if s.preview:
@@ -447,7 +439,7 @@ def main(argv=None):
     if openai is None:
         raise UserError("recaption.py asks through the openai package: pip install 'openai[aiohttp]'")
     records = Records(s.data, s.image_root)
-    if not len(records):
+    if not records:
         raise UserError(f"{s.data}: no images; it takes folders of pictures, .tar shards, .jsonl and .csv")
     progress = Progress()
     progress.failed.merge(records.bad)
@@ -459,9 +451,9 @@ def main(argv=None):
         except KeyboardInterrupt:
             code = 130
             print("\nstopped; the same command goes on from here")
-        failed, examples = progress.failed.counts, progress.failed.details
-        report = json.dumps({"model": s.model, "prompts": s.version, "captioned": progress.captioned, "failed": failed,
-                             "failed, for example": examples}, indent=1)
+        failed = progress.failed
+        report = json.dumps({"model": s.model, "prompts": s.version, "captioned": progress.captioned,
+                             "failed": failed.counts, "examples": failed.details}, indent=1)
         print(report)
         captions_path(records.files[0]).with_name("recaption.json").write_text(report)
         if s.preview:

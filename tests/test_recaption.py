@@ -99,14 +99,14 @@ BAD = {
 
 @pytest.mark.parametrize("said, wanted", GOOD.items())
 def test_a_good_answer_is_freed_of_what_is_not_caption(said, wanted):
-    assert clean(said, "long", LONG) == (wanted, None)
-    assert clean(wanted, "long", LONG) == (wanted, None), "clean captions stay as they are"
+    assert clean(said, LONG) == (wanted, None)
+    assert clean(wanted, LONG) == (wanted, None), "clean captions stay as they are"
 
 
 @pytest.mark.parametrize("reason", BAD)
 def test_an_answer_without_a_caption_is_bad_for_a_reason(reason):
     for said in BAD[reason]:
-        assert clean(said, "long", LONG) == ("", reason)
+        assert clean(said, LONG) == ("", reason)
 
 
 @pytest.mark.parametrize("said, wanted", [
@@ -115,22 +115,15 @@ def test_an_answer_without_a_caption_is_bad_for_a_reason(reason):
     ("- a dog\n- the grass\n- a hou", "a dog. the grass."),
 ])
 def test_of_a_cut_off_answer_the_last_sentence_goes_unless_it_is_whole(said, wanted):
-    assert clean(said, "long", LONG, "length")[0] == wanted
-
-
-def test_few_words_become_one_list_without_repeats():
-    for said in ("dog, sofa, window", "- dog\n- sofa\n- dog\n- window", "dog; sofa; dog; window.",
-                 '"dog, sofa, window, dog"'):
-        assert clean(said, "few_words", PROMPTS["few_words"][0]) == ("dog, sofa, window", None)
+    assert clean(said, LONG, "length")[0] == wanted
 
 
 SCRAPS = st.sampled_from([*" \n.*#_-|\"'“”`<>[]()1a。dog The image shows USER: I can't".split(" "), " ", "\n"])
 
 
-@given(st.text() | st.lists(SCRAPS, max_size=60).map("".join), st.sampled_from([*PROMPTS, "other"]),
-       st.sampled_from(["stop", "length", None]))
-def test_no_answer_breaks_the_cleaning_and_none_comes_out_empty(said, field, finish):
-    caption, reason = clean(said, field, LONG, finish)
+@given(st.text() | st.lists(SCRAPS, max_size=60).map("".join), st.sampled_from(["stop", "length", None]))
+def test_no_answer_breaks_the_cleaning_and_none_comes_out_empty(said, finish):
+    caption, reason = clean(said, LONG, finish)
     assert reason or caption.strip() and any(c.isalpha() for c in caption)
 
 

@@ -30,7 +30,7 @@ from train import parse_flags, train
 # ---- the rows, the measures, the claims ------------------------------------------------------------------------------
 
 # All rows train on the same scenes, with the same seeds, and see equally many images, those of TIMES apart.
-COMMON, IMAGES = "--size tiny --kinds 12 --precision fp32", 18_000
+COMMON, IMAGES = "--size tiny --kinds 12 --precision fp32", 22_000
 if torch.cuda.is_available():
     COMMON, IMAGES = "--size tiny --kinds 24", 200_000
 TIMES = {"raw, for as long as DreamLIP": 2.5}

@@ -406,6 +406,12 @@ class CLIP(nn.Module):
                 draw(block.fc, (2 * width) ** -0.5)
                 for layer in (block.attn.out, *block.proj):  # two layers of a block write into the residual stream
                     draw(layer, width ** -0.5 * (2 * depth) ** -0.5)
+                # Behind a convolutional stem they begin with 0, so at first the loss sees what the stem sees. Parallel
+                # MLPs do not, for free matching would give all texts to the first of equal branches.
+                if self.config.stem == "conv":
+                    nn.init.zeros_(block.attn.out.weight)
+                    if len(block.proj) == 1:
+                        nn.init.zeros_(block.proj[0].weight)
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""

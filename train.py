@@ -127,7 +127,7 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.2, whole_caption=0.5, optimizer="muon")
+SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.5, whole_caption=0.5, optimizer="muon")
 
 # The papers' recipe for pictures, of CLIP's ViT-B.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
@@ -150,7 +150,7 @@ SIZES = {
                  images=8_000, batch=32, lr=2e-3, kinds=12),
     "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
                  text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
-                 images=50_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
+                 images=52_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),

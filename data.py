@@ -83,7 +83,8 @@ def say_once(message):
 def check_target(path):
     """Finds out before the work what could not be written after it. Raises UserError."""
     path = Path(path)
-    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
+    folder = path if path.is_dir() else path.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
 
 

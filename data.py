@@ -277,14 +277,11 @@ def write_clip_tokenizer(folder: Path, context: int):
 
 
 def read_tiktoken(path):
-    """A .tiktoken file (a line: base64 token, space, rank) -> {token: rank}."""
+    """A .tiktoken file (a line: base64 token, space, rank) -> {token: rank}. Raises UserError."""
     try:
-        ranks = load_tiktoken_bpe(str(path))
+        return load_tiktoken_bpe(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a .tiktoken file ({error}): check --tokenizer") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
-        raise UserError(f"{path} is incomplete: it needs all 256 single bytes, and ranks from 0 without gaps")
-    return ranks
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
@@ -450,8 +447,8 @@ class Captions:
     short: list[str]  # one-sentence captions, one a model
     long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
-    boxes: list[tuple | None] = field(default_factory=list)  # of each sentence of `long`; None, as by default: no place
-    models: list[str] = field(default_factory=list)  # whose caption each sentence of `long` is of; by default one's
+    boxes: Sequence[tuple | None] = ()  # of each sentence of `long`; None, as by default: no place
+    models: Sequence[str] = ()  # whose caption each sentence of `long` is of; by default one's
 
     def __post_init__(self):
         self.boxes = self.boxes or [None] * len(self.long)
@@ -470,15 +467,15 @@ class Captions:
 
         crop and boxes: (left, top, right, bottom) as shares of the image.
         """
-        left, top, right, bottom = crop
+        first, last = np.reshape(crop, (2, 2))
         kept = []
         for sentence, box, model in zip(self.long, self.boxes, self.models):
             if box:
                 corners = np.reshape(box, (2, 2))
-                x, y = corners.mean(0)
-                if not (left <= x <= right and top <= y <= bottom):
+                middle = corners.mean(0)
+                if (middle < first).any() or (middle > last).any():
                     continue
-                shares = (corners - (left, top)) / (right - left, bottom - top)
+                shares = (corners - first) / (last - first)
                 box = tuple(shares.clip(0, 1).flatten().tolist())
             kept.append((sentence, box, model))
         if not kept:
@@ -1451,8 +1448,8 @@ class TrainingTexts:
     a restart.
     """
 
-    dataset: SceneImages | Pictures | Sets
-    tokenizer: Tokenizer
+    dataset: object
+    tokenizer: object
     settings: object
 
     def __getitem__(self, where):
@@ -1543,11 +1540,12 @@ def look(path, image_root, fields, tokenizer, n, sheet):
             bad.add(error)
             continue
         names.update(list(all_fields(record.row)))
-        texts = {"raw": [captions.raw], "short": captions.short, "long": captions.long}
-        for kind in texts:
-            tokens[kind] += [len(tokenizer.encode(text)) + 2 for text in texts[kind]]
+        lines = [record.key]
+        for kind, texts in zip(tokens, ([captions.raw], captions.short, captions.long)):
+            tokens[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]
+            lines.append(f"{kind}: {' | '.join(texts)}")
         if len(shown) < 24:
-            shown.append((picture, [record.key, *map(str, texts.items())]))
+            shown.append((picture, lines))
     print(f"{min(n, len(records)):,} looked at, {bad.total} bad: {bad.report()}")
     print("fields:", dict(names))
     for kind, lengths in tokens.items():

@@ -91,10 +91,8 @@ def test_a_row_is_start_ids_end_zeros_and_the_end_survives_a_cut():
 def test_a_batch_is_its_rows_and_the_end_is_the_greatest_id_of_each():
     texts = ["a red umbrella", "", "x " * 50]
     batch = clip(texts, 12)
-    assert batch.dtype == torch.int64
     assert torch.equal(batch, torch.cat([clip(text, 12) for text in texts]))
     assert batch.argmax(1).tolist() == [4, 1, 11]
-    assert clip([], 12).shape == (0, 12)
 
 
 def decoded(tokenizer, row):
@@ -152,8 +150,7 @@ def test_a_vocabulary_is_read_from_a_file_of_clips_kind_or_of_tiktokens(tmp_path
     ("gone.txt.gz", None, "No such file"),
     ("bad.txt.gz", b"not gzip", "not a CLIP vocabulary"),
     ("cut.txt.gz", gzip.compress(b"v\na b\n" * 99)[:-12], "not a CLIP vocabulary"),
-    ("bad.tiktoken", b"\x00\x01\n", "not a .tiktoken file"),
-    ("few.tiktoken", b"YQ== 0\n", "256 single bytes")])
+    ("bad.tiktoken", b"\x00\x01\n", "not a .tiktoken file")])
 def test_a_wrong_tokenizer_is_one_sentence(tmp_path, name, content, says):
     path = tmp_path / name
     if content is not None:
@@ -225,14 +222,6 @@ def test_no_word_is_lost_and_no_sentence_is_empty(pairs):
     assert "".join("".join(sentences).split()) == "".join(text.replace("</s>", "").split())
     for sentence in sentences:
         assert sentence == sentence.strip() != ""
-
-
-@pytest.mark.parametrize("piece", ["e.g. ", ".a ", "a.", '."', "(", "狗。", "<|", "[EO", "J. K", " x\n"])
-def test_no_word_of_a_text_of_a_million_characters_is_lost(piece):
-    text = "A dog. " + piece * (1_000_000 // len(piece))  # a scan that is quadratic would take many minutes
-    sentences = split_sentences(text)
-    assert sentences[0] == "A dog."
-    assert "".join("".join(sentences).split()) == "".join(text.split())
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -328,13 +317,6 @@ def test_a_broken_exif_block_does_not_cost_the_picture():
         assert load_image(content).tobytes() == load_image(encoded(NOISE, "JPEG")).tobytes()
 
 
-def test_path_bytes_and_open_file_are_the_same_picture(tmp_path):
-    path = tmp_path / "a.png"
-    NOISE.save(path)
-    for source in (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes())):
-        assert load_image(source).tobytes() == NOISE.tobytes()
-
-
 def test_a_large_jpeg_is_decoded_small_but_never_below_the_size_wanted():
     gradient = Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
     jpeg = encoded(gradient, "JPEG", quality=95)
@@ -360,20 +342,6 @@ def test_half_a_file_is_refused_wherever_it_is_cut(format):
     assert load_image(content).size == (64, 64)
     for tenths in range(3, 10):
         assert refusal(content[:len(content) * tenths // 10]).reason == "image will not decode"
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_damaged_bytes_give_a_picture_or_a_refusal_and_nothing_else(format):
-    content = np.frombuffer(encoded(NOISE, format), np.uint8)
-    pick, refused = np.random.default_rng(0), 0
-    for _ in range(150):
-        damaged = content.copy()
-        damaged[pick.integers(0, min(len(content), 400), 12)] = pick.integers(0, 256, 12)
-        try:
-            assert load_image(damaged.tobytes(), max_pixels=10**6).mode == "RGB"
-        except BadSample:
-            refused += 1
-    assert refused > 0
 
 
 def test_a_picture_over_the_limit_is_refused_before_it_is_decoded():
@@ -698,11 +666,4 @@ def test_a_whole_caption_is_that_of_one_model():
     rows = drawn(settings(sub_captions=12, whole_caption=1.0), read_captions(DREAMLIP))
     assert {len(whole.intersection(texts)) for texts in rows} == {1}
     assert whole <= set(chain.from_iterable(rows))
-
-
-def test_a_crop_and_its_own_sentences_leave_each_sentence_with_its_model():
-    dense = [{"box": [0, 0, 0.5, 1], "text": "SV left."}, {"box": [0.5, 0, 1, 1], "text": "SV right."}]
-    captions = read_captions(DREAMLIP | {"denseSV_captions": dense}, read_fields("", dense=True))
-    expected = [["SV 0.", "SV 1.", "SV 2.", "SV right."], ["IB 0.", "IB 1.", "IB 2."], ["LLA 0.", "LLA 1."]]
-    assert captions.within((0.5, 0, 1, 1)).long_captions() == expected
 

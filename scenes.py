@@ -1,7 +1,7 @@
 """Pictogram scenes: the embedded data. Images, captions of every kind, masks and boxes, all drawn from an index.
 
     python scenes.py --write FOLDER --n 1000     pictures and captions.jsonl, for train.py --data FOLDER/captions.jsonl
-    python data.py --look FOLDER/captions.jsonl --sheet scenes.png                             shows some of them
+    python data.py --look FOLDER/captions.jsonl --sheet scenes.html                            shows some of them
 
 A scene holds 2 to 6 objects. An object is a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place.
 Exactly one object is large: the main one. The background is plain, graded, striped or checkered, and the picture has a

@@ -1182,7 +1182,8 @@ def join(captions: str, pattern: str, fields: dict):
                         lines.append(json.dumps({"key": sample.key, "captions": texts}) + "\n")
         matched += len(lines)
         if lines:
-            captions_path(file).write_text("".join(lines))
+            with written_whole(captions_path(file)) as temporary:
+                temporary.write_text("".join(lines))
     if not matched:
         raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by "
                         f"URL, key or file name (left out: {table.bad.report()}): check --caption-fields, and that the "

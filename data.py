@@ -518,11 +518,11 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     row = all_fields(row)
     found = {}  # kind: the texts of all its fields
     for kind, names in fields.items():
-        texts = [" ".join(clean_field(row.get(field), name)) for field in names]
+        texts = [" ".join(clean_field(row.get(column), name)) for column in names]
         found[kind] = list(filter(None, texts))
     listed = []
-    for field in fields["caption"]:
-        listed = listed or clean_field(row.get(field), name)
+    for column in fields["caption"]:
+        listed = listed or clean_field(row.get(column), name)
     perspectives = []
     for kind in PERSPECTIVES[1:]:  # without "raw"
         perspectives += found[kind][:1]
@@ -532,9 +532,9 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     raw = candidates[0]
 
     placed = []
-    for field in fields["long"]:
-        model = field.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
-        placed += [(text, box, model) for text, box in placed_texts(row.get(field), name)]
+    for column in fields["long"]:
+        model = column.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
+        placed += [(text, box, model) for text, box in placed_texts(row.get(column), name)]
     if not placed:
         placed = [(text, None, "") for text in listed[1:] or [raw]]
     long, boxes, models = [], [], []
@@ -1002,7 +1002,8 @@ class Index:
 
     def read(self, start: int, length: int) -> bytes:
         """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
-        content = os.pread(opened(self.source).fileno(), length, start)
+        file = opened(self.source)  # held, for another thread may open so many that this one is forgotten
+        content = os.pread(file.fileno(), length, start)
         if len(content) < length:
             raise BadSample("file cut off", f"{self.source} at byte {start}")
         return content

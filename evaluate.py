@@ -36,23 +36,8 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-from data import (
-    BadSample,
-    Parser,
-    Records,
-    UserError,
-    check_target,
-    clean_field,
-    contact_sheet,
-    image_field,
-    load_image,
-    load_tokenizer,
-    normalize,
-    open_dataset,
-    read_captions,
-    read_json,
-    write_clip_tokenizer,
-)
+from data import (BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field, load_image,
+                  load_tokenizer, normalize, open_dataset, read_captions, read_json, write_clip_tokenizer)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, article, held_out
@@ -852,6 +837,9 @@ def parse(argv):
 def main(argv=None):
     flags = parse(argv)
     check_device(flags.device or "cpu")
+    for path in flags.runs:
+        if not os.path.exists(path):
+            raise UserError(f"there is no {path}: name folders of runs, or files of weights")
     runs = [path for path in map(Path, flags.runs) if checkpoints(path) or path.suffix in WEIGHTS]  # of all in runs/*
     if not runs:
         raise UserError(f"no run among {' '.join(flags.runs)}: name folders with a checkpoint.pt, or files of weights")
@@ -881,14 +869,19 @@ def main(argv=None):
             search(model, *flags.search, folder)
         print(f"written to {folder}")
     else:
-        reports = []
+        reports, failed = [], []
         for run in runs:
-            report = evaluate_run(run, flags.n, flags.data, flags.figures, flags.benchmarks, flags.out, **options)
-            reports.append(report)
-        if len(runs) > 1:
+            try:
+                report = evaluate_run(run, flags.n, flags.data, flags.figures, flags.benchmarks, flags.out, **options)
+                reports.append(report)
+            except UserError as error:
+                failed.append(f"{run}: {error}")
+        if len(reports) > 1:
             print(table(reports))
         if flags.json:
             Path(flags.json).write_text(json.dumps(reports, indent=1))
+        if failed:
+            raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

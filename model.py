@@ -17,6 +17,7 @@ import json
 import os
 import re
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -500,6 +501,8 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         os.replace(temporary, path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
+        with suppress(OSError):
+            temporary.unlink()  # it may be what fills the disk
         print(f"{path} could not be written ({error.__context__ or error}); older ones are as they were, and it is "
               "tried again", flush=True)
         return False

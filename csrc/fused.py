@@ -184,17 +184,18 @@ def build(cuda):
         ingredients += path.read_text()
     name = "similarity_" + hashlib.md5(ingredients.encode()).hexdigest()
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    library = folder / f"{name}.so"
+    done = folder / "done"  # a library alone may be half linked, where the building process was killed
     with open(folder / "flock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if not done.exists():
             (folder / "lock").unlink(missing_ok=True)
             print(f"building the fused similarity op, once, in {folder}", flush=True)
             cpp_extension.load(
                 name, sources, [flags], [CUDA_FLAGS],
                 extra_include_paths=_cuda_includes(cpp_extension) if cuda else [],
                 build_directory=folder, is_python_module=False)
-    return library
+            done.touch()
+    return folder / f"{name}.so"
 
 
 def _cuda_includes(cpp_extension):

@@ -413,6 +413,17 @@ def test_several_runs_are_rows_of_one_table_and_what_is_no_run_is_passed_over(fr
     assert chance.startswith("| chance |")
     with pytest.raises(UserError, match="no run among"):
         run_quickly(*others)
+    with pytest.raises(UserError, match="there is no .*/clip-7"):
+        run_quickly(f"{tmp_path}/clip-7", *paths)
+
+
+def test_a_run_that_cannot_be_read_costs_the_others_nothing(fresh, tmp_path, capsys):
+    good, = fresh("clip-0")
+    write(tmp_path / "torn/checkpoint.pt", "x")
+    with pytest.raises(UserError, match="torn/checkpoint.pt"):
+        run_quickly(f"{tmp_path}/torn", good)
+    assert (tmp_path / "clip-0/evaluation.json").is_file()
+    assert "  mIoU\n" in capsys.readouterr().out
 
 
 def test_a_run_is_scored_on_benchmarks_by_name(fresh, tmp_path):

@@ -238,11 +238,13 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
-    """Each finds the extension; one line says that it was built. A lock file that a killed build left is no obstacle.
-    The first call may be one that torch.compile traces."""
+    """Each finds the extension; one line says that it was built. Neither a lock file nor half a library that a killed
+    build left is an obstacle. The first call may be one that torch.compile traces."""
     killed = "from unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): fused.build(False)"
     python(killed).communicate()
-    next(empty_cache.glob("*/flock")).with_name("lock").touch()
+    done = next(empty_cache.glob("*/done"))
+    done.with_name(f"{done.parent.name}.so").write_bytes(b"half")
+    done.rename(done.with_name("lock"))
     compiled = f"torch.compile(lambda: {CALL}, backend='eager', fullgraph=True)()"
     processes = [python(f"fused.set_mode('on')\nprint({call})") for call in (CALL, CALL, compiled)]
     outputs = [process.communicate()[0] for process in processes]

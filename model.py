@@ -125,11 +125,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, causal=False):
-        """x [B,N,W] -> the same. The mask is boolean, of floats (added to the logits) or a Packing."""
+    def forward(self, x, mask=None, causal=False, queries=None):
+        """x [B,N,W] -> the same; with queries [B,K,W], some of x, the output is theirs alone: [B,K,W]. The mask is boolean,
+        of floats (added to the logits) or a Packing."""
         if isinstance(mask, Packing):
             return self.packed(x[0], mask)[None]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
+        if queries is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
+        else:
+            W = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(queries, weight[:W], bias[:W]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            k, v = F.linear(x, weight[W:], bias[W:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if q.is_cpu and q.dtype == torch.bfloat16:
             # On the CPU, PyTorch's attention is several times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
@@ -154,10 +161,18 @@ class Attention(nn.Module):
         return self.out(torch.cat(parts).flatten(1))
 
 
+def at(x: Tensor, places: Tensor) -> Tensor:
+    """x [B,N,W], places [B,K] of each row -> [B,K,W]."""
+    B, N, _ = x.shape
+    rows = places + N * torch.arange(B, device=x.device)[:, None]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, places.shape)
+
+
 class Block(nn.Module):
     """A pre-LN transformer block whose MLP may end in H parallel layers, one a branch (Holistic CLIP's MLPs).
 
     x [S,B,N,W] -> [H,B,N,W], where S is 1 before the first branching block and H after it; H = 1 in an ordinary block.
+    With places [B,K], x [1,B,N,W] -> [1,B,K,W]: of what is not wanted only keys and values are computed.
     """
 
     def __init__(self, width, heads, activation, branches=1, eps=1e-5):
@@ -169,8 +184,16 @@ class Block(nn.Module):
         self.act = ACTIVATIONS[activation]
         self.proj = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(branches))
 
-    def forward(self, x, mask=None, causal=False):
-        x = x + self.attn(self.ln_1(x).flatten(0, 1), mask, causal).view_as(x)
+    def attend(self, x, seen, mask, causal, places):
+        """x plus what attention makes of `seen`, which is x or its norm."""
+        queries = None
+        if places is not None:
+            queries = at(seen[0], places)
+            x = at(x[0], places)[None]
+        return x + self.attn(seen.flatten(0, 1), mask, causal, queries).view_as(x)
+
+    def forward(self, x, mask=None, causal=False, places=None):
+        x = self.attend(x, self.ln_1(x), mask, causal, places)
         hidden = self.act(self.fc(self.ln_2(x)))
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
@@ -184,8 +207,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """BERT's block (1810.04805): a LayerNorm after each sum instead of before each layer. x [1,B,N,W] -> the same."""
 
-    def forward(self, x, mask=None, causal=False):
-        x = self.ln_1(x + self.attn(x.flatten(0, 1), mask, causal).view_as(x))
+    def forward(self, x, mask=None, causal=False, places=None):
+        x = self.ln_1(self.attend(x, x, mask, causal, places))
         return self.ln_2(x + self.proj[0](self.act(self.fc(x))))
 
 
@@ -295,24 +318,31 @@ class TextTransformer(nn.Module):
         self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, with_tokens: bool = True) -> tuple[Tensor, Tensor | None]:
         """tokens [N,L], L up to the context -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token
         embeddings [N,L,D], unit-norm float32. Corners stand in the last C places; the mask, not the order, says who
-        sees whom."""
+        sees whom. Without `with_tokens` the last block computes the summaries alone, and there is None for the rest."""
         N, L = tokens.shape
         C = self.corners
         end = tokens.argmax(-1)  # the end-of-text token has the greatest id
         x = self.token_embedding(tokens) + self.positional_embedding[:L]
         if C:
             x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
-        plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
-        mask = None if plain_causal else text_mask(end, L, C, self.causal, self.corner_mask)[:, None]
+        mask = text_mask(end, L, C, self.causal, self.corner_mask)  # [N, L+C, L+C]
+        summary = end if self.causal else torch.zeros_like(end)
+        corners = torch.arange(L, L + C, device=x.device).expand(N, C)
+        summaries = torch.cat([summary[:, None], corners], 1)  # [N, 1+C], their places
         x = residual_stream(self.ln_pre(x))[None]
-        for block in self.blocks:
-            x = block(x, mask, plain_causal)
-        x = self.project(x[0])  # [N, L+C, D]
-        summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
-        return normalized(torch.cat([summary[:, None], x[:, L:]], 1)), normalized(x[:, :L])
+        plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
+        whole_mask = None if plain_causal else mask[:, None]
+        *first, last = self.blocks
+        for block in first:
+            x = block(x, whole_mask, plain_causal)
+        if not with_tokens:
+            x = last(x, mask[torch.arange(N, device=x.device)[:, None], summaries][:, None], places=summaries)[0]
+            return normalized(self.project(x)), None
+        x = self.project(last(x, whole_mask, plain_causal)[0])  # [N, L+C, D]
+        return normalized(at(x, summaries)), normalized(x[:, :L])
 
     def project(self, x):
         return self.pooler(self.ln_final(x)) @ self.proj
@@ -442,7 +472,8 @@ class CLIP(nn.Module):
         for rows in np.split(order, np.unique(bounds)):
             if len(rows):
                 longest = lengths[rows[-1]]
-                summary, words = self.encode_text(tokens[torch.from_numpy(rows).to(tokens.device), :longest])
+                some = tokens[torch.from_numpy(rows).to(tokens.device), :longest]
+                summary, words = self.text(some, with_tokens)
                 summaries.append(summary)
                 if with_tokens:
                     embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))

@@ -74,7 +74,7 @@ class Model:
 
     @torch.no_grad()
     def batches(self, items, load=tuple):
-        """load(item) -> (image uint8 [3,S,S], anything ...). Yields batch by batch images [b,h,D] (as from `merge`),
+        """load(item) -> (image uint8 [3,S,S], anything ...). Yields batch by batch branches [b,H,D],
         patches [b,P,D], and a tuple of everything else. Items of which `load` raises BadSample are reported."""
         bad = []
         def try_load(number):
@@ -94,17 +94,18 @@ class Model:
                     branches, patches = self.clip.encode_image(images)
                 if not branches.isfinite().all():
                     raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
-                yield self.merge(branches), patches, *rest
+                yield branches, patches, *rest
         if bad:
             print(f"passed over: {len(bad)}, the first: {bad[0]}")
 
     def images(self, items, load=tuple):
-        """As `batches`, all at once: images [N,h,D], and a tuple of everything else. Raises UserError if N is 0."""
-        parts = [(images, *rest) for images, _, *rest in self.batches(items, load)]
+        """As `batches`, all at once: images [N,h,D], as from `merge`, and a tuple of everything else. Raises UserError if N
+        is 0."""
+        parts = [(branches, *rest) for branches, _, *rest in self.batches(items, load)]
         if not parts:
             raise UserError("there is no picture that can be read")
-        images, *rest = zip(*parts)
-        return torch.cat(images), *[sum(tuples, ()) for tuples in rest]
+        branches, *rest = zip(*parts)
+        return self.merge(torch.cat(branches)), *[sum(tuples, ()) for tuples in rest]
 
     @torch.no_grad()
     def texts(self, texts, batch=1024):
@@ -269,16 +270,17 @@ def held_out_metrics(model, dataset, n):
         image, captions = dataset[number]
         return image, (number, captions)
     scenes = getattr(dataset, "scenes", None)
-    images, captions = [], {}
+    branches, captions = [], {}
     patches, others = [], []  # of each scene [P,D], and those of another scene in its batch
     for embedded, cells, numbered in model.batches(range(len(dataset))[:n], load):
-        images.append(embedded)
+        branches.append(embedded)
         captions.update(numbered)
         if scenes:
             cells = cells.float().cpu()
             patches.extend(cells)
             others.extend(cells.roll(1, 0))
-    images = torch.cat(images)
+    branches = torch.cat(branches)
+    images = model.merge(branches)
     short = [c.short[0] if scenes else c.raw for c in captions.values()]
     long = [" ".join(c.long) for c in captions.values()]
     rows = prefixed("short", caption_retrieval(images, short, model.texts(short)))
@@ -289,6 +291,7 @@ def held_out_metrics(model, dataset, n):
         sentences = sentences.split([len(c.long) for c in captions.values()])  # of each scene [K,D]
         averages = F.normalize(torch.stack([texts.mean(0) for texts in sentences]), dim=1)
         rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
+        rows |= prefixed("perspectives", perspective_retrieval(model, branches, captions.values()))
         facts = [scenes.scene(i) for i in range(len(images))]
         masks = [torch.from_numpy(scenes.draw(scene)[1]) for scene in facts]  # uint8 [S,S]: 0 or 1 + object
         names = [name for name, _ in KINDS[:scenes.kinds]]
@@ -304,6 +307,19 @@ def held_out_metrics(model, dataset, n):
         rows |= pointing_metrics(patches, sentences, classes, facts, masks)
         rows["mIoU"] = scene_miou(patches, classes, facts, masks)
     return rows, images, captions
+
+
+def perspective_retrieval(model, branches, captions):
+    """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over these. Where every perspective has
+    trained a branch of its own (section 3.3), that one stands for the images; else what `merge` makes of branches
+    [N,H,D]."""
+    M = model.settings.get("perspectives") or 5  # the paper's number
+    found = defaultdict(list)
+    for m, texts in enumerate(zip(*[c.perspectives[:M] for c in captions])):
+        images = branches[:, [m]] if M == model.config.branches else model.merge(branches)
+        for name, (value, chance) in caption_retrieval(images, texts, model.texts(texts)).items():
+            found[name].append((value / 100, chance / 100))
+    return means(found)
 
 
 def scene_classification(model, images, names, facts):

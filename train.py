@@ -92,6 +92,7 @@ class Settings(CLIPConfig):
     lr: float = 1e-3  # AdamW's greatest learning rate
     muon_lr: float = 2e-3  # Muon's
     warmup: float = 0.08  # share of the steps
+    schedule: str = "cosine"  # how the rates fall to 0: "cosine" (the papers), or "linear"
     weight_decay: float = 0.1  # none on gains, biases and logit_scale
     decay_embeddings: bool = False  # weight decay on token and position embeddings, too (the papers' code)
     beta2: float = 0.98  # AdamW's
@@ -127,7 +128,8 @@ METHODS = {
 
 # What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
 # change"): the defaults are the paper's.
-SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.5, whole_caption=0.5, optimizer="muon")
+SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.5, whole_caption=0.5, optimizer="muon",
+              schedule="linear")
 
 # The papers' recipe for pictures, of CLIP's ViT-B.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
@@ -162,8 +164,8 @@ SIZES = {
 CHOICES = models.CHOICES | dict(
     method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
-    augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), fused=("auto", "on", "off"),
-    precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
+    augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), schedule=("cosine", "linear"),
+    fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -577,11 +579,13 @@ def make_optimizer(model: CLIP, s: Settings) -> Muon:
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """As a share of the greatest: linear warm-up over the first `warmup` share of the steps, then half a cosine to 0."""
+    """As a share of the greatest: linear warm-up over the first `warmup` share of the steps, then a fall to 0."""
     warm = max(1, round(s.warmup * steps))
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
+    if s.schedule == "linear":
+        return 1 - progress
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 

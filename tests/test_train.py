@@ -343,14 +343,16 @@ def test_muon_steps_matrices_and_convolutions_as_pytorchs_own_does(monkeypatch):
         torch.testing.assert_close(state.model.get_parameter(name).flatten(1), p, rtol=1e-5, atol=1e-6)
 
 
-def test_the_learning_rate_warms_up_linearly_and_falls_along_half_a_cosine():
-    s = settings("--warmup 0.1")
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_warms_up_and_falls_to_0(schedule):
+    s = settings(f"--warmup 0.1 --schedule {schedule}")
     rates = [train.learning_rate(step, 100, s) for step in range(101)]
     for step in range(10):
         assert rates[step] == pytest.approx(0.1 * (step + 1))
     for step in range(10, 101):
-        angle = math.pi * (step - 10) / 90
-        assert rates[step] == pytest.approx((1 + math.cos(angle)) / 2)
+        progress = (step - 10) / 90
+        falls = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
+        assert rates[step] == pytest.approx(falls[schedule])
 
 
 def test_logit_scale_never_exceeds_100():

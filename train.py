@@ -102,7 +102,7 @@ class Settings(CLIPConfig):
     # the machine
     device: str = "auto"  # cuda, mps or cpu
     precision: str = "auto"  # fp32 or bf16 (autocast)
-    compile: bool = False  # torch.compile, block by block
+    compile: bool = False  # torch.compile, block by block; on a GPU the default from base-32 on
     fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (plain PyTorch)
     grad_checkpointing: bool = False  # keep only the inputs of the blocks, compute the rest again backwards
     workers: int = -1  # data-loading processes; -1: by the machine
@@ -212,6 +212,7 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     row = {"pool": "auto", **SIZES[size], **dict(started), **METHODS[method]}
     if not small:
         row |= RECIPES.get(method, {})
+        row["compile"] = device.startswith("cuda")
     s = Settings(**{**row, **flags, "device": device, "size": size})
     s.data = (s.data,) if isinstance(s.data, str) else tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
@@ -481,11 +482,12 @@ def prepare(model: CLIP, s: Settings):
     network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
     model.layout = text_layout(model, s)
     model.visual.requires_grad_(not s.lock_image)
-    if s.compile:
+    compiles = s.compile and can_compile(s.device)
+    if compiles:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
     for tower in (model.visual, model.text):
         for block in tower.blocks:  # by their forward, so names stay as they are
-            if s.compile:  # the number of words changes from step to step, that of patches does not
+            if compiles:  # the number of words changes from step to step, that of patches does not
                 block.forward = torch.compile(block.forward, dynamic=tower is model.text)
             if s.grad_checkpointing:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
@@ -493,6 +495,16 @@ def prepare(model: CLIP, s: Settings):
     if distributed():
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return State(model, make_optimizer(model, s), torch.zeros(2, device=s.device)), network
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works here, which is tried out on one product; says so if not."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+        return True
+    except Exception as error:  # no compiler, no Triton, an old device: of many kinds
+        say(f"WARNING: not compiled, which is slower: {type(error).__name__}: {error}".splitlines()[0])
+        return False
 
 
 def text_layout(model: CLIP, s: Settings) -> str:

@@ -174,7 +174,7 @@ PARTS = [
     *map(training, TRAININGS),
     profiles("small", 0),
     profiles("small --compile", 0),
-    profiles("base-16 --batch 512", 1.15),
+    profiles("base-16 --batch 512 --no-compile", 1.15),
     profiles("base-16 --batch 512 --compile", 1.15),
     Part("step", "open_clip / ours >= 1", "python tests/benchmark_step.py --size base-16 --device cuda --compile", 500,
          partial(judge_ratios, r"^open_clip(?:, compiled)? / ours(?:, compiled)?: ([\d.]+)", 1, math.inf)),

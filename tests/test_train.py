@@ -343,6 +343,22 @@ def test_muon_steps_matrices_and_convolutions_as_pytorchs_own_does(monkeypatch):
         torch.testing.assert_close(state.model.get_parameter(name).flatten(1), p, rtol=1e-5, atol=1e-6)
 
 
+def test_large_sizes_compile_on_a_gpu_where_a_compiler_is(monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no compiler\nat all")
+
+    assert not train.resolve(dict(size="base-32", device="cpu")).compile
+    monkeypatch.setattr(train, "check_device", lambda _: None)
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda _: True)
+    assert train.resolve(dict(size="base-32", device="cuda")).compile
+    assert not train.resolve(dict(size="base-32", device="cuda", compile=False)).compile
+    assert not train.resolve(dict(size="small", device="cuda")).compile
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    s = settings("--compile")
+    train.prepare(fresh(s), s)
+    assert "not compiled, which is slower: RuntimeError: no compiler" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_learning_rate_warms_up_and_falls_to_0(schedule):
     s = settings(f"--warmup 0.1 --schedule {schedule}")

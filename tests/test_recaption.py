@@ -234,12 +234,6 @@ def run(*flags):
     return recaption.main([str(flag) for flag in flags])
 
 
-def started(*flags):
-    """The command in a process of its own, quiet."""
-    command = [sys.executable, ROOT / "recaption.py", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 def answer(number, field="short"):
     return caption(url(number), PROMPTS[field][0])
 
@@ -275,7 +269,7 @@ def test_killed_and_resumed_each_is_captioned_and_asked_for_once(tmp_path, serve
     flags = [data, "--endpoint", serve("--delay", 0.03, "--log", log), "--in-flight", 2]
     for stop, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         finished, asked = captioned(data), len(log.read_text())
-        process = started(*flags)
+        process = subprocess.Popen([sys.executable, ROOT / "recaption.py", *map(str, flags)])
         while len(captioned(data)) < len(finished) + 10:
             assert process.poll() is None
             time.sleep(0.01)
@@ -341,9 +335,9 @@ def test_prompts_of_a_file_crops_and_later_fields_stand_side_by_side(tmp_path, s
     prompts = {"version": "mine-2", "short": ["What is it?", 50], "colours": ["Which colours are there?", 30]}
     (tmp_path / "p.json").write_text(json.dumps(prompts))
     own = ["--prompts", tmp_path / "p.json", "--fields", "short,colours"]
-    for flags in (["--fields", "short"], own, ["--fields", "short", "--dense", 2], [*own, "--dense", 2]):
+    for flags in (["--fields", "short"], own, ["--fields", "short", "--dense", 2]):
         assert run(data, "--endpoint", address, *flags) == 0
-    first, second, third = captioned(data)  # of the last run nothing was left to ask
+    first, second, third = captioned(data)
     assert [r["prompts"] for r in (first, second, third)] == ["1", "mine-2", "1"]
     assert first["captions"] == {"short": answer(0)}
     assert second["captions"] == {"colours": caption(url(0), "Which colours are there?")}

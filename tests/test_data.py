@@ -1,10 +1,8 @@
 """Captions become CLIP's ids exactly, sentences are cut where they end, any picture becomes RGB or is refused with a
 reason, captions are found in every published layout, each method draws its own texts, and a box follows its crop."""
-import base64
 import gzip
 import io
 import json
-import pickle
 import random
 import sys
 from collections import Counter
@@ -22,8 +20,8 @@ from torch.nn.functional import max_pool2d
 
 import data
 import train
-from data import (BadSample, Captions, TrainingTexts, UserError, collate, draw_texts, load_image, load_tokenizer,
-                  open_dataset, patches_of, read_captions, read_fields, split_sentences, text_slots)
+from data import (BadSample, Captions, TrainingTexts, UserError, collate, crop_box, draw_texts, load_image,
+                  load_tokenizer, open_dataset, patches_of, read_captions, read_fields, split_sentences, text_slots)
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------------------------------
 
@@ -60,8 +58,12 @@ def examples(n):
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_odd_text_gets_open_clips_ids(text):
     assert clip.encode(text) == reference.encode(text)
-    for length in (2, 3, 5, 77, 300):
-        assert torch.equal(clip(text, length), reference(text, length))
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 77, 300])
+def test_a_batch_of_any_length_is_open_clips(length):
+    assert clip.vocab_size == 49408
+    assert torch.equal(clip(ODD, length), reference(ODD, length))
 
 
 @examples(2500)
@@ -71,28 +73,10 @@ def test_any_unicode_text_and_markup_run_together_get_open_clips_ids(text):
 
 
 def test_every_word_of_clips_vocabulary_gets_open_clips_ids():
-    words = []
-    for symbol in list(reference.encoder)[:-2]:
-        letters = [reference.byte_decoder[letter] for letter in symbol.removesuffix("</w>")]
-        words.append(bytes(letters).decode(errors="ignore"))
-    texts = [" ".join(words[start:start + 25]) for start in range(0, len(words), 25)]
-    assert len(texts) > 1900
-    assert [text for text in texts if clip.encode(text) != reference.encode(text)] == []
-
-
-def test_a_row_is_start_ids_end_zeros_and_the_end_survives_a_cut():
-    ids = clip.encode("a red umbrella")
-    assert (clip.sot, clip.eot, clip.vocab_size) == (49406, 49407, 49408)
-    assert clip("a red umbrella", 7).tolist() == [[clip.sot, *ids, clip.eot, 0, 0]]
-    assert clip("a red umbrella", 4).tolist() == [[clip.sot, *ids[:2], clip.eot]]
-    assert clip("", 3).tolist() == [[clip.sot, clip.eot, 0]]
-
-
-def test_a_batch_is_its_rows_and_the_end_is_the_greatest_id_of_each():
-    texts = ["a red umbrella", "", "x " * 50]
-    batch = clip(texts, 12)
-    assert torch.equal(batch, torch.cat([clip(text, 12) for text in texts]))
-    assert batch.argmax(1).tolist() == [4, 1, 11]
+    words = [reference.decode([number]) for number in range(reference.vocab_size - 2)]
+    for start in range(0, len(words), 25):
+        text = " ".join(words[start:start + 25])
+        assert clip.encode(text) == reference.encode(text)
 
 
 def decoded(tokenizer, row):
@@ -101,63 +85,46 @@ def decoded(tokenizer, row):
     return tokenizer.encoding.decode(ids[1:ids.index(tokenizer.eot)]).rstrip()
 
 
-@pytest.mark.parametrize("tokenizer", [clip, scenes], ids=["clip", "scenes"])
 @examples(200)
-@given(text=st.text("abc DEF é日 Ω 👍 .,!?'0189 -\n", max_size=60))
-def test_the_tokens_hold_all_of_a_text_but_its_case_and_spaces(tokenizer, text):
-    found = decoded(tokenizer, tokenizer(text, 300)[0])
+@given(st.text("abc DEF é日 Ω 👍 .,!?'0189 -\n", max_size=60))
+def test_scenes_tokens_hold_all_of_a_text_but_its_case_and_spaces(text):
+    found = decoded(scenes, scenes(text, 300)[0])
     assert "".join(found.split()) == "".join(text.lower().split())
 
 
-def test_without_ftfy_only_garbled_text_differs_and_it_is_said(monkeypatch):
-    said = []
-    monkeypatch.setattr(data, "say_once", said.append)
+def test_without_ftfy_only_garbled_text_differs_and_it_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ftfy", None)  # makes the import fail
     bare = load_tokenizer("clip")
-    assert len(said) == 1 and "pip install ftfy" in said[0]
+    assert "pip install ftfy" in capsys.readouterr().out
     assert bare.encode("a caf\u00e9 &amp; a dog") == clip.encode("a caf\u00e9 &amp; a dog")
     assert bare.encode("cafÃ©") != clip.encode("cafÃ©") == clip.encode("café")
 
 
-def test_auto_takes_the_scenes_vocabulary_where_clips_is_not_installed_and_says_so(monkeypatch, tmp_path):
-    said = []
-    monkeypatch.setattr(data, "say_once", said.append)
+def test_auto_takes_the_scenes_vocabulary_where_clips_is_not_installed_and_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for package in ("open_clip", "clip"):
-        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
     assert load_tokenizer("auto").name == "scenes"
-    assert len(said) == 1 and "scenes instead of clip" in said[0]
+    assert "scenes instead of clip" in capsys.readouterr().out
     with pytest.raises(UserError, match="pip install open_clip_torch"):
         load_tokenizer("clip")
 
 
-def test_a_vocabulary_is_read_from_a_file_of_clips_kind_or_of_tiktokens(tmp_path):
-    (tmp_path / "own.txt.gz").write_bytes(gzip.compress(b"#version\nd o\ndo g</w>\n"))
-    own = load_tokenizer(tmp_path / "own.txt.gz")
-    assert own.vocab_size == 512 + 2 + 2
-    assert own.encode("dog") == [513]
-    assert len(own.encode("do")) == 2  # "do" is a token inside a word only
-
-    tokens = [bytes([byte]) for byte in range(256)] + [b"do", b"g ", b"dog "]
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
-    (tmp_path / "own.tiktoken").write_bytes(b"".join(lines))
-    own = load_tokenizer(tmp_path / "own.tiktoken")
-    assert own("A dog", 6).tolist() == [[259, ord("a"), ord(" "), 258, 260, 0]]
+def test_a_vocabulary_is_read_from_a_file_of_clips_kind_or_of_tiktokens():
+    for path, named in ((data.find_clip_vocabulary(), clip), (data.SCENES_VOCABULARY, scenes)):
+        assert load_tokenizer(path).encode("A red umbrella.") == named.encode("A red umbrella.")
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("clop", None, "auto, clip, scenes"),
-    ("gone.txt.gz", None, "No such file"),
+    ("clop", b"", "auto, clip, scenes"),
     ("bad.txt.gz", b"not gzip", "not a CLIP vocabulary"),
     ("cut.txt.gz", gzip.compress(b"v\na b\n" * 99)[:-12], "not a CLIP vocabulary"),
     ("bad.tiktoken", b"\x00\x01\n", "not a .tiktoken file")])
-def test_a_wrong_tokenizer_is_one_sentence(tmp_path, name, content, says):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=says) as caught:
-        load_tokenizer(name if name == "clop" else path)
-    assert "\n" not in str(caught.value) and name in str(caught.value)
+def test_a_wrong_tokenizer_is_one_sentence(tmp_path, monkeypatch, name, content, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*{says}") as caught:
+        load_tokenizer(name)
+    assert "\n" not in str(caught.value)
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
@@ -236,9 +203,9 @@ def encoded(image, format, **options):
     return file.getvalue()
 
 
-def refusal(source, **options):
+def refusal(source):
     with pytest.raises(BadSample) as caught:
-        load_image(source, **options)
+        load_image(source)
     return caught.value
 
 
@@ -259,71 +226,51 @@ RGBA  200,30,60,255  PNG   200,30,60
 RGBA  200,30,60,0    PNG   255,255,255
 RGBA  0,100,200,51   PNG   204,224,244
 RGBA  0,100,200,51   WEBP  204,224,244
-L     7              PNG   255,255,255  transparent 7
-RGB   1,2,3          PNG   255,255,255  transparent 1,2,3
-RGB   1,2,4          PNG   1,2,4        transparent 1,2,3
 """.strip().splitlines()
 
 
 def colour_of(text):
-    numbers = tuple(int(number) for number in text.split(","))
-    return numbers if len(numbers) > 1 else numbers[0]
+    return tuple(int(number) for number in text.split(","))
 
 
 @pytest.mark.parametrize("line", MODES)
 def test_every_mode_shows_its_colour_on_white(line):
-    mode, colour, format, shown, *transparent = line.split()
-    options = {"quality": 95, "lossless": True}
-    if transparent:
-        options["transparency"] = colour_of(transparent[1])
-    found = load_image(encoded(Image.new(mode, (8, 6), colour_of(colour)), format, **options))
+    mode, colour, format, shown = line.split()
+    stored = Image.new(mode, (8, 6), colour_of(colour))
+    found = load_image(encoded(stored, format, quality=95, lossless=True))
     assert found.mode == "RGB"
     assert np.abs(np.array(found, dtype=int) - colour_of(shown)).max() <= 3
-
-
-def test_a_palette_shows_its_colours_on_white():
-    palette = Image.new("RGB", (8, 6), "red").quantize(4)
-    assert load_image(encoded(palette, "PNG")).getpixel((0, 0)) == (255, 0, 0)
-    clear = encoded(palette, "PNG", transparency=palette.getpixel((0, 0)))
-    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped():
     levels = np.array([[0, 257, 1000, 33000, 40000, 65535]], dtype=np.uint16)
     grey = np.array(load_image(encoded(Image.fromarray(levels), "PNG")))
-    for channel in range(3):
-        assert grey[0, :, channel].tolist() == [0, 1, 4, 128, 156, 255]
+    assert grey[0, :, 0].tolist() == [0, 1, 4, 128, 156, 255]
 
 
-@pytest.mark.parametrize("orientation, red", list(enumerate("left right right left top top bottom bottom".split(), 1)))
-def test_exif_turns_the_picture_upright(orientation, red):
-    picture = Image.new("RGB", (32, 16), "blue")
-    picture.paste("red", (0, 0, 16, 16))  # as it is stored
+def test_exif_turns_the_picture_upright():
+    stored = Image.new("RGB", (32, 16), "blue")
+    stored.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    upright = load_image(encoded(picture, "JPEG", exif=exif, quality=95))
-    at = {"left": (1, 8), "right": (30, 8), "top": (8, 1), "bottom": (8, 30)}[red]
-    assert upright.size == ((32, 16) if red in ("left", "right") else (16, 32))
-    assert upright.getpixel(at)[0] > 200 > 50 > upright.getpixel(at)[2]
+    exif[0x0112] = 6  # what is stored at the left is the top
+    found = load_image(encoded(stored, "JPEG", exif=exif, quality=95))
+    red, _, blue = found.getpixel((8, 1))
+    assert found.size == (16, 32)
+    assert red > 200 > 50 > blue
 
 
 def test_a_broken_exif_block_does_not_cost_the_picture():
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     wreck = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x02\x00\x05")  # a tag of the wrong type: turning fails
-    assert wreck != exif.tobytes()
-    for block in (wreck, b"Exif\0\0garbage", b"Exif\0\0"):
-        content = encoded(NOISE, "JPEG", exif=block)
-        assert load_image(content).tobytes() == load_image(encoded(NOISE, "JPEG")).tobytes()
+    broken = load_image(encoded(NOISE, "JPEG", exif=wreck))
+    assert broken.tobytes() == load_image(encoded(NOISE, "JPEG")).tobytes()
 
 
 def test_a_large_jpeg_is_decoded_small_but_never_below_the_size_wanted():
-    gradient = Image.linear_gradient("L").resize((1600, 1200)).convert("RGB")
-    jpeg = encoded(gradient, "JPEG", quality=95)
+    jpeg = encoded(Image.new("L", (1600, 1200)), "JPEG")
     heights = {None: 1200, 1201: 1200, 600: 600, 599: 600, 224: 300, 10: 150}
     assert {size: load_image(jpeg, size).height for size in heights} == heights
-    small = np.array(load_image(jpeg, 150), dtype=int)
-    assert np.abs(small - load_image(jpeg).resize((200, 150), Image.Resampling.BOX)).max() <= 4
 
 
 @pytest.mark.parametrize("content", [
@@ -345,27 +292,19 @@ def test_half_a_file_is_refused_wherever_it_is_cut(format):
 
 
 def test_a_picture_over_the_limit_is_refused_before_it_is_decoded():
-    content = encoded(Image.new("L", (1000, 1001)), "PNG")
-    assert load_image(content, max_pixels=1_001_000).size == (1000, 1001)
-    bad = refusal(content[:100], max_pixels=1_000_999)  # the header alone decides
-    assert bad.reason == "image too large" and "1000 x 1001" in bad.detail
-    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    assert len(bomb) < 100_000 and refusal(bomb).reason == "image too large"
-
-
-def test_a_refusal_survives_the_trip_from_a_worker_and_reads_as_one_line():
-    bad = pickle.loads(pickle.dumps(BadSample("image missing", "a.png")))
-    assert (bad.reason, bad.detail, str(bad)) == ("image missing", "a.png", "image missing: a.png")
+    content = encoded(Image.new("1", (20_000, 20_001)), "PNG")
+    bad = refusal(content[:100])  # the header alone decides
+    assert bad.reason == "image too large" and "20000 x 20001" in bad.detail
 
 
 # ---- crops -----------------------------------------------------------------------------------------------------------
 
-def rows_of_one_picture(folder, pixels, n=40, **row):
-    """JSON lines that name one picture n times, so that some fall to training and some to validation."""
+def one_picture(folder, pixels, size, part="train", texts={}, **flags):
+    """A dataset of JSON lines that name one picture 40 times, so that some fall to training and some to validation."""
     Image.fromarray(pixels).save(folder / "a.png")
-    lines = [json.dumps({"key": str(i), "image": "a.png", "raw": "raw", **row}) for i in range(n)]
-    (folder / "a.jsonl").write_text("\n".join(lines))
-    return str(folder / "a.jsonl")
+    rows = [{"key": str(i), "image": "a.png", "raw": "raw", **texts} for i in range(40)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return open_dataset(str(folder / "a.jsonl"), part, 0, size, 0, **flags)
 
 
 def settings(method="dreamlip", **flags):
@@ -380,29 +319,21 @@ def crops(dataset, epochs, s):
 
 def test_evaluation_takes_the_middle_of_a_picture(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    dataset = open_dataset(rows_of_one_picture(tmp_path, pixels), "test", 0, 40, 0)
-    middle = dataset[0][0].permute(1, 2, 0).numpy()
-    assert np.array_equal(middle, pixels[:, 10:50])
+    image, _ = one_picture(tmp_path, pixels, 40, "test")[0]
+    assert np.array_equal(image.permute(1, 2, 0), pixels[:, 10:50])
 
 
-@pytest.mark.parametrize("width, height", [(250, 200), (200, 250)])
-def test_a_random_crop_keeps_the_share_and_aspect_asked_for_and_is_never_flipped(tmp_path, width, height):
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0] = np.arange(width)  # red tells the column, green the row
-    pixels[..., 1] = np.arange(height)[:, None]
-    dataset = open_dataset(rows_of_one_picture(tmp_path, pixels), "train", 0, 32, 0, crop=0.5)
-    images = crops(dataset, 5, settings("clip")).images.double()
-    across = images[:, :, -1, -1] - images[:, :, 0, 0]
-    w, h, _ = across.T * 32 / 31  # in pixels of the picture, to one or two
-    shares = w * h / (width * height)
-    assert min(w.min(), h.min()) > 0
-    assert 0.48 < shares.min() < 0.6 and 0.85 < shares.max() <= 1.02
-    assert 0.72 < (w / h).min() < (w / h).max() < 1.38
+def test_a_random_crop_keeps_the_share_and_aspect_asked_for():
+    boxes = np.array([crop_box(Image.new("L", (250, 200)), 0.5) for _ in range(300)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    shares = width * height / (250 * 200)
+    aspects = width / height
+    assert 0.49 < shares.min() < 0.6 and 0.85 < shares.max()
+    assert 0.74 < aspects.min() < aspects.max() < 1.35
 
 
-@pytest.mark.parametrize("augment", ["crop", "strong"])
-def test_what_becomes_of_a_picture_depends_on_seed_epoch_and_index_alone(tmp_path, augment):
-    dataset = open_dataset(rows_of_one_picture(tmp_path, np.array(NOISE)), "train", 0, 16, 0, augment=augment)
+def test_what_becomes_of_a_picture_depends_on_seed_epoch_and_index_alone(tmp_path):
+    dataset = one_picture(tmp_path, np.array(NOISE), 16, augment="strong")
     state = torch.get_rng_state()
     images = []
     for seed, epoch, index in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
@@ -416,14 +347,14 @@ def test_what_becomes_of_a_picture_depends_on_seed_epoch_and_index_alone(tmp_pat
 def test_the_strong_recipe_changes_colours_and_moves_nothing(tmp_path):
     pixels = np.full((40, 40, 3), (200, 90, 30), np.uint8)
     pixels[:, :20] = (30, 90, 200)
-    dataset = open_dataset(rows_of_one_picture(tmp_path, pixels), "train", 0, 32, 0, crop=1.0, augment="strong")
+    dataset = one_picture(tmp_path, pixels, 32, crop=1.0, augment="strong")
     images = crops(dataset, 20, settings("clip")).images.double()
-    left = images[..., :12].mean((2, 3))
-    right = images[..., 20:].mean((2, 3))
+    coloured = images[images.std(1).mean((1, 2)) > 1]
+    assert len(coloured) < len(images)
+    left = coloured[..., :12].mean((2, 3))
+    right = coloured[..., 20:].mean((2, 3))
     assert left.std(0).min() > 10  # the colours differ from time to time
-    coloured = images.std(1).mean((1, 2)) > 1
-    assert 0.5 < coloured.double().mean() < 1
-    assert ((left - right)[coloured].abs().amax(1) > 20).all()  # the halves stay apart, at their sides
+    assert ((left - right).abs().amax(1) > 20).all()  # the halves stay apart, at their sides
 
 
 # ---- sentences with a place ------------------------------------------------------------------------------------------
@@ -439,7 +370,6 @@ def test_boxes_become_shares_of_the_crop_and_sentences_of_what_is_cut_off_go():
 
     left = PLACED.within((0, 0, 0.5, 0.8))  # the middle of "low" is at a height of 0.875, that of "right" at 0.75
     assert (left.long, left.boxes) == (["all.", "left."], [None, (0, 0, 1, 1)])
-    assert PLACED.within((0, 0, 1, 1)) == PLACED
 
     corner = Captions("raw", [], ["corner."], ["raw"], [(0, 0, 0.1, 0.1)])
     assert corner.within((0.5, 0.5, 1, 1)) == replace(corner, boxes=[])  # something must be left to draw
@@ -448,23 +378,21 @@ def test_boxes_become_shares_of_the_crop_and_sentences_of_what_is_cut_off_go():
 @pytest.mark.parametrize("box, patches", [
     ((0.5, 0, 1, 0.5), "0011 0011 0000 0000"),
     ((0.3, 0.3, 0.4, 0.4), "0000 0100 0000 0000"),
-    ((0, 0.25, 1, 0.5), "0000 1111 0000 0000"),
     ((0.7, 0.7, 0.8, 0.8), "0000 0000 0011 0011"),
     ((0.5, 0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 1)), "0000 0000 0010 0000"),  # never none
     (None, "1111 1111 1111 1111")])
 def test_a_patch_belongs_to_a_box_that_overlaps_it(box, patches):
-    found, whole = patches_of([box, None], 4)
+    found, _ = patches_of([box, None], 4)
     assert found.tolist() == [digit == "1" for digit in patches.replace(" ", "")]
-    assert whole.all()
 
 
-def test_in_every_crop_the_patches_of_a_sentence_are_those_that_show_what_its_box_held(tmp_path):
+def test_no_crop_is_flipped_and_the_patches_of_a_sentence_are_those_that_show_what_its_box_held(tmp_path):
     pixels = np.zeros((90, 160, 3), np.uint8)
-    pixels[30:75, 40:120] = (255, 0, 0)
-    dense = [{"box": [0.25, 1 / 3, 0.75, 5 / 6], "text": "A red field."}]
+    pixels[30:75, 40:140] = (255, 0, 0)
+    dense = [{"box": [0.25, 1 / 3, 0.875, 5 / 6], "text": "A red field."}]
     s = settings(sub_captions=1, region_grouping=True, image_size=64, patch=4)
-    path = rows_of_one_picture(tmp_path, pixels, dense=dense, long="Nothing else.")
-    dataset = open_dataset(path, "train", 0, s.image_size, 0, 0.5, caption_fields="long=dense", dense=True)
+    texts = {"dense": dense, "long": "Nothing else."}
+    dataset = one_picture(tmp_path, pixels, 64, texts=texts, crop=0.5, caption_fields="long=dense", dense=True)
     batch = crops(dataset, 4, s)
     red = (batch.images[:, :1] > 127).float()
     near = max_pool2d(red, 3, 1, 1)  # and one pixel around, to which a box may reach by a part
@@ -475,28 +403,28 @@ def test_in_every_crop_the_patches_of_a_sentence_are_those_that_show_what_its_bo
 
 
 def test_the_texts_drawn_are_the_same_with_and_without_places_and_each_keeps_its_own():
-    s, places = settings(sub_captions=4), dict(zip(PLACED.long, PLACED.boxes))
+    s = settings(sub_captions=4)
+    places = dict(zip(PLACED.long, PLACED.boxes))
     for seed in range(50):
         texts = draw_texts(PLACED, s, random.Random(seed))
         without = draw_texts(replace(PLACED, boxes=[]), s, random.Random(seed))
         assert without == [(text, None) for text, _ in texts]
-        for text, box in texts:
-            assert box == places.get(text)
+        assert texts == [(text, places.get(text)) for text, _ in texts]
 
 
 @pytest.mark.parametrize("fields, dense, long", [
     ("", False, ["One.", "Two."]),
-    ("", True, ["One.", "Two.", "A cat.", "It sits.", "A dog."]),
-    ("long=dense", False, ["A cat.", "It sits.", "A dog."]),
+    ("", True, ["One.", "Two.", "A cat.", "It sits."]),
+    ("long=dense", False, ["A cat.", "It sits."]),
     ("long=denseX+long", True, ["A bird.", "One.", "Two."])])
 def test_sentences_of_crops_are_long_captions_with_the_flag_or_by_the_name_of_their_field(fields, dense, long):
-    left, right, whole = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 1]
     row = {"raw": "r", "captions": {
-        "long": "One. Two.", "denseX": [{"box": whole, "text": "A bird."}],
-        "dense": [{"box": left, "text": "A cat. It sits."}, {"box": right, "text": "A dog."}]}}
+        "long": "One. Two.",
+        "dense": [{"box": [0, 0, 0.5, 1], "text": "A cat. It sits."}],
+        "denseX": [{"box": [0, 0, 1, 1], "text": "A bird."}]}}
     captions = read_captions(row, read_fields(fields, dense))
     assert captions.long == long
-    boxes = {"A cat.": tuple(left), "It sits.": tuple(left), "A dog.": tuple(right), "A bird.": tuple(whole)}
+    boxes = {"A cat.": (0, 0, 0.5, 1), "It sits.": (0, 0, 0.5, 1), "A bird.": (0, 0, 1, 1)}
     assert captions.boxes == [boxes.get(sentence) for sentence in long]
 
 
@@ -557,7 +485,6 @@ def test_a_flag_names_the_fields_that_captions_are_taken_from():
     captions = read_captions(row, read_fields("raw=title, long=extra+longSV_captions,details=extra"))
     expected = Captions("title", [], ["Extra one.", "One.", "Two.", "Three."], ["title", "Extra one."])
     assert replace(captions, models=[]) == expected
-    assert captions.long_captions() == [["Extra one."], ["One.", "Two.", "Three."]]
     for wrong in ("rwa=title", "raw=", "raw"):
         with pytest.raises(UserError, match="--caption-fields"):
             read_fields(wrong)
@@ -575,55 +502,39 @@ def drawn(s, captions=CAPTIONS, n=200):
     return [[text for text, _ in draw_texts(captions, s, random.Random(seed))] for seed in range(n)]
 
 
-@pytest.mark.parametrize("method, slots", [
-    ("clip", ["raw"]), ("dreamlip", ["raw"] + 3 * ["sub"]), ("lotlip", ["raw", "long"]),
-    ("holistic", ["perspective"] * 5), ("sparc", ["raw"])])
-def test_each_method_draws_its_kinds_of_text(method, slots):
-    s = settings(method)
-    kinds = {"raw": {"raw"}, "sub": POOL, "long": {WHOLE}, "perspective": set(CAPTIONS.perspectives)}
-    assert text_slots(s) == slots
-    for texts in drawn(s):
-        for kind, text in zip(slots, texts, strict=True):
-            assert text in kinds[kind]
+@pytest.mark.parametrize("method, texts", [
+    ("clip", [{"raw"}]), ("dreamlip", [{"raw"}, POOL, POOL, POOL]), ("lotlip", [{"raw"}, {WHOLE}]),
+    ("holistic", [{text} for text in CAPTIONS.perspectives[:5]]), ("sparc", [{"raw"}])])
+def test_each_method_draws_its_texts_for_each_slot(method, texts):
+    slots = zip(*drawn(settings(method)))
+    assert list(map(set, slots)) == texts
 
 
-def test_holistic_puts_perspective_m_in_slot_m_and_fills_in_what_an_image_lacks():
-    s = settings("holistic")
-    assert all(texts == CAPTIONS.perspectives[:5] for texts in drawn(s))
-    for texts in drawn(s, Captions("raw", [], ["s0.", "s1."], ["raw", "p1"])):
+def test_holistic_fills_in_what_an_image_lacks():
+    for texts in drawn(settings("holistic"), Captions("raw", [], ["s0.", "s1."], ["raw", "p1"])):
         assert texts[:2] == ["raw", "p1"] and set(texts[2:]) == {"s0.", "s1.", "raw"}
 
 
 def test_dreamlip_draws_sub_captions_uniformly_and_without_replacement():
-    texts = drawn(settings(sub_captions=4), n=3000)
     counts = Counter()
-    for first, *rest in texts:
-        assert first == "raw" and len(set(rest)) == 4
-        counts.update(rest)
-    assert set(counts) == POOL
+    for _, *texts in drawn(settings(sub_captions=4), n=3000):
+        assert len(set(texts)) == 4
+        counts.update(texts)
     assert max(counts.values()) / min(counts.values()) < 1.2  # 1333 each, deviation 27
-    assert {row[2] for row in texts} == POOL  # in any order
 
 
 def test_sub_captions_come_twice_only_where_there_are_too_few():
     few = Captions("raw", ["short"], ["s0.", "s1."], ["raw"])
-    rows = drawn(settings(sub_captions=7), few)
-    for row in rows:
+    for row in drawn(settings(sub_captions=7), few):
         assert len(row) == 8 and set(row[1:]) == {"short", "s0.", "s1."}
-    assert len(set(map(tuple, rows))) > 10
-    assert all(len(set(row)) == 4 for row in drawn(settings(sub_captions=3), few))
 
 
 @pytest.mark.parametrize("flags, pool", [
     (dict(short_caption=False), SENTENCES), (dict(raw_caption=False), POOL | {"raw"}),
     (dict(raw_caption=False, short_caption=False), SENTENCES | {"raw"}), (dict(whole_caption=1.0), POOL | {WHOLE})])
 def test_sub_captions_are_drawn_from_the_texts_that_the_flags_name(flags, pool):
-    s = settings(sub_captions=2, **flags)
-    found = set()
-    for row in drawn(s):
-        assert len(row) == 2 + s.raw_caption
-        found.update(row[-2:])
-    assert found == pool
+    rows = drawn(settings(sub_captions=2, **flags))
+    assert set(chain.from_iterable(row[-2:] for row in rows)) == pool
 
 
 def test_the_whole_caption_is_in_the_pool_of_the_given_share_of_the_images():

@@ -29,9 +29,7 @@ def things(text):
 def test_a_scene_depends_on_nothing_but_split_and_number(split):
     scenes = Scenes(split, n=9)
     scenes.scene(7)
-    scene = scenes.scene(42)
-    assert scene == Scenes(split, n=99).scene(42)
-    assert np.array_equal(scenes.draw(scene)[0], scenes.draw(scene)[0])  # the kept background stays as it was
+    assert scenes.scene(42) == Scenes(split, n=99).scene(42)
 
 
 def test_splits_and_numbers_share_no_scene():
@@ -85,13 +83,11 @@ def test_a_sentence_about_one_object_has_a_box_that_just_holds_the_object(size):
         scene = scenes.scene(i)
         mask = scenes.draw(scene)[1]
         for k, box in zip(scene.about, scenes.boxes(scene)):
-            if k < 0:
-                assert box is None
-                continue
-            places = np.argwhere(mask.T == k + 1)  # (x, y)
-            first, last = np.reshape(box, (2, 2)) * size
-            assert (first <= places).all() and (places < last).all()
-            assert max(last - first) <= scene.objects[k].side * size + 2
+            if k >= 0:
+                places = np.argwhere(mask.T == k + 1)  # (x, y)
+                first, last = np.reshape(box, (2, 2)) * size
+                assert (first <= places).all() and (places < last).all()
+                assert max(last - first) <= scene.objects[k].side * size + 2
 
 
 def check_relation(text, named):
@@ -123,7 +119,6 @@ def test_a_sentence_of_a_long_caption_names_what_it_is_about_and_tells_the_truth
 
 
 def test_whatever_a_caption_other_than_the_raw_one_tells_is_true():
-    assert {len(s.about) for s in TEST} == set(range(6, 13))
     for s in TRAIN + TEST:
         assert set(s.about) == set(range(-1, len(s.objects)))  # the long caption names every object
         c = s.captions
@@ -131,8 +126,7 @@ def test_whatever_a_caption_other_than_the_raw_one_tells_is_true():
         for text in (*c["long"], c["short"], c["details"], c["main_object"], c["few_words"]):
             for colour, name in things(text):
                 assert colour in ("", colours[name]), text
-        main = s.objects[0].name
-        assert main in c["main_object"]
+        assert s.objects[0].name in c["main_object"]
         for name in BACKGROUNDS:
             assert (name in c["background"].lower()) == (name in s.ground)
         assert c["style"].lower() in TEMPLATES[s.style]

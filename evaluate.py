@@ -311,7 +311,7 @@ def held_out_metrics(model, dataset, n):
 
 def perspective_retrieval(model, branches, captions):
     """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over these. Where every perspective has
-    trained a branch of its own (section 3.3), that one stands for the images; else what `merge` makes of branches
+    trained a branch of its own (M2M), that one stands for the images; else what `merge` makes of branches
     [N,H,D]."""
     M = model.settings.get("perspectives") or 5  # the paper's number
     found = defaultdict(list)

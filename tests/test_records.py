@@ -408,7 +408,7 @@ def test_a_damaged_tar_is_read_where_it_is_whole_and_counted_where_it_is_not(tmp
         firsts = [member.offset for member in tar if member.name.endswith("jpg")]
         lasts = [*firsts[1:], tar.offset]
     counted = Counter()
-    for content, start, stop in damaged(path.read_bytes(), 100):
+    for content, start, stop in damaged(path.read_bytes(), 80):
         path.write_bytes(content)
         records = Records(path)
         readable = {}

@@ -9,7 +9,7 @@ import train
 from data import UserError
 from model import load_model, stretched
 from test_checkpoints import lotlip, vocabulary
-from test_model import pictures, reference, same, small, texts
+from test_model import a_run, pictures, reference, same, texts
 from test_train import RUN, fit
 
 
@@ -27,14 +27,6 @@ def released(folder, **shape):
     path = folder / "released.pt"
     torch.save(reference(**shape).state_dict(), path)
     return str(path), load_model(path)[0].eval()
-
-
-def a_run(folder, **settings):
-    """The folder of a run of ours with random weights, and its model."""
-    model = small(**settings)
-    known = vars(model.config) | dict(method="clip", tokenizer="scenes")
-    torch.save(dict(settings=known, model=model.state_dict(), step=1), folder / "checkpoint.pt")
-    return str(folder), model
 
 
 # ---- both towers -----------------------------------------------------------------------------------------------------

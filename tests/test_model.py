@@ -44,6 +44,14 @@ def small(**settings):
     return shaken(CLIP(CLIPConfig(**{**SMALL, **settings})), 0.1)
 
 
+def a_run(folder, tokenizer="scenes", **settings):
+    """The folder of a run of ours with random weights, and its model."""
+    model = small(**settings)
+    known = vars(model.config) | dict(method="clip", tokenizer=tokenizer, seed=0)
+    torch.save(dict(settings=known, model=model.state_dict(), step=1), folder / "checkpoint.pt")
+    return str(folder), model
+
+
 def texts(*lengths, vocab=40, width=12):
     """Rows of start, words, end, zeros, of the given lengths (both ends counted; a text of one is its end)."""
     g = torch.Generator().manual_seed(0)

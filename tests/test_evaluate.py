@@ -281,9 +281,10 @@ def runs(tmp_path_factory):
         image = Image.effect_noise((40, 48), 20 + i)
         image.convert("RGB").save(folder / f"{i}.png")
         rows.append(dict(image=f"{i}.png", caption=[f"text {i}", f"{i} again"]))
-    write(folder / "captions.jsonl", rows)
+    captions = folder / "captions.jsonl"
+    write(captions, rows)
     fit(folder / "scenes", method="holistic")
-    fit(folder / "pictures", method="holistic", tokenizer="scenes", data=str(folder / "captions.jsonl"))
+    fit(folder / "pictures", method="holistic", tokenizer="scenes", data=str(captions))
     fit(folder / "clip", method="clip")
     return folder
 

@@ -291,33 +291,31 @@ def held_out_metrics(model, dataset, n):
             others.extend(cells.roll(1, 0))
     images = torch.cat(images)
     short = [c.short[0] if scenes else c.raw for c in captions.values()]
-    long = [" ".join(c.long) for c in captions.values()]
+    sentences = [c.long for c in captions.values()]
+    long = [" ".join(said) for said in sentences]
     rows = prefixed("short", caption_retrieval(images, short, model.texts(short)))
     if long != short:
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
         facts = [scenes.scene(number) for number in captions]
-        sentences = model.texts(sum((c.long for c in captions.values()), [])).cpu()
-        sentences = sentences.split([len(c.long) for c in captions.values()])  # of each scene [K,D]
-        averages = F.normalize(torch.stack([texts.mean(0) for texts in sentences]), dim=1)
+        texts = model.texts(sum(sentences, [])).cpu().split([len(said) for said in sentences])  # of each scene [K,D]
+        averages = F.normalize(torch.stack([said.mean(0) for said in texts]), dim=1)
         rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
         rows |= scene_classification(model, images, scenes.kinds, facts)
-        rows |= patch_metrics(model, scenes, facts, patches, others, sentences)
+        rows |= patch_metrics(model, scenes, facts, patches, others, texts)
     return rows, images, captions
 
 
 def scene_classification(model, images, kinds, facts):
     """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it."""
     names = [name for name, _ in KINDS[:kinds]]
+    pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
     main = [scene.objects[0] for scene in facts]
-    kind = torch.tensor([o.kind for o in main])
-    colour = torch.tensor([o.colour for o in main])
+    target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
     unseen = torch.tensor([held_out(o.kind, o.colour) for o in main])
     classes = class_embeddings(model, names, SCENE_PROMPTS)
-    rows = prefixed("zero-shot", classification(images, classes, kind))
-    pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
+    rows = prefixed("zero-shot", classification(images, classes, target // len(COLOURS)))
     classes = class_embeddings(model, pairs, SCENE_PROMPTS[:1])
-    target = kind * len(COLOURS) + colour
     for name, chosen in (("seen", ~unseen), ("unseen", unseen)):
         if chosen.any():
             rows[f"{name} colour and object"] = classification(images[chosen], classes, target[chosen])["top-1"]
@@ -502,8 +500,7 @@ def dci(path):  # splits.json, annotations/, photos/. All splits, texts as LoTLI
     for names in read_json(path / "splits.json").values():
         for name in names:
             row = read_json(path / "annotations" / name)
-            caption = row["short_caption"] + "\n" + row["extra_caption"]
-            yield f"photos/{row['image']}", [caption]
+            yield f"photos/{row['image']}", [f"{row['short_caption']}\n{row['extra_caption']}"]
 
 
 def json_rows(path, field="caption", split=None, first=None):
@@ -556,8 +553,7 @@ def retrieval_set(name, model, path):
     captions, owners = [], []  # all texts, and the number of each one's picture
     try:
         for picture, texts in LAYOUTS[name](path):
-            file = find_picture(root, picture)
-            number = numbers.setdefault(file, len(numbers))
+            number = numbers.setdefault(find_picture(root, picture), len(numbers))
             captions += texts
             owners += [number] * len(texts)
         if len(set(owners)) < len(numbers):
@@ -674,9 +670,10 @@ def draw_reading(curves, path):
 def draw_run(model, dataset, captions, report, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
     pictures = []
-    for number, c in itertools.islice(captions.items(), 4):
+    for number in list(captions)[:4]:
+        image, c = dataset[number]
         texts = [*c.long, c.raw]
-        pictures.append((dataset[number][0], texts[:5]))
+        pictures.append((image, texts[:5]))
     draw_groups(model, pictures, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
@@ -820,11 +817,11 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # files of weights
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, or files of weights, ours or released ones")
-    add("--benchmark", dest="benchmarks", nargs="+", default=[], metavar="NAME:PATH",
+    add("runs", nargs="+", type=Path, help="folders of runs, or files of weights, ours or released ones")
+    add("--benchmark", nargs="+", metavar="NAME:PATH",
         help=f"of {', '.join(BENCHMARKS)}")
     add("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
-    add("--images", dest="n", type=int, help="held-out images to use")
+    add("--images", type=int, help="held-out images to use")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
     add("--image-size", type=int, help="another resolution: position embeddings are interpolated")
     add("--activation", choices=("gelu", "quickgelu"), help="of a released checkpoint")
@@ -843,12 +840,14 @@ def parse(argv):
 
 def main(argv=None):
     flags = parse(argv)
+    runs = []
     for path in flags.runs:
-        if not os.path.exists(path):
+        if not path.exists():
             raise UserError(f"there is no {path}: name folders of runs, or files of weights")
-    runs = [path for path in map(Path, flags.runs) if checkpoints(path) or path.suffix in WEIGHTS]  # of all in runs/*
+        if checkpoints(path) or path.suffix in WEIGHTS:  # of all in runs/*
+            runs.append(path)
     if not runs:
-        raise UserError(f"no run among {' '.join(flags.runs)}: name folders with a checkpoint.pt, or files of weights")
+        raise UserError(f"no run among {' '.join(map(str, flags.runs))}: name folders with a checkpoint.pt, or files of weights")
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
@@ -863,8 +862,7 @@ def main(argv=None):
         tokenizer=flags.tokenizer,
     )
     if kind:
-        options["device"] = "cpu"
-        export(Model(runs[0], **options), kind, Path(weights))
+        export(Model(runs[0], **options | {"device": "cpu"}), kind, Path(weights))
     elif flags.picture or flags.search:
         model = Model(runs[0], **options)
         folder = Path(flags.out or model.folder or ".")
@@ -878,7 +876,7 @@ def main(argv=None):
         reports, failed = [], []
         for run in runs:
             try:
-                report = evaluate_run(run, flags.n, flags.data, flags.figures, flags.benchmarks, flags.out, **options)
+                report = evaluate_run(run, flags.images, flags.data, flags.figures, flags.benchmark, flags.out, **options)
                 reports.append(report)
             except UserError as error:
                 failed.append(f"{run}: {error}")

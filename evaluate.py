@@ -57,7 +57,6 @@ class Model:
         clip = resized(clip, image_size or clip.config.image_size)
         self.config = clip.config
         self.device = device or best_device()
-        check_device(self.device)
         self.clip = clip.to(self.device).eval()
         self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda"))
         folder = path if path.is_dir() else path.parent
@@ -83,8 +82,8 @@ class Model:
         return self.merge(branches), patches
 
     def batches(self, items, load):
-        """load(item) -> (image uint8 [3,S,S], anything). Yields batch by batch images [b,h,D], patches [b,P,D], and the
-        b anythings. Items of which `load` raises BadSample are passed over and reported."""
+        """load(item) -> (image uint8 [3,S,S], a label of any kind). Yields batch by batch images [b,h,D], patches
+        [b,P,D] and a tuple of b labels. Items of which `load` raises BadSample are passed over and reported."""
         bad = []
 
         def try_load(number):
@@ -98,20 +97,21 @@ class Model:
             for some in tqdm(numbers.split(self.batch), "batches of images", leave=False, disable=None):
                 samples = list(filter(None, pool.map(try_load, some.tolist())))
                 if samples:
-                    images, others = zip(*samples)
-                    yield *self.encode(images), others
+                    images, labels = zip(*samples)
+                    yield *self.encode(images), labels
         if bad:
             print(f"passed over: {len(bad)}, the first: {bad[0]}")
 
     def images(self, items, load):
-        """As `batches`, all at once: images [N,h,D], and the N anythings. Raises UserError if N is 0."""
-        parts, others = [], []
+        """As `batches`, all at once: images [N,h,D], and a list of N labels. Raises UserError if N is 0."""
+        parts = []
+        labels = []
         for images, _, some in self.batches(items, load):
             parts.append(images)
-            others += some
+            labels += some
         if not parts:
             raise UserError("there is no picture that can be read")
-        return torch.cat(parts), others
+        return torch.cat(parts), labels
 
     @torch.no_grad()
     def texts(self, texts):
@@ -280,8 +280,10 @@ def held_out_metrics(model, dataset, n):
         return image, (number, captions)
 
     scenes = getattr(dataset, "scenes", None)
-    images, captions = [], {}
-    patches, others = [], []  # of each scene [P,D], and those of another scene in its batch
+    images = []
+    captions = {}
+    patches = []  # of each scene [P,D]
+    others = []  # those of another scene in its batch
     for embedded, cells, numbered in model.batches(range(len(dataset))[:n], load):
         images.append(embedded)
         captions.update(numbered)
@@ -298,7 +300,8 @@ def held_out_metrics(model, dataset, n):
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
         facts = [scenes.scene(number) for number in captions]
-        texts = model.texts(sum(sentences, [])).cpu().split([len(said) for said in sentences])  # of each scene [K,D]
+        texts = model.texts(sum(sentences, [])).cpu()
+        texts = texts.split([len(said) for said in sentences])  # of each scene [K,D]
         averages = F.normalize(torch.stack([said.mean(0) for said in texts]), dim=1)
         rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
         rows |= scene_classification(model, images, scenes.kinds, facts)
@@ -550,7 +553,8 @@ def retrieval_set(name, model, path):
     """Retrieval on a published data set; LoTLIP's text tower gets long captions cut as LoTLIP cuts them."""
     root = path.parent if path.is_file() else path
     numbers = {}  # of the pictures
-    captions, owners = [], []  # all texts, and the number of each one's picture
+    captions = []  # of all pictures
+    owners = []  # the number of each one's picture
     try:
         for picture, texts in LAYOUTS[name](path):
             number = numbers.setdefault(find_picture(root, picture), len(numbers))
@@ -840,6 +844,7 @@ def parse(argv):
 
 def main(argv=None):
     flags = parse(argv)
+    check_device(flags.device or "cpu")
     runs = []
     for path in flags.runs:
         if not path.exists():
@@ -873,7 +878,8 @@ def main(argv=None):
             search(model, *flags.search, folder)
         print(f"written to {folder}")
     else:
-        reports, failed = [], []
+        reports = []
+        failed = []
         for run in runs:
             try:
                 report = evaluate_run(run, flags.images, flags.data, flags.figures, flags.benchmark, flags.out, **options)

@@ -49,75 +49,81 @@ class Model:
     settings: a run's own, else those of the shapes; folder: the run's, else None; branch: "mean", "max" or a number.
     Raises UserError."""
 
-    def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None, batch=256):
+    batch = 256  # images embedded at once
+
+    def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None):
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
         clip = resized(clip, image_size or clip.config.image_size)
         self.config = clip.config
-        self.side = self.config.image_size // self.config.patch
         self.device = device or best_device()
         self.clip = clip.to(self.device).eval()
-        self.batch = batch
-        kind = self.device.split(":")[0]
-        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda"))
         folder = path if path.is_dir() else path.parent
-        self.folder = folder if "seed" in self.settings else None
         self.name = folder.name if path.is_dir() else f"{folder.name}-{path.stem}"
-        self.branch = branch
+        self.folder = folder if "seed" in self.settings else None
         choices = ["mean", "max", *map(str, range(self.config.branches))]
         if branch not in choices:
             raise UserError(f"--branch {branch}: take one of this model's: {', '.join(choices)}")
+        self.branch = branch
         self.tokenizer = load_tokenizer(tokenizer or self.settings["tokenizer"])
         if self.tokenizer.vocab_size != self.config.vocab:
             raise UserError(f"{path} was not trained with tokenizer {self.tokenizer.name!r}, whose vocabulary is "
                             "another: name its own with --tokenizer")
 
     @torch.no_grad()
-    def batches(self, items, load=tuple):
-        """load(item) -> (image uint8 [3,S,S], anything ...). Yields batch by batch branches [b,H,D],
-        patches [b,P,D], and a tuple of everything else. Items of which `load` raises BadSample are reported."""
+    def encode(self, images):
+        """b images uint8 [3,S,S] -> branches [b,H,D], patches [b,P,D]. Raises UserError."""
+        pixels = normalize(torch.stack(images).to(self.device))
+        with self.autocast:
+            branches, patches = self.clip.encode_image(pixels)
+        if not branches.isfinite().all():
+            raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
+        return branches, patches
+
+    def batches(self, items, load):
+        """load(item) -> (image uint8 [3,S,S], a label of any kind). Yields batch by batch branches [b,H,D],
+        patches [b,P,D] and a tuple of b labels. Items of which `load` raises BadSample are passed over and reported."""
         bad = []
+
         def try_load(number):
             try:
                 return load(items[number])
             except BadSample as error:
                 bad.append(error)
+
+        numbers = torch.arange(len(items))
         with ThreadPoolExecutor() as pool:
-            for start in tqdm(range(0, len(items), self.batch), "batches of images", leave=False, disable=None):
-                numbers = range(len(items))[start:start + self.batch]
-                samples = list(filter(None, pool.map(try_load, numbers)))
-                if not samples:
-                    continue
-                images, *rest = zip(*samples)
-                images = normalize(torch.stack(images).to(self.device))
-                with self.autocast:
-                    branches, patches = self.clip.encode_image(images)
-                if not branches.isfinite().all():
-                    raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
-                yield branches, patches, *rest
+            for some in tqdm(numbers.split(self.batch), "batches of images", leave=False, disable=None):
+                samples = list(filter(None, pool.map(try_load, some.tolist())))
+                if samples:
+                    images, labels = zip(*samples)
+                    yield *self.encode(images), labels
         if bad:
             print(f"passed over: {len(bad)}, the first: {bad[0]}")
 
-    def images(self, items, load=tuple):
-        """As `batches`, all at once: images [N,h,D], as from `merge`, and a tuple of everything else. Raises UserError if N
-        is 0."""
-        parts = [(branches, *rest) for branches, _, *rest in self.batches(items, load)]
+    def images(self, items, load):
+        """As `batches`, all at once: images [N,h,D] (as from `merge`), and a list of N labels. Raises UserError if N is 0."""
+        parts = []
+        labels = []
+        for branches, _, some in self.batches(items, load):
+            parts.append(self.merge(branches))
+            labels += some
         if not parts:
             raise UserError("there is no picture that can be read")
-        branches, *rest = zip(*parts)
-        return self.merge(torch.cat(branches)), *[sum(tuples, ()) for tuples in rest]
+        return torch.cat(parts), labels
 
     @torch.no_grad()
-    def texts(self, texts, batch=1024):
+    def texts(self, texts):
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
         tokens = self.tokenizer(texts, self.config.context).to(self.device)
         with self.autocast:
-            parts = [self.clip.encode_texts(some)[0][:, 0] for some in tokens.split(batch)]
+            parts = [self.clip.encode_texts(some)[0][:, 0] for some in tokens.split(1024)]
         return torch.cat(parts)
 
     def embed(self, pictures):
         """N pictures, paths or PIL images -> [N,D], unit-norm; beside `texts`, for use from Python."""
-        images, = self.images(pictures, lambda picture: (self.prepare(picture),))
+        images, _ = self.images(pictures, lambda picture: (self.prepare(picture), None))
         return F.normalize(images[:, 0], dim=-1)
 
     def prepare(self, picture, squeezed=False):
@@ -161,16 +167,14 @@ def ranks(queries, candidates, query_of, candidate_of):
     """How many wrong candidates are at least as similar as a query's best right one: 0 is best, ties count against it.
     queries [Q,H,D], candidates [C,K,D]: the similarity is the greatest over H and K; a candidate is right if its group
     is the query's: query_of [Q], candidate_of [C] (int). 100,000 × 500,000 similarities fit, BLOCK rows at a time."""
-    C = len(candidates)
     found = []
     for some, groups in zip(queries.split(BLOCK), query_of.split(BLOCK)):
         scores = torch.einsum("qhd,ckd->qchk", some, candidates).amax((2, 3))
         right = (groups[:, None] == candidate_of).to(scores.device)
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        # Right candidates count as worse, so that only wrong ones stand in front. Nothing is worse than a NaN.
-        worse = scores.masked_fill(right, -torch.inf) < best
-        found.append(C - worse.sum(1))
-    return torch.cat(found).clamp(max=C - 1).cpu()
+        ahead = ~right & ~(scores < best)  # nothing is less than a NaN, which so counts against the model, too
+        found.append(ahead.sum(1).cpu())
+    return torch.cat(found)
 
 
 def percent(hits):
@@ -219,7 +223,7 @@ def classification(images, classes, target):
     by_class = []
     for c in target.unique():
         by_class.append(percent(rank[target == c] < 1))
-    rows["mean per class"] = float(np.mean(by_class)), 100 / C
+    rows["mean per class"] = np.mean(by_class), 100 / C
     return rows
 
 
@@ -241,10 +245,15 @@ def miou(counts):
     return percent(overlap[occurs]), percent(by_chance[occurs])
 
 
+def square(x):
+    """[..., P] of an image's patches -> [..., side, side]."""
+    side = math.isqrt(x.shape[-1])
+    return x.unflatten(-1, (side, side))
+
+
 def pixel_scores(patches, classes, size):
     """patches [P,D] of one image, classes [C,D] -> similarities upsampled to [C,*size]."""
-    side = math.isqrt(len(patches))
-    maps = (patches @ classes.T).T.unflatten(1, (side, side))
+    maps = square((patches @ classes.T).T)
     return F.interpolate(maps[None], size=size, mode="bilinear")[0]
 
 
@@ -269,9 +278,12 @@ def held_out_metrics(model, dataset, n):
     def load(number):
         image, captions = dataset[number]
         return image, (number, captions)
+
     scenes = getattr(dataset, "scenes", None)
-    branches, captions = [], {}
-    patches, others = [], []  # of each scene [P,D], and those of another scene in its batch
+    branches = []
+    captions = {}
+    patches = []  # of each scene [P,D]
+    others = []  # those of another scene in its batch
     for embedded, cells, numbered in model.batches(range(len(dataset))[:n], load):
         branches.append(embedded)
         captions.update(numbered)
@@ -282,48 +294,38 @@ def held_out_metrics(model, dataset, n):
     branches = torch.cat(branches)
     images = model.merge(branches)
     short = [c.short[0] if scenes else c.raw for c in captions.values()]
-    long = [" ".join(c.long) for c in captions.values()]
+    sentences = [c.long for c in captions.values()]
+    long = [" ".join(said) for said in sentences]
     rows = prefixed("short", caption_retrieval(images, short, model.texts(short)))
     if long != short:
         rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
     if scenes:
-        sentences = model.texts(sum((c.long for c in captions.values()), [])).cpu()
-        sentences = sentences.split([len(c.long) for c in captions.values()])  # of each scene [K,D]
-        averages = F.normalize(torch.stack([texts.mean(0) for texts in sentences]), dim=1)
+        facts = [scenes.scene(number) for number in captions]
+        texts = model.texts(sum(sentences, [])).cpu()
+        texts = texts.split([len(said) for said in sentences])  # of each scene [K,D]
+        averages = F.normalize(torch.stack([said.mean(0) for said in texts]), dim=1)
         rows |= prefixed("long by sentence", caption_retrieval(images.cpu(), long, averages))
         rows |= prefixed("perspectives", perspective_retrieval(model, branches, captions.values()))
-        facts = [scenes.scene(i) for i in range(len(images))]
-        masks = [torch.from_numpy(scenes.draw(scene)[1]) for scene in facts]  # uint8 [S,S]: 0 or 1 + object
-        names = [name for name, _ in KINDS[:scenes.kinds]]
-        grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
-        kinds = model.texts([article(name) for name in names])
-        classes = torch.stack([F.normalize(grounds.mean(0), dim=0), *kinds]).cpu()  # [1 + kinds, D]
-        rows |= scene_classification(model, images, names, facts)
-        threshold = model.settings.get("threshold")
-        rows |= group_metrics(patches, sentences, threshold)
-        # The same with the patches of another scene, of which the sentences are not true.
-        wrong = group_metrics(others, sentences, threshold)
-        rows["group finds its sentence, wrong image"] = wrong["group finds its sentence"]
-        rows |= pointing_metrics(patches, sentences, classes, facts, masks)
-        rows["mIoU"] = scene_miou(patches, classes, facts, masks)
+        rows |= scene_classification(model, images, scenes.kinds, facts)
+        rows |= patch_metrics(model, scenes, facts, patches, others, texts)
     return rows, images, captions
 
 
 def perspective_retrieval(model, branches, captions):
-    """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over these. Where every perspective has
-    trained a branch of its own (M2M), that one stands for the images; else what `merge` makes of branches
-    [N,H,D]."""
+    """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over them. Where every perspective has
+    trained a branch of its own (M2M), that one stands for the images; else what `merge` makes of branches [N,H,D]."""
     M = model.settings.get("perspectives") or 5  # the paper's number
     found = defaultdict(list)
     for m, texts in enumerate(zip(*[c.perspectives[:M] for c in captions])):
         images = branches[:, [m]] if M == model.config.branches else model.merge(branches)
-        for name, (value, chance) in caption_retrieval(images, texts, model.texts(texts)).items():
-            found[name].append((value / 100, chance / 100))
-    return means(found)
+        for name, row in caption_retrieval(images, texts, model.texts(texts)).items():
+            found[name].append(row)
+    return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}
 
 
-def scene_classification(model, images, names, facts):
+def scene_classification(model, images, kinds, facts):
     """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it."""
+    names = [name for name, _ in KINDS[:kinds]]
     pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
     main = [scene.objects[0] for scene in facts]
     target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
@@ -337,57 +339,63 @@ def scene_classification(model, images, names, facts):
     return rows
 
 
-def group_metrics(patches, sentences, threshold):
-    """What sentences group. patches: of each scene [P,D]; sentences: of each [K,D]. patches grouped: the share of those
-    whose grouping weight (DreamLIP, section 3.3) is not 0 (100: the weights are dense). group finds its sentence: is
-    what a sentence groups more similar to it than to the caption's other sentences?"""
-    found = defaultdict(list)
-    for cells, texts in zip(patches, sentences):
-        grouped, weights = group_patches(cells[None], texts[None], threshold)
-        finds = (grouped[0] @ texts.T).argmax(1) == torch.arange(len(texts))
-        found["patches grouped"].append(((weights > 0).double().mean(), 1))
-        found["group finds its sentence"].append((finds.double().mean(), 1 / len(texts)))
-    return means(found)
+def ground_and_kinds(model, kinds):
+    """[1 + kinds, D]: any background, and the kinds of object by name."""
+    grounds = model.texts([f"the background is plain {ground}." for ground in BACKGROUNDS])
+    objects = model.texts([article(name) for name, _ in KINDS[:kinds]])
+    return torch.stack([F.normalize(grounds.mean(0), dim=0), *objects]).cpu()
 
 
-def means(found):
-    """{metric: [(value, chance), ...] as shares} -> {metric: their means in percent}."""
+def patch_metrics(model, scenes, facts, patches, others, sentences):
+    """What patches are similar to. Of each scene come its facts, its patches [P,D], those of another scene in its batch,
+    and its sentences [K,D].
+
+    patches grouped, group finds its sentence: see `group_metrics`; wrong image: by the patches of the other scene, of
+    which the sentences are not true. Pointing: is the patch most similar to a sentence about one object (or to the
+    object's name) on the object? mIoU: every pixel gets the class whose name its upsampled patches resemble most."""
+    found = defaultdict(list)  # metric: (value, chance) as shares, of every scene or of every sentence
+    counts = 0
+    classes = ground_and_kinds(model, scenes.kinds)
+    threshold = model.settings.get("threshold")
+    for scene, cells, wrong, texts in zip(facts, patches, others, sentences):
+        grouped, finds = group_metrics(cells, texts, threshold)
+        _, finds_wrong = group_metrics(wrong, texts, threshold)
+        chance = 1 / len(texts)
+        found["patches grouped"].append((grouped, 1))
+        found["group finds its sentence"].append((finds, chance))
+        found["group finds its sentence, wrong image"].append((finds_wrong, chance))
+        mask = torch.from_numpy(scenes.draw(scene)[1]).long()  # [S,S]: 0 or 1 + object
+        numbers = torch.tensor([0] + [1 + o.kind for o in scene.objects])  # of the classes in the mask
+        for about, text in zip(scene.about, texts):
+            if about >= 0:  # else it is about no single object
+                on = patches_on(mask == about + 1, len(cells))
+                name = classes[numbers[about + 1]]
+                chance = on.double().mean()
+                found["pointing by sentence"].append((on[(cells @ text).argmax()], chance))
+                found["pointing by name"].append((on[(cells @ name).argmax()], chance))
+        guess = pixel_scores(cells, classes, mask.shape).argmax(0)
+        counts += confusion(numbers[mask], guess, len(classes))
     rows = {}
     for name, shares in found.items():
         value, chance = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
         rows[name] = 100 * value, 100 * chance
+    rows["mIoU"] = miou(counts)
     return rows
 
 
-def pointing_metrics(patches, sentences, classes, facts, masks):
-    """Is the patch most similar to a sentence about one object (or to the object's name) on the object, that is, does
-    the object's mask cover at least 1/16 of it? patches: of each scene [P,D]; sentences: of each [K,D]."""
-    found = defaultdict(list)
-    for cells, texts, scene, mask in zip(patches, sentences, facts, masks):
-        for about, text in zip(scene.about, texts):
-            if about < 0:  # about no single object
-                continue
-            side = math.isqrt(len(cells))
-            pixels = (mask == about + 1).double()
-            covered = F.adaptive_avg_pool2d(pixels[None], side).flatten()
-            on = covered >= 1 / 16  # [P]
-            chance = on.double().mean()
-            name = classes[1 + scene.objects[about].kind]
-            nearest = (cells @ text).argmax()
-            found["pointing by sentence"].append((on[nearest], chance))
-            nearest = (cells @ name).argmax()
-            found["pointing by name"].append((on[nearest], chance))
-    return means(found)
+def group_metrics(patches, texts, threshold):
+    """patches [P,D] and sentences [K,D] of an image -> the share of patches whose grouping weight (DreamLIP, section
+    3.3) is not 0 (1: the weights are dense), and the share of sentences that find their group: what a sentence groups
+    is more similar to it than to the caption's other sentences."""
+    groups, weights = group_patches(patches[None], texts[None], threshold)
+    finds = (groups[0] @ texts.T).argmax(1) == torch.arange(len(texts))
+    return (weights > 0).double().mean(), finds.double().mean()
 
 
-def scene_miou(patches, classes, facts, masks):
-    """Every pixel gets the class, kind or background, whose name its upsampled patches resemble most."""
-    counts = 0
-    for cells, scene, mask in zip(patches, facts, masks):
-        numbers = torch.tensor([0] + [1 + o.kind for o in scene.objects])  # of the classes in the mask
-        guess = pixel_scores(cells, classes, mask.shape).argmax(0)
-        counts += confusion(numbers[mask.long()], guess, len(classes))
-    return miou(counts)
+def patches_on(pixels, P):
+    """Which of P patches an object is on [P]: its pixels [S,S] cover at least 1/16 of them."""
+    covered = F.adaptive_avg_pool2d(pixels[None].double(), math.isqrt(P))
+    return covered.flatten() >= 1 / 16
 
 
 def reading(model, images, captions, n=500):
@@ -427,33 +435,6 @@ TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as
 }
 
 
-def torchvision_data(kind, path, **options):
-    try:
-        return getattr(datasets, kind)(path, download=False, **options)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} does not hold what torchvision.datasets.{kind} reads ({str(error).split('. ')[0]}); "
-                        "nothing is downloaded here") from None
-
-
-def zero_shot(model, dataset, path, names=None, templates="imagenet"):
-    """dataset[i]: (PIL image or its path, class) -> `classification`. Names come from classnames.txt in `path`, a line
-    for each class in the order of their numbers, if it is there, else from `names`, else from the dataset."""
-    classes = getattr(dataset, "classes", None) or dataset.categories
-    names = names or [re.sub("[_/]", " ", name) for name in classes]
-    file = path / "classnames.txt"
-    if file.is_file():
-        names = file.read_text().splitlines()
-    elif re.fullmatch(r"n\d{8}", names[0]):
-        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name "
-                        "for each folder, in the order of the ids")
-    if len(names) != len(classes):
-        raise UserError(f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line "
-                        f"for each class in {file}")
-    images, target = model.images(dataset, lambda sample: (model.prepare(sample[0]), sample[1]))
-    embedded = class_embeddings(model, names, TEMPLATES[templates])
-    return classification(images, embedded, torch.tensor(target))
-
-
 class ClassFolders(datasets.ImageFolder):
     """Class folders in the order of their names, or of their numbers where all are numbers, as in ImageNet-V2."""
     def find_classes(self, directory):
@@ -463,23 +444,45 @@ class ClassFolders(datasets.ImageFolder):
         return classes, {name: number for number, name in enumerate(classes)}
 
 
-def image_folder(model, path, names=None):
+def open_set(kind, path, **options):
+    """A data set of torchvision's, or ClassFolders. Raises UserError."""
     try:
-        dataset = ClassFolders(path, loader=Path)  # paths: `zero_shot` opens them
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is no folder of class folders with pictures: {str(error).splitlines()[0]}") from None
-    return zero_shot(model, dataset, path, names)
+        return kind(path, **options)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path} does not hold what torchvision's {kind.__name__} reads ({str(error).split('. ')[0]}); "
+                        "nothing is downloaded here") from None
 
 
-def torchvision_set(name, model, path):
-    dataset, split = TORCHVISION[name]
-    return zero_shot(model, torchvision_data(dataset, path, **split), path, templates=name)
+def zero_shot(model, path, kind, names=None, templates="imagenet", **options):
+    """`classification` of a set that has (PIL image or its path, class). Names come from classnames.txt in `path`, a
+    line for each class in the order of their numbers, if it is there, else from `names`, else from the set."""
+    dataset = open_set(kind, path, **options)
+    classes = getattr(dataset, "classes", None) or dataset.categories
+    file = path / "classnames.txt"
+    if file.is_file():
+        names = file.read_text().splitlines()
+    if not names:
+        names = [re.sub("[_/]", " ", name) for name in classes]
+    if re.fullmatch(r"n\d{8}", names[0]):
+        raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name "
+                        "for each folder, in the order of the ids")
+    if len(names) != len(classes):
+        raise UserError(f"{path} has pictures of {len(classes)} classes, but there are {len(names)} names: give a line "
+                        f"for each class in {file}")
+
+    def load(sample):
+        picture, number = sample
+        return model.prepare(picture), number
+
+    images, target = model.images(dataset, load)
+    embedded = class_embeddings(model, names, TEMPLATES[templates])
+    return classification(images, embedded, torch.tensor(target))
 
 
 def voc(model, path):
     """Pascal VOC 2012's validation part, pictures squeezed into the model's square. mIoU: 20 classes and background,
     which is what resembles one of the other names more; mIoU of objects: among the 20, on their pixels alone."""
-    dataset = torchvision_data("VOCSegmentation", path, image_set="val")
+    dataset = open_set(datasets.VOCSegmentation, path, image_set="val")
     classes = class_embeddings(model, TEMPLATES["voc"], TEMPLATES["imagenet"]).cpu()
     def load(sample):
         image, mask = sample
@@ -514,8 +517,7 @@ def dci(path):  # splits.json, annotations/, photos/. All splits, texts as LoTLI
     for names in read_json(path / "splits.json").values():
         for name in names:
             row = read_json(path / "annotations" / name)
-            caption = row["short_caption"] + "\n" + row["extra_caption"]
-            yield f"photos/{row['image']}", [caption]
+            yield f"photos/{row['image']}", [f"{row['short_caption']}\n{row['extra_caption']}"]
 
 
 def json_rows(path, field="caption", split=None, first=None):
@@ -563,54 +565,55 @@ def cut_caption(text):
 
 def retrieval_set(name, model, path):
     """Retrieval on a published data set; LoTLIP's text tower gets long captions cut as LoTLIP cuts them."""
-    cut = model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl")
     root = path.parent if path.is_file() else path
-    captions = defaultdict(list)  # of each picture
+    numbers = {}  # of the pictures
+    captions = []  # of all pictures
+    owners = []  # the number of each one's picture
     try:
         for picture, texts in LAYOUTS[name](path):
-            texts = map(cut_caption, texts) if cut else texts
-            captions[find_picture(root, picture)] += filter(str.strip, texts)
-        if not all(captions.values()):
+            number = numbers.setdefault(find_picture(root, picture), len(numbers))
+            captions += texts
+            owners += [number] * len(texts)
+        if len(set(owners)) < len(numbers):
             raise LookupError("pictures without captions")
     except (LookupError, TypeError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
-    images, = model.images(list(captions), lambda file: (model.prepare(file),))
-    texts = model.texts(sum(captions.values(), []))
-    numbers = torch.arange(len(captions))
-    counts = torch.tensor([len(texts) for texts in captions.values()])
-    owners = numbers.repeat_interleave(counts)
-    return retrieval(images, texts, numbers, owners)
+    if model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl"):
+        captions = [cut_caption(text) for text in captions]
+    images, _ = model.images(list(numbers), lambda file: (model.prepare(file), None))
+    return retrieval(images, model.texts(captions), torch.arange(len(numbers)), torch.tensor(owners))
 
 
 # A benchmark is a function (model, path) -> {metric: (value, chance)}.
 IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets in their sorted order
+class_folders = partial(zero_shot, kind=ClassFolders, loader=Path)  # paths: Model.prepare opens them
 BENCHMARKS = {
-    "imagefolder": image_folder,
-    "imagenet": partial(image_folder, names=IMAGENET),
-    "imagenet-v2": partial(image_folder, names=IMAGENET),
-    "imagenet-r": image_folder,  # of 200 of the synsets, as is imagenet-a
-    "imagenet-a": image_folder,
+    "imagefolder": class_folders,
+    "imagenet": partial(class_folders, names=IMAGENET),
+    "imagenet-v2": partial(class_folders, names=IMAGENET),
+    "imagenet-r": class_folders,  # of 200 of the synsets, as is imagenet-a
+    "imagenet-a": class_folders,
     "voc": voc,
 }
-for name in TORCHVISION:
-    BENCHMARKS[name] = partial(torchvision_set, name)
+for name, (kind, options) in TORCHVISION.items():
+    BENCHMARKS[name] = partial(zero_shot, kind=getattr(datasets, kind), templates=name, **options)
 for name in LAYOUTS:
     BENCHMARKS[name] = partial(retrieval_set, name)
 
 
 def run_benchmarks(model, wanted):
     """["coco:/data/coco.json"] -> {"coco T2I R@1": (value, chance), ...}; a name that comes again keeps its path."""
-    found = []
+    jobs = {}
     for item in wanted:
         name, _, path = item.partition(":")
         if name not in BENCHMARKS or not os.path.exists(path):
             raise UserError(f"--benchmark {item}: write NAME:PATH with a path that exists and one of "
                             f"{', '.join(BENCHMARKS)}")
-        found.append((item, name, Path(path)))
-    rows, done = {}, []
-    for item, name, path in found:
-        rows |= prefixed(item if name in done else name, BENCHMARKS[name](model, path))
-        done.append(name)
+        title = item if name in jobs else name
+        jobs[title] = partial(BENCHMARKS[name], model, Path(path))
+    rows = {}
+    for title, score in jobs.items():
+        rows |= prefixed(title, score())
     return rows
 
 
@@ -631,31 +634,23 @@ def new_figure(width, height):
     return Figure((width, height), layout="constrained")
 
 
-def draw_image(axis, image, heat):
-    """image uint8 [3,S,S] in grey, under a heat map [side,side] from 0 to its greatest."""
-    axis.axis("off")
-    end = image.shape[-1] - 0.5
-    grey = image.float().mean(0)
-    axis.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=255)
-    axis.imshow(heat.numpy(), alpha=0.7, vmin=0, extent=(-0.5, end, end, -0.5))
-
-
 def draw_groups(model, pictures, path):
-    """pictures: pairs of an image uint8 [3,S,S] and texts. Draws, a row each, the patches that each text groups."""
-    longest = max(len(texts) for _, texts in pictures)
-    figure = new_figure(2.2 * (1 + longest), 2.7 * len(pictures))
-    axes = figure.subplots(len(pictures), 1 + longest, squeeze=False)
+    """pictures: pairs of an image uint8 [3,S,S] and texts. Draws, a row each, the patches that each text groups: a heat
+    map over the image in grey."""
+    columns = 1 + max(len(texts) for _, texts in pictures)
+    figure = new_figure(2.2 * columns, 2.7 * len(pictures))
+    axes = figure.subplots(len(pictures), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for row, (image, texts) in zip(axes, pictures):
-        row[0].imshow(image.permute(1, 2, 0).numpy())
-        _, patches = next(model.batches([(image,)]))
-        embedded = model.texts(texts)
-        _, weights = group_patches(patches, embedded[None], model.settings.get("threshold"))
-        for axis, text, weight in zip(row[1:], texts, weights[0].cpu()):
-            draw_image(axis, image, weight.view(model.side, -1))
-            title = textwrap.fill(text, 26, max_lines=4)
-            axis.set_title(title, fontsize=9.5)
+    for (first, *others), (image, texts) in zip(axes, pictures):
+        first.imshow(image.permute(1, 2, 0).numpy())
+        grey = image.float().mean(0).numpy()
+        _, patches = model.encode([image])
+        _, weights = group_patches(patches, model.texts(texts)[None], model.settings.get("threshold"))
+        for axis, text, heat in zip(others, texts, square(weights[0]).cpu().numpy()):
+            axis.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, 1, 0, 1))
+            axis.imshow(heat, alpha=0.7, vmin=0, extent=(0, 1, 0, 1))
+            axis.set_title(textwrap.fill(text, 26, max_lines=4), fontsize=9.5)
     figure.suptitle(f"{model.name}: the patches that each sentence groups, yellow those of the greatest weight")
     figure.savefig(path)
 
@@ -693,9 +688,10 @@ def draw_reading(curves, path):
 def draw_run(model, dataset, captions, report, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
     pictures = []
-    for number, c in itertools.islice(captions.items(), 4):
+    for number in list(captions)[:4]:
+        image, c = dataset[number]
         texts = [*c.long, c.raw]
-        pictures.append((dataset[number][0], texts[:5]))
+        pictures.append((image, texts[:5]))
     draw_groups(model, pictures, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
@@ -730,8 +726,8 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
             caption_fields=s["caption_fields"],
         )
         rows, images, captions = held_out_metrics(model, dataset, count)
-        report["images"] = len(captions)
         names = " ".join(np.atleast_1d(s["data"]))
+        report["images"] = len(captions)
         report["on"] = f"{len(captions)} images of {names}, {s['kinds']} kinds of object"
         report["reading"] = reading(model, images, list(captions.values()))
     else:
@@ -743,18 +739,27 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         print(f"{value:7.1f} {chance:7.1f}  {name}")
     print(f"{model.name} on {report['on']}")
 
-    asked = path.is_file() or n or data or model.branch != "mean" or options.get("image_size")
-    folder = Path(out) / model.name if out else model.folder
-    if not folder or asked and not out:
+    standard = model.folder == path.absolute() and model.branch == "mean"
+    if out:
+        folder = Path(out) / model.name
+    elif standard and not (n or data or options.get("image_size")):
+        folder = model.folder
+    else:
         print("not written, for this is no run's standard evaluation: add --out FOLDER")
         return report
     folder.mkdir(parents=True, exist_ok=True)
-    name = "benchmarks.json" if benchmarks else "evaluation.json"
-    (folder / name).write_text(json.dumps(report, indent=1))
-    if figures and not benchmarks:
-        draw_run(model, dataset, captions, report, folder)
+    if benchmarks:
+        write_json(folder / "benchmarks.json", report)
+    else:
+        write_json(folder / "evaluation.json", report)
+        if figures:
+            draw_run(model, dataset, captions, report, folder)
     print(f"written to {folder}")
     return report
+
+
+def write_json(file, content):
+    file.write_text(json.dumps(content, indent=1))
 
 
 # A table of several runs shows the metrics whose names end in these.
@@ -765,14 +770,15 @@ def table(reports):
     """Markdown: a row a run, the headline metrics that the first has; chance last."""
     first = reports[0]["metrics"]
     names = [name for name in first if name.endswith(HEADLINE)]
+    chances = [f"{first[name]['chance']:.1f}" for name in names]
     lines = [["%", *names]]
     for report in reports:
-        metrics = report["metrics"]
-        cells = [f"{metrics[name]['value']:.1f}" if name in metrics else "" for name in names]
-        lines.append([report["name"], *cells])
-    chances = [f"{first[name]['chance']:.1f}" for name in names]
-    lines.append(["chance", *chances])
-    return markdown(lines)
+        cells = [report["name"]]
+        for name in names:
+            metric = report["metrics"].get(name)
+            cells.append(f"{metric['value']:.1f}" if metric else "")
+        lines.append(cells)
+    return markdown([*lines, ["chance", *chances]])
 
 
 def markdown(lines):
@@ -785,7 +791,8 @@ def markdown(lines):
 def show_picture(model, file, texts, folder):
     """Prints how similar each text is to a picture, and draws the patches that each groups into picture.png."""
     image = model.prepare(file)
-    images, = model.images([(image,)])
+    branches, _ = model.encode([image])
+    images = model.merge(branches)
     cosines = (images[0] @ model.texts(texts).T).amax(0)
     for text, cosine in zip(texts, cosines.tolist()):
         print(f"{cosine:.3f} {text}")
@@ -829,11 +836,11 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # files of weights
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", nargs="+", help="folders of runs, or files of weights, ours or released ones")
-    add("--benchmark", dest="benchmarks", nargs="+", default=[], metavar="NAME:PATH",
+    add("runs", nargs="+", type=Path, help="folders of runs, or files of weights, ours or released ones")
+    add("--benchmark", nargs="+", metavar="NAME:PATH",
         help=f"of {', '.join(BENCHMARKS)}")
     add("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
-    add("--images", dest="n", type=int, help="held-out images to use")
+    add("--images", type=int, help="held-out images to use")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
     add("--image-size", type=int, help="another resolution: position embeddings are interpolated")
     add("--activation", choices=("gelu", "quickgelu"), help="of a released checkpoint")
@@ -853,12 +860,15 @@ def parse(argv):
 def main(argv=None):
     flags = parse(argv)
     check_device(flags.device or "cpu")
+    runs = []
     for path in flags.runs:
-        if not os.path.exists(path):
+        if not path.exists():
             raise UserError(f"there is no {path}: name folders of runs, or files of weights")
-    runs = [path for path in map(Path, flags.runs) if checkpoints(path) or path.suffix in WEIGHTS]  # of all in runs/*
+        if checkpoints(path) or path.suffix in WEIGHTS:  # of all in runs/*
+            runs.append(path)
     if not runs:
-        raise UserError(f"no run among {' '.join(flags.runs)}: name folders with a checkpoint.pt, or files of weights")
+        raise UserError(f"no run among {' '.join(map(str, flags.runs))}: name folders with a checkpoint.pt, or files of "
+                        "weights")
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
@@ -873,8 +883,7 @@ def main(argv=None):
         tokenizer=flags.tokenizer,
     )
     if kind:
-        options["device"] = "cpu"
-        export(Model(runs[0], **options), kind, Path(weights))
+        export(Model(runs[0], **options | {"device": "cpu"}), kind, Path(weights))
     elif flags.picture or flags.search:
         model = Model(runs[0], **options)
         folder = Path(flags.out or model.folder or ".")
@@ -885,17 +894,18 @@ def main(argv=None):
             search(model, *flags.search, folder)
         print(f"written to {folder}")
     else:
-        reports, failed = [], []
+        reports = []
+        failed = []
         for run in runs:
             try:
-                report = evaluate_run(run, flags.n, flags.data, flags.figures, flags.benchmarks, flags.out, **options)
+                report = evaluate_run(run, flags.images, flags.data, flags.figures, flags.benchmark, flags.out, **options)
                 reports.append(report)
             except UserError as error:
                 failed.append(f"{run}: {error}")
         if len(reports) > 1:
             print(table(reports))
         if flags.json:
-            Path(flags.json).write_text(json.dumps(reports, indent=1))
+            write_json(Path(flags.json), reports)
         if failed:
             raise UserError("; ".join(failed))
 

@@ -333,22 +333,23 @@ def unfinished(records, s):
 
 
 async def caption(output, line, fields, urls, server, progress, s):
-    """Asks all about one image and writes its line."""
-    captions, key, failure = line["captions"], line["key"], None
+    """Asks all about one image and writes its line. Raises BadSample if a caption is lacking after all."""
+    captions = line["captions"]
+    failure = None
     for name in fields:
         for box in crops(s.dense) if name == "dense" else [WHOLE]:
             text, reason = await ask(server, name, urls[box], progress, s)
             failure = failure or reason
             if text and name == "dense":
-                parts = [{"box": box, "text": sentence} for sentence in split_sentences(text)]
-                captions[name] = captions.get(name, []) + parts
+                parts = captions.setdefault(name, [])
+                parts += [{"box": box, "text": sentence} for sentence in split_sentences(text)]
             elif text:
                 captions[name] = text
     if captions:
         output.append(line)
         progress.captioned += 1
     if failure:
-        progress.failed.add(BadSample(failure, key))
+        raise BadSample(failure, line["key"])
 
 
 async def recaption(records, s, progress):

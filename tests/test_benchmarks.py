@@ -20,7 +20,8 @@ class Grey:
     """A model of pictures in one grey each and texts with one number each: picture 10·k and text "... k ..." agree."""
 
     config, settings, branch = SimpleNamespace(image_size=16, text_style="clip"), {}, "mean"
-    batches, images, merge, prepare = Model.batches, Model.images, Model.merge, Model.prepare
+    batches, encode, images = Model.batches, Model.encode, Model.images
+    merge, prepare = Model.merge, Model.prepare
     batch, device = 7, "cpu"
     autocast = torch.autocast("cpu", enabled=False)
 
@@ -147,7 +148,7 @@ def test_any_folder_of_class_folders_is_classified_by_its_class_names(tmp_path):
     names.write_text("one\ntwo")
     with pytest.raises(UserError, match="pictures of 6 classes, but there are 2 names"):
         score(model, tmp_path)
-    with pytest.raises(UserError, match="no folder of class folders"):
+    with pytest.raises(UserError, match="class_1 does not hold what .* reads"):
         score(model, tmp_path / "class_1")
 
 
@@ -163,7 +164,7 @@ def test_torchvisions_sets_are_read_as_torchvision_lays_them_out(tmp_path):
 
 @pytest.mark.parametrize("name", [*TORCHVISION, "voc", "imagenet"])
 def test_a_set_that_is_not_there_is_not_downloaded_but_named(name, tmp_path):
-    with pytest.raises(UserError, match="nothing is downloaded here|no folder of class folders") as caught:
+    with pytest.raises(UserError, match="nothing is downloaded here") as caught:
         BENCHMARKS[name](Grey(), tmp_path)
     assert "\n" not in str(caught.value)
 

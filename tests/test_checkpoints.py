@@ -230,7 +230,7 @@ def test_a_released_file_is_read_with_the_activation_of_its_training(dress, tmp_
     tokens = open_clip.get_tokenizer("ViT-B-32")(said)
     assert same(model.texts(said), theirs.encode_text(tokens, normalize=True))
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    (branches,) = model.images([(image,)])
+    branches, _ = model.encode([image])
     assert same(branches[:, 0], theirs.encode_image(normalize(image[None]), normalize=True))
 
 

@@ -207,10 +207,17 @@ def brute_covered(mask, k, patch):
     return covered
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(evaluate, "ground_and_kinds", lambda *_: CLASSES)
+    model = SimpleNamespace(settings=dict(threshold=0.99))
+    return lambda patches: evaluate.patch_metrics(model, SCENES, FACTS, patches, patches, SENTENCES)
+
+
 @pytest.mark.parametrize("patch", [1, 8])
-def test_pointing_is_what_loops_over_patches_and_pixels_count(patch):
+def test_pointing_is_what_loops_over_patches_and_pixels_count(patch, measured):
     patches = random_patches(SIZE // patch)
-    rows = evaluate.pointing_metrics(patches, SENTENCES, CLASSES, FACTS, MASKS)
+    rows = measured(patches)
     expected = defaultdict(list)
     for cells, texts, scene, mask in zip(patches, SENTENCES, FACTS, MASKS):
         for about, text in zip(scene.about, texts):
@@ -228,7 +235,7 @@ def test_pointing_is_what_loops_over_patches_and_pixels_count(patch):
 
 
 @pytest.mark.parametrize("side", [4, 32])
-def test_miou_is_what_loops_over_scenes_and_classes_count(side):
+def test_miou_is_what_loops_over_scenes_and_classes_count(side, measured):
     patches = random_patches(side)
     meet, union = np.zeros((2, 1 + KIND_COUNT))
     for cells, scene, mask in zip(patches, FACTS, MASKS):
@@ -242,11 +249,11 @@ def test_miou_is_what_loops_over_scenes_and_classes_count(side):
             true = truth == c
             meet[c] += (guessed & true).sum()
             union[c] += (guessed | true).sum()
-    value, _ = evaluate.scene_miou(patches, CLASSES, FACTS, MASKS)
+    value, _ = measured(patches)["mIoU"]
     assert value == pytest.approx(100 * np.mean(meet / union))
 
 
-def test_a_group_finds_its_sentence_where_no_other_is_more_similar():
+def test_a_group_finds_its_sentence_where_no_other_is_more_similar(measured):
     patches = random_patches(4)
     finds, grouped = [], []
     for cells, texts in zip(patches, SENTENCES):
@@ -256,7 +263,7 @@ def test_a_group_finds_its_sentence_where_no_other_is_more_similar():
             hits.append(similar[k] == max(similar))
         finds.append(np.mean(hits))
         grouped.append(np.mean(weights.numpy() > 0))
-    rows = evaluate.group_metrics(patches, SENTENCES, 0.99)
+    rows = measured(patches)
     assert rows["group finds its sentence"][0] == pytest.approx(100 * np.mean(finds))
     assert rows["patches grouped"][0] == pytest.approx(100 * np.mean(grouped))
 
@@ -339,10 +346,9 @@ def test_pictures_that_will_not_decode_are_passed_over_and_counted(runs, tmp_pat
 
 
 def test_branches_are_all_kept_for_their_max_or_become_one(runs):
-    items = [DATASET[i][:1] for i in range(6)]
     found = {}
     for branch in ("max", "mean", "4"):
-        found[branch], = Model(runs / "scenes", "cpu", branch).images(items)
+        found[branch], _ = Model(runs / "scenes", "cpu", branch).images(range(6), lambda i: DATASET[i])
     assert torch.equal(found["4"], found["max"][:, 4:])
     assert torch.allclose(found["mean"], found["max"].mean(1, keepdim=True))
 

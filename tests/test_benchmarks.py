@@ -51,8 +51,8 @@ def write(path, content):
     path.write_text(content)
 
 
-# What the publishers ship, # being a picture's number: whole files, then what comes once for each picture, be it a file or
-# a line. Whatever is not part of the benchmark says 39.
+# {file: its content, "" if it is a picture}, as published. A file or a line with a # comes once for each picture, with its
+# number for the #. Whatever is not part of the benchmark says 39.
 SHARE4V = """[
 {"image": "images/#.png", "conversations": [{"from": "human", "value": "39?"}, {"from": "gpt", "value": "it is #"}]},
 {"image": "images/0.png", "conversations": [{"from": "gpt", "value": "once more 0"}]}]"""

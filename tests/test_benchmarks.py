@@ -160,22 +160,16 @@ def test_any_folder_of_class_folders_is_classified_by_its_class_names(tmp_path):
     rows = score(model, tmp_path)
     assert rows["top-1"] == (100, pytest.approx(100 / 6)) and rows["mean per class"][0] == 100
     assert "a photo of a class 3." in model.said and len(model.said) == 6 * len(TEMPLATES["imagenet"])
-    names = tmp_path / "classnames.txt"
-    names.write_text("\n".join(f"thing {k}" for k in (0, 1, 2, 3, 5, 4)))
-    rows = score(model, tmp_path)  # the names of the last two classes are changed over: 2 + 3 of 12
-    assert rows["top-1"][0] == pytest.approx(100 * 7 / 12)
-    assert rows["mean per class"][0] == pytest.approx(100 * 4 / 6)
-    names.write_text("one\ntwo")
+    (tmp_path / "classnames.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="pictures of 6 classes, but there are 2 names"):
         score(model, tmp_path)
 
 
 def test_torchvisions_sets_are_read_as_torchvision_lays_them_out(tmp_path):
-    names = [f"dish_{k}" for k in range(6)]
     listed = {}
-    for k, name in enumerate(names):
-        listed[name] = [f"{name}/1"]
-        picture(tmp_path / f"food-101/images/{name}/1.jpg", k)
+    for k in range(6):
+        listed[f"dish_{k}"] = [f"dish_{k}/1"]
+        picture(tmp_path / f"food-101/images/dish_{k}/1.jpg", k)
     write(tmp_path / "food-101/meta/test.json", json.dumps(listed))
     model = Grey()
     assert BENCHMARKS["food101"](model, tmp_path)["top-1"][0] == 100

@@ -59,7 +59,6 @@ def stopped(step, folder, monkeypatch, **flags):
         with pytest.raises(SystemExit) as end:
             fit(folder, **flags)
     assert end.value.code == 130
-    assert not (folder / "finished").exists()
     assert load(folder / "checkpoint.pt")["step"] == step
 
 
@@ -122,16 +121,12 @@ def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, monkeyp
 
 
 def test_bad_samples_are_counted_over_the_whole_of_a_run_that_was_resumed(tmp_path, monkeypatch, capsys):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(24):
-        (pictures / f"{i}.txt").write_text(f"picture {i}")
-        path = pictures / f"{i}.png"
-        if i in (5, 10, 15):
-            path.write_bytes(b"no picture")
-        else:
-            Image.new("RGB", (32, 32)).save(path)
-    flags = dict(method="clip", data=str(pictures), tokenizer="scenes", images=96)
+    names = [f"{i}.png" for i in range(24)]
+    for name in names[3:]:  # the first three pictures are missing
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    lines = [json.dumps({"image": name, "caption": "a picture"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    flags = dict(method="clip", data=str(tmp_path / "captions.jsonl"), tokenizer="scenes", images=96)
     _, whole = fit(tmp_path / "whole", **flags)
     counts = [line["bad"] for line in whole]
     stopped(4, tmp_path / "run", monkeypatch, **flags)

@@ -10,14 +10,14 @@ is the ceiling: the four matrix products (L, L again, ∂I, ∂T), nothing else.
 high-water mark of a pass above where the memory stood before it, the gradients included.
 """
 import argparse
-import functools
 import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from csrc import fused  # noqa: E402
@@ -31,71 +31,60 @@ def plain(image, text, scale):
     return logits.logsumexp(-1), logits.logsumexp(-2)
 
 
-WAYS = {"fused": fused.similarity_logsumexp, "chunked": fused.chunked, "plain": plain}
-
-
-def contrastive(way, image, text, scale):
-    """The symmetric loss from a way to the two log-sum-exps, as in losses.py."""
-    per_image, per_text = way(image, text, scale)
+def contrastive(log_sum_exps, image, text, scale):
+    """Forward and backward pass of the symmetric loss from a way to the two log-sum-exps, as in losses.py."""
+    per_image, per_text = log_sum_exps(image, text, scale)
     positive = scale * (image * text).sum(-1)
-    return (per_image + per_text - 2 * positive).mean() / 2
+    loss = (per_image + per_text - 2 * positive).mean() / 2
+    torch.autograd.grad(loss, (image, text, scale))
 
 
-def embeddings(n, dtype, device):
-    return F.normalize(torch.randn(n, D, device=device)).to(dtype).requires_grad_()
+@torch.no_grad()
+def gemms(image, text, scale):
+    logits = image @ text.mT
+    torch.mm(image, text.mT, out=logits)
+    return logits @ text, logits.mT @ image
 
 
-def make_passes(n, dtype, device):
-    """{name: a function that does one forward and backward pass}."""
-    image = embeddings(n, dtype, device)
-    text = embeddings(n, dtype, device)
-    scale = torch.tensor(100.0, device=device, requires_grad=True)
-    inputs = image, text, scale
-
-    def one_pass(way):
-        torch.autograd.grad(contrastive(way, *inputs), inputs)
-
-    @torch.no_grad()
-    def gemms():
-        logits = image @ text.mT
-        torch.mm(image, text.mT, out=logits)
-        return logits @ text, logits.mT @ image
-
-    passes = {name: functools.partial(one_pass, way) for name, way in WAYS.items()}
-    return passes | {"gemms": gemms}
+WAYS = {
+    "fused": partial(contrastive, fused.similarity_logsumexp),
+    "chunked": partial(contrastive, fused.chunked),
+    "plain": partial(contrastive, plain),
+    "gemms": gemms,
+}
 
 
-def best_times(passes, repeats, device):
-    """Seconds of each, the best of the turns, of which the first one warms up."""
-    best = dict.fromkeys(passes, math.inf)
+def best_times(inputs, repeats):
+    """Seconds of each way, the best of the turns, of which the first one warms up."""
+    best = dict.fromkeys(WAYS, math.inf)
     for _ in range(repeats + 1):
-        for way, run in passes.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best[way] = min(best[way], time.perf_counter() - start)
+        for way, run in WAYS.items():
+            start = timer()  # it waits until a GPU has done all that it was given to do
+            run(*inputs)
+            best[way] = min(best[way], timer() - start)
     return best
 
 
-def extra_memory(run):
+def extra_memory(run, inputs):
     """Bytes of a GPU's memory at the height of a pass above what stood there before."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
+    run(*inputs)
     return torch.cuda.max_memory_allocated() - before
 
 
 def report(n, dtype, device, repeats):
-    passes = make_passes(n, dtype, device)
-    seconds = best_times(passes, repeats, device)
+    scale = torch.tensor(100.0, device=device, requires_grad=True)
+    image, text = F.normalize(torch.randn(2, n, D, device=device), dim=-1).to(dtype)
+    inputs = image.requires_grad_(), text.requires_grad_(), scale
+    seconds = best_times(inputs, repeats)
     print(f"\nN = M = {n}, D = {D}, {dtype}")
-    for way, run in passes.items():
+    for way, run in WAYS.items():
         line = f"{way:8}{seconds[way]:9.4f} s"
         for other in ("plain", "gemms"):
             line += f", {seconds[way] / seconds[other]:.2f} of {other}"
         if device == "cuda":
-            line += f", {extra_memory(run):,} bytes"
+            line += f", {extra_memory(run, inputs):,} bytes"
         print(line)
 
 

@@ -10,13 +10,12 @@ Rows:   ours       train.py's step: texts without padding, fused losses
                    by PyTorch's SDPA, K texts padded to the context, its loss slot by slot, as DreamLIP's release does
         compiled   ours block by block, as --compile does; open_clip's two towers
 The grouping loss is left out of all, open_clip having none; "ours + grouping" shows what it costs. Where a step's time
-goes, train.py --profile says.
+goes, train.py --profile says. The flags are --rounds and train.py's.
 """
 import argparse
-import dataclasses
 import statistics
 import sys
-import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -25,30 +24,27 @@ import open_clip
 import torch
 from open_clip.loss import ClipLoss
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from csrc import fused  # noqa: E402
 from data import Batch, normalize  # noqa: E402
-from model import CLIP, config_from  # noqa: E402
-
-
-def sentence_lengths(shape, context, generator):
-    """Tokens of real long captions' sentences, both ends counted: log-normal, median 24, mean 26, 95th percentile 46."""
-    drawn = 24 * (0.395 * torch.randn(shape, generator=generator)).exp()
-    return drawn.round().long().clamp(4, context)
+from model import CLIP, config_from, to_open_clip  # noqa: E402
 
 
 def batch_of(s, seed):
-    """Random pictures and texts on the device, as train.py's loader gives them, but for the padding to the context."""
+    """Random pictures and texts on the device, as train.py's loader gives them, but for the padding to the context. The
+    texts' lengths are those of real long captions' sentences: log-normal, median 24, mean 26, 95th percentile 46."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (s.batch, 3, s.image_size, s.image_size), generator=generator, dtype=torch.uint8)
-    lengths = sentence_lengths((s.batch, s.sub_captions), s.context, generator)
+    drawn = 24 * (0.395 * torch.randn(s.batch, s.sub_captions, generator=generator)).exp()
+    lengths = drawn.round().long().clamp(4, s.context)  # both ends counted
     end = s.vocab - 1  # the end-of-text token is the greatest
-    tokens = torch.randint(1, end, (*lengths.shape, s.context), generator=generator)
-    behind = torch.arange(s.context) - (lengths[..., None] - 1)
-    tokens[behind == 0] = end
-    tokens[behind > 0] = 0
+    words = torch.randint(1, end, (*lengths.shape, s.context), generator=generator)
+    place = torch.arange(s.context)
+    last = lengths[..., None] - 1
+    tokens = words * (place < last) + end * (place == last)
     return train.to_device(Batch(images, tokens, lengths.numpy()), s)
 
 
@@ -56,9 +52,8 @@ def half(s):
     return torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16")
 
 
-def our_step(s, **changes):
+def our_step(s):
     """-> the step as a function of a batch, and its model."""
-    s = dataclasses.replace(s, **changes)
     state, network = train.prepare(CLIP(config_from(s)), s)
 
     def step(batch):
@@ -85,23 +80,10 @@ def stored(step, batch):
     fused.set_mode("auto")
 
 
-def their_step(s, compiled=False):
-    vision = dict(
-        image_size=s.image_size,
-        patch_size=s.patch,
-        width=s.vision_width,
-        layers=s.vision_depth,
-        head_width=s.vision_width // s.vision_heads,
-    )
-    text = dict(
-        context_length=s.context,
-        vocab_size=s.vocab,
-        width=s.text_width,
-        layers=s.text_depth,
-        heads=s.text_heads,
-    )
-    model = open_clip.model.CLIP(s.embed, vision, text).to(s.device)
-    if compiled:
+def their_step(s):
+    _, config = to_open_clip(CLIP(config_from(s)))
+    model = open_clip.model.CLIP(**config).to(s.device)
+    if s.compile:
         model.visual.compile()
         model.transformer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -134,33 +116,28 @@ def text_tower(s, model):
     return step
 
 
-def timed(step, batch, device):
-    """-> seconds, to the end of what a GPU has been given to do."""
-    start = time.perf_counter()
-    step(batch)
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def alternate(steps, s, rounds, warm):
     """Runs the steps in turn, always on the same batch -> {name: seconds of each turn}."""
     times = {name: [] for name in steps}
     for turn in range(-warm, rounds):
         batch = batch_of(s, turn)
         for name in list(times):
+            start = timer()  # it waits until a GPU has done all that it was given to do
             try:
-                seconds = timed(steps[name], batch, s.device)
+                steps[name](batch)
             except torch.OutOfMemoryError:
                 print(f"{name:20} runs out of memory")
                 torch.cuda.empty_cache()  # what the row held in pieces may not fit the next one
                 del times[name]
                 continue
             if turn >= 0:
-                times[name].append(seconds)
+                times[name].append(timer() - start)
     return times
 
 
+# As open_clip's architecture; the batch of base-16 fits a GPU of 80 GB.
+DEFAULTS = dict(size="tiny", batch=256, context=77, vocab=49408, stem="patch", pool="class", optimizer="adamw",
+                raw_caption=False, sub_captions=8, grouping="none")
 COMPARED = [
     ("text tower, padded", "text tower"),
     ("padded", "ours"),
@@ -172,33 +149,27 @@ COMPARED = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--batch", type=int, default=256, help="256 of base-16 fit a GPU of 80 GB")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", action="store_true", help="add ours and open_clip compiled")
-    options = parser.parse_args()
-    chosen = {name: getattr(options, name) for name in ("size", "batch", "device", "precision")}
-    plain = dict(raw_caption=False, grouping="none", stem="patch", pool="class", optimizer="adamw")
-    s = train.resolve(dict(chosen, **plain, sub_captions=8, context=77, vocab=49408))
+    options, flags = parser.parse_known_args()
+    s = train.resolve(DEFAULTS | train.parse_flags(flags))
     train.set_machine(s)
-    ours, model = our_step(s)
+    plain = replace(s, compile=False)
+    ours, model = our_step(plain)
     tower = text_tower(s, model)
     steps = {
         "ours": ours,
-        "ours + grouping": our_step(s, grouping="sub-caption")[0],
+        "ours + grouping": our_step(replace(plain, grouping="sub-caption"))[0],
         "padded": partial(stored, padded(ours, model)),
-        "open_clip": their_step(s),
+        "open_clip": their_step(plain),
         "text tower": tower,
         "text tower, padded": padded(tower, model),
     }
-    if options.compile:
-        steps["ours, compiled"] = our_step(s, compile=True)[0]
-        steps["open_clip, compiled"] = their_step(s, compiled=True)
+    if s.compile:
+        steps["ours, compiled"] = our_step(s)[0]
+        steps["open_clip, compiled"] = their_step(s)
     print(f"{s.size}, K = {s.sub_captions}, batch {s.batch}, {s.device}, {s.precision}, texts {model.layout}, "
           f"torch {torch.__version__}")
-    times = alternate(steps, s, options.rounds, warm=5 if options.compile else 2)
+    times = alternate(steps, s, options.rounds, warm=5 if s.compile else 2)
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(f"{name:20} {1000 * middle:9.1f} ms {s.batch / middle:8.0f} images/s")

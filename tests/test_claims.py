@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import claims
 import train
@@ -21,13 +20,14 @@ NANO = "--size nano --batch 16 --workers 0 --device cpu"
 
 
 def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path):
-    runs = claims.list_runs(tmp_path, list(claims.ROWS), 2, 1000)
-    for row, of_row in runs.items():
-        settings = [train.resolve(train.parse_flags(["--device", "cpu", *run.flags])) for run in of_row]
-        train.build(settings[0])
-        assert [s.seed for s in settings] == [0, 1]
-        assert settings[0].images == 1000 * claims.TIMES.get(row, 1)
-    assert len({run.folder for of_row in runs.values() for run in of_row}) == 2 * len(claims.ROWS)
+    folders = set()
+    for row, runs in claims.list_runs(tmp_path, list(claims.ROWS), 2, 1000).items():
+        for seed, run in enumerate(runs):
+            s = train.resolve(train.parse_flags(["--device", "cpu", *run.flags]))
+            assert (s.seed, s.images) == (seed, 1000 * claims.TIMES.get(row, 1))
+            folders.add(run.folder)
+        train.build(s)
+    assert len(folders) == 2 * len(claims.ROWS)
 
     compared = set()
     for claim in claims.CLAIMS:
@@ -39,37 +39,34 @@ def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path)
 
 def test_intervals_are_students_over_the_paired_differences():
     stats = pytest.importorskip("scipy.stats")
-    differences = np.random.default_rng(0).normal(size=7)
-    for n in range(2, 8):
-        some = differences[:n]
-        low, high = stats.t.interval(0.95, n - 1, some.mean(), stats.sem(some))
-        assert claims.interval(some) == pytest.approx((high - low) / 2, rel=1e-3)
-    assert claims.interval(differences[:1]) == np.inf
+    for n in range(2, 11):
+        differences = np.arange(n) ** 2
+        expected = stats.t.ppf(0.975, n - 1) * stats.sem(differences)
+        assert claims.interval(differences) == pytest.approx(expected, rel=1e-3)
+    assert claims.interval(np.ones(1)) == np.inf
 
 
 def test_runs_are_trained_measured_and_when_done_passed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "COMMON", NANO)
-    command = [str(tmp_path), "--rows", "raw (CLIP)", "M2M, 5 MLPs", "--seeds", "1", "--jobs", "2"]
-    claims.main([*command, "--train-images", "64"])
+    command = [str(tmp_path), "--rows", "raw (CLIP)", "M2M, 5 MLPs", "--seeds", "1", "--jobs", "2", "--train-images"]
+    claims.main([*command, "64"])
     written = (tmp_path / "claims.md").read_text()
     assert "| M2M, 5 MLPs |" in written and "| long alone |" not in written
     assert written in capsys.readouterr().out
     # without two rows to compare there is no figure of claims
-    assert [path.name for path in tmp_path.glob("*.png")] == ["reading.png"]
+    assert (tmp_path / "reading.png").is_file() and not (tmp_path / "claims.png").exists()
+
+    # an evaluation that was cut short is no evaluation
+    (tmp_path / "raw-CLIP-0" / "evaluation.json").write_text('{"metrics": ')
+    claims.main([*command, "64"])
+    assert (tmp_path / "claims.md").read_text() == written
 
     # again: nothing is started; and what was trained with other flags is not taken for the same
     monkeypatch.setattr(subprocess, "Popen", None)
-    claims.main([*command, "--train-images", "64"])
+    claims.main([*command, "64"])
     assert (tmp_path / "claims.md").read_text() == written
     with pytest.raises(UserError, match="trained with other flags"):
-        claims.main([*command, "--train-images", "128"])
-
-    # an evaluation that was cut short is no evaluation
-    monkeypatch.undo()
-    monkeypatch.setattr(claims, "COMMON", NANO)
-    (tmp_path / "raw-CLIP-0" / "evaluation.json").write_text('{"metrics": ')
-    claims.main([*command, "--train-images", "64"])
-    assert (tmp_path / "claims.md").read_text() == written
+        claims.main([*command, "128"])
 
 
 def pretend(run):
@@ -87,7 +84,7 @@ def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
     for seeds in (1, 2):  # of a single seed the intervals have no end
         claims.main([str(tmp_path), "--seeds", str(seeds)])
         for figure in ("claims", "reading"):
-            assert Image.open(tmp_path / f"{figure}.png").size[0] > 600
+            assert (tmp_path / f"{figure}.png").is_file()
     written = (tmp_path / "claims.md").read_text()
     assert "22 rows × 2 seeds, 2684 minutes" in written
     assert "| raw (CLIP) | 61.0 ± 1.4 | 61.0 ± 1.4 |" in written
@@ -99,15 +96,14 @@ def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
 def test_a_verdict_is_of_the_whole_interval():
     claim = claims.Claim("paper", "better", "a", "b", "zero-shot")
 
-    def judge(*differences):
+    def verdict(*differences):
         better = {"zero-shot": np.array(differences)}
         than = {"zero-shot": np.zeros(len(differences))}
-        return claims.judge(claim, {"a": better, "b": than})
+        return claims.judge(claim, {"a": better, "b": than})[2]
 
-    assert judge(5.0, 6.0, 7.0) == (6.0, pytest.approx(2.48, abs=0.01), "holds")
-    assert judge(-5.0, -6.0, -7.0)[2] == "does not hold"
-    assert judge(-1.0, 3.0, 4.0)[2] == judge(9.0)[2] == "not told apart"
-    assert claims.judge(claim, {"a": {}}) is None
+    assert verdict(5.0, 6.0, 7.0) == "holds"
+    assert verdict(-5.0, -6.0, -7.0) == "does not hold"
+    assert verdict(-1.0, 3.0, 4.0) == verdict(9.0) == "not told apart"
 
 
 def test_a_row_that_fails_ends_in_a_sentence_with_the_last_words_of_its_log(tmp_path, monkeypatch):
@@ -116,39 +112,36 @@ def test_a_row_that_fails_ends_in_a_sentence_with_the_last_words_of_its_log(tmp_
         claims.main([str(tmp_path), "--rows", "raw (CLIP)", "--seeds", "1"])
 
 
-def test_what_makes_no_sense_is_refused(tmp_path):
-    for flags in (["--seeds", "0"], ["--jobs", "-1"], ["--train-images", "0"], ["--rows", "no such row"]):
-        with pytest.raises(UserError):
-            claims.main([str(tmp_path), *flags])
+@pytest.mark.parametrize("flag, value", [("--seeds", "0"), ("--jobs", "-1"), ("--rows", "no such row")])
+def test_what_makes_no_sense_is_refused(flag, value, tmp_path):
+    with pytest.raises(UserError, match=flag):
+        claims.main([str(tmp_path), flag, value])
 
 
 def test_runs_are_dealt_over_the_gpus_that_are_visible(tmp_path, monkeypatch):
     started = []
 
     def popen(command, env, **_):
-        started.append((command[command.index("--row") + 1], env["CUDA_VISIBLE_DEVICES"]))
+        gpu = env["CUDA_VISIBLE_DEVICES"]
+        started.append((command[command.index("--row") + 1], gpu))
         # the first run lasts until all have been started
-        return SimpleNamespace(poll=lambda: 0 if env["CUDA_VISIBLE_DEVICES"] == "5" or len(started) == 3 else None)
+        return SimpleNamespace(poll=lambda: 0 if gpu == "5" or len(started) == 3 else None)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(claims.Run, "result", lambda run: {} if run.process else None)
     runs = claims.list_runs(tmp_path, ["O2O", "O2M", "long alone"], 1, 1000)
-    claims.train_runs([of_row[0] for of_row in runs.values()], 2)
+    claims.train_runs([run for run, in runs.values()], 2)
     assert started == [("O2O", "3"), ("O2M", "5"), ("long alone", "5")]
 
 
 def wait_until(condition):
-    for _ in range(1200):
+    for _ in range(3000):
         if condition():
             return
         time.sleep(0.1)
     raise AssertionError("it does not come true")
-
-
-def processes_of(folder):
-    return subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
 
 
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="no pgrep here")
@@ -162,7 +155,7 @@ def test_a_signal_ends_the_command_saves_the_runs_and_leaves_no_process(signals,
     for number in signals:
         os.kill(process.pid, number)
     printed = process.communicate(timeout=60)[0]
-    wait_until(lambda: not processes_of(tmp_path))
+    wait_until(lambda: subprocess.run(["pgrep", "-f", str(tmp_path)]).returncode == 1)  # it finds none
     assert list(tmp_path.glob("raw-CLIP-0/checkpoint*"))
     if signals != [signal.SIGKILL]:
         assert process.returncode == 130

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from conftest import ROOT
 from data import TrainingTexts, UserError, collate, normalize, text_slots
 from test_losses import grouping, infonce, mean, unit
 
-ROOT = Path(__file__).resolve().parent.parent
 # Float32, so that the numbers are the same on a processor with bfloat16 as on one without.
 RUN = dict(
     size="nano",
@@ -51,11 +50,7 @@ def read_lines(path):
 def command_line(flags):
     words = []
     for name, value in flags.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", str(value)]
+        words += ["--" + name.replace("_", "-"), str(value)]
     return words
 
 
@@ -126,13 +121,7 @@ def test_every_method_and_ablation_trains_all_its_parameters(words, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert all(map(math.isfinite, line.values()))
-    s = settings(words)
-    expected = s.contrastive_weight * lines[0]["contrastive"]
-    assert ("grouping" in lines[0]) == (s.grouping != "none")
-    if "grouping" in lines[0]:
-        expected += s.grouping_weight * lines[0]["grouping"]
-    assert lines[0]["loss"] == pytest.approx(expected, rel=1e-4)
-    for name, p in fresh(s).named_parameters():
+    for name, p in fresh(settings(words)).named_parameters():
         assert not torch.equal(p, checkpoint["model"][name]), name
 
 
@@ -182,28 +171,20 @@ def test_each_methods_loss_is_the_sum_that_its_paper_writes(method):
     "--method clip",
     "--method dreamlip --negatives batch",
     "--method lotlip",
-    "--method holistic",
+    "--method holistic --perspectives 3 --branches 3",
     "--method sparc",
 ])
-def test_a_few_scenes_are_learned_down_to_the_floor_of_the_loss(words):
-    """The floor of a slot's InfoNCE is the mean of log n over its texts, where n images of the batch have that text."""
+def test_eight_scenes_whose_texts_all_differ_are_told_apart(words):
     s = settings(words, lr=3e-3, weight_decay=0.0, clip_grad=0.0)
     state, network = train.prepare(fresh(s), s)
     batch = batch_of(s, 8)
-    floors = []
-    for slot, tokens in zip(text_slots(s), batch.tokens.unbind(1)):
-        texts = tokens.tolist()
-        floor = mean([math.log(texts.count(text)) for text in texts])
-        embeddings = 1 if slot == "raw" else 1 + s.corner_tokens
-        floors += [floor] * embeddings
-    history = []
+    _, first = train.backward(network, batch, s)
     for step in range(150):
-        _, parts = train.backward(network, batch, s)
         train.update(state, train.learning_rate(step, 150, s), s)
-        history.append(parts)
-    assert mean(floors) - 1e-3 < parts["contrastive"] < mean(floors) + 0.05
+        _, parts = train.backward(network, batch, s)
+    assert parts["contrastive"] < 0.05
     if "grouping" in parts:
-        assert parts["grouping"] < 0.5 * history[0]["grouping"]
+        assert parts["grouping"] < 0.5 * first["grouping"]
 
 
 # ---- one optimiser step ----------------------------------------------------------------------------------------------
@@ -236,9 +217,10 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        places = {x.device.type for x in tensors if x.dim() or x.is_cuda}  # numbers go along with a call
-        places |= {x.device.type for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        places = set()
+        for x in tree_leaves([args, kwargs, out]):
+            if isinstance(x, torch.Tensor) and (x.dim() or x.is_cuda or x is out):  # other numbers go along with a call
+                places.add(x.device.type)
         assert len(places) < 2, (function, places)
         return out
 
@@ -269,7 +251,6 @@ def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words):
         with pytest.raises(AssertionError), NoWaiting():
             loss.cpu()
     assert loss.device.type == "cuda"
-    assert out["summaries"].shape == (16, T, 1 + s.corner_tokens, s.embed)
 
 
 @pytest.mark.parametrize("device, precision, trouble, layout", [
@@ -296,15 +277,13 @@ def test_gains_biases_and_logit_scale_do_not_decay_and_embeddings_if_wished(stem
     model = fresh(s)
     names = {id(p): name for name, p in model.named_parameters()}
     matrix = re.compile(r".*\.(qkv|out|fc|proj\.\d)\.weight|visual\.patch_embedding.*weight|(visual|text)\.proj")
-    seen = []
+    embedding = re.compile("(token_embedding.weight|positional_embedding|corner_embedding)$")
     for group in train.make_optimizer(model, s).param_groups:
         for p in group["params"]:
-            name = names[id(p)]
-            is_embedding = name.endswith(("token_embedding.weight", "positional_embedding", "corner_embedding"))
-            decays = p.ndim > 1 and (matrix.fullmatch(name) or everywhere and is_embedding)
+            name = names.pop(id(p))
+            decays = p.ndim > 1 and (matrix.fullmatch(name) or everywhere and embedding.search(name))
             assert group["weight_decay"] == (s.weight_decay if decays else 0), name
-            seen.append(name)
-    assert sorted(seen) == sorted(names.values())
+    assert not names  # every parameter is in one group
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
@@ -324,23 +303,23 @@ def test_muon_steps_matrices_and_convolutions_as_pytorchs_own_does(monkeypatch):
         return train.orthogonal(gradient[None])[0]
 
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", orthogonal)
-    s = settings("--method dreamlip --optimizer muon --muon-lr 0.02", batch=8, clip_grad=0.0)
-    state, network = train.prepare(fresh(s), s)
-    flat = {}  # PyTorch's takes matrices alone
+    s = settings("--method dreamlip --optimizer muon --muon-lr 0.02", clip_grad=0.0)
+    state, _ = train.prepare(fresh(s), s)
+    pairs = []  # of ours and theirs; PyTorch's takes matrices alone
     for name, p in state.model.named_parameters():
         if p.ndim > 1 and (".blocks." in name or "patch_embedding" in name):
-            flat[name] = torch.nn.Parameter(p.detach().flatten(1).clone())
-    assert sum("patch_embedding" in name for name in flat) == 3
+            pairs.append((p, torch.nn.Parameter(p.detach().flatten(1).clone())))
     options = dict(lr=0.02, weight_decay=s.weight_decay, momentum=train.MOMENTUM, adjust_lr_fn="match_rms_adamw")
-    muon = torch.optim.Muon(flat.values(), **options)
+    muon = torch.optim.Muon([theirs for _, theirs in pairs], **options)
     for _ in range(3):
-        train.backward(network, batch_of(s, 8), s)
-        for name, p in flat.items():
-            p.grad = state.model.get_parameter(name).grad.flatten(1).clone()
+        for p in state.model.parameters():
+            p.grad = torch.randn_like(p)
+        for ours, theirs in pairs:
+            theirs.grad = ours.grad.flatten(1)
         train.update(state, 1.0, s)
         muon.step()
-    for name, p in flat.items():
-        torch.testing.assert_close(state.model.get_parameter(name).flatten(1), p, rtol=1e-5, atol=1e-6)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.flatten(1), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_large_sizes_compile_on_a_gpu_where_a_compiler_is(monkeypatch, capsys):
@@ -362,20 +341,16 @@ def test_large_sizes_compile_on_a_gpu_where_a_compiler_is(monkeypatch, capsys):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_learning_rate_warms_up_and_falls_to_0(schedule):
     s = settings(f"--warmup 0.1 --schedule {schedule}")
-    rates = [train.learning_rate(step, 100, s) for step in range(101)]
-    for step in range(10):
-        assert rates[step] == pytest.approx(0.1 * (step + 1))
-    for step in range(10, 101):
-        progress = (step - 10) / 90
-        falls = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
-        assert rates[step] == pytest.approx(falls[schedule])
+    steps = (0, 4, 9, 10, 40, 55, 70, 100)
+    rates = [train.learning_rate(step, 100, s) for step in steps]
+    falls = dict(cosine=[1, 0.75, 0.5, 0.25, 0], linear=[1, 2 / 3, 0.5, 1 / 3, 0])
+    assert rates == pytest.approx([0.1, 0.5, 1, *falls[schedule]])
 
 
 def test_logit_scale_never_exceeds_100():
-    s = settings("--method clip")
-    state, network = train.prepare(fresh(s), s)
+    s = settings("--method clip --optimizer adamw")
+    state, _ = train.prepare(fresh(s), s)
     state.model.logit_scale.data.fill_(6.0)
-    train.backward(network, batch_of(s, 8), s)
     train.update(state, 1.0, s)
     assert state.model.logit_scale.exp().item() == pytest.approx(100)
 
@@ -397,22 +372,12 @@ def test_a_step_that_does_not_fit_goes_on_in_parts_or_names_the_remedy(tmp_path,
         fit(tmp_path / "odd", batch=9, images=18)
 
 
-def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():
-    for precision in ("bf16", "fp32"):
-        train.set_machine(settings("", precision=precision))
-        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "bf16")
-        assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
-
-
 def test_a_profile_says_where_the_time_of_a_step_goes_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.profile({**RUN, "images": 3200, "accumulate": 2}, steps=3, warm=1)
     printed = capsys.readouterr().out
-    rate = int(re.search(r"(\d+) images/s", printed)[1])
-    parts = dict(re.findall(r"^    (\D+?) +([\d.]+) ms$", printed, re.M))
-    assert set(parts) == {"waiting for data", "forward and backward", "optimizer"}
-    assert 16 / rate == pytest.approx(sum(map(float, parts.values())) / 1000, rel=0.05)
-    assert "(MFU)" in printed
+    parts = re.findall(r"^    (\D+?) +[\d.]+ ms$", printed, re.M)
+    assert parts == ["waiting for data", "forward and backward", "optimizer"]
     assert "the run's 3,200 images would take" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -427,18 +392,15 @@ def test_a_profile_says_where_the_time_of_a_step_goes_and_leaves_nothing(tmp_pat
 ])
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(words, tmp_path):
     # A large eps and no clipping: Adam would else hide a wrong factor, and blow rounding up where gradients vanish.
-    flags = {**RUN, "images": 48, "lr": 0.1, "eps": 0.1, "clip_grad": 0.0, "weight_decay": 0.0}
-    flags |= train.parse_flags(words.split())
-    one, lines = fit(tmp_path / "one", **flags)
+    flags = dict(images=48, lr=0.1, eps=0.1, clip_grad=0.0, weight_decay=0.0)
+    one, _ = fit(tmp_path / "one", **flags, **train.parse_flags(words.split()))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = command_line({**flags, "out": tmp_path / "two"})
+    arguments = command_line({**RUN, **flags, "out": tmp_path / "two"}) + words.split()
     subprocess.run([*launcher, ROOT / "train.py", *arguments], check=True, timeout=240)
     two = load(tmp_path / "two/checkpoint.pt")
-    losses = [line["loss"] for line in read_lines(tmp_path / "two/metrics.jsonl")]
-    assert losses == pytest.approx([line["loss"] for line in lines], abs=2e-5)
     torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-5)
-    start = fresh(train.resolve(flags))
-    assert (start.visual.proj - one["model"]["visual.proj"]).abs().max() > 1e-3  # they did move
+    start = fresh(settings(words)).visual.proj
+    assert not torch.allclose(one["model"]["visual.proj"], start, atol=1e-3)  # they did move
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -490,9 +452,8 @@ def test_flags_win_over_the_rows_of_methods_and_sizes():
 def test_runs_are_numbered_and_no_two_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = {**RUN, "method": "clip", "images": 16}
-    first = train.train(flags)
-    second = train.train(flags)
-    assert (first.name, second.name) == ("clip-nano", "clip-nano-2")
+    names = [train.train(flags).name for _ in range(2)]
+    assert names == ["clip-nano", "clip-nano-2"]
     with train.open_metrics(tmp_path / "mine", train.resolve(flags), 0):
         with pytest.raises(train.UserError, match="another process trains in"):
             fit(tmp_path / "mine", **flags)
@@ -500,19 +461,14 @@ def test_runs_are_numbered_and_no_two_share_a_folder(tmp_path, monkeypatch):
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
-def captions(path, *images):
-    lines = [json.dumps({"image": image, "caption": "red"}) for image in images]
-    path.write_text("\n".join(lines))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Data good and bad, a run, and things that look like one."""
     folder = tmp_path_factory.mktemp("files")
     Image.new("RGB", (32, 32), "red").save(folder / "red.png")
     (folder / "broken.png").write_bytes(b"\x89PNG broken")
-    captions(folder / "few.jsonl", "red.png")
-    captions(folder / "broken.jsonl", *["./" * i + "broken.png" for i in range(80)])
+    (folder / "few.jsonl").write_text('{"image": "red.png", "caption": "red"}')
+    (folder / "broken.jsonl").write_text('{"image": "broken.png", "caption": "red"}\n' * 80)
     fit(folder / "clip", method="clip", images=16)
     checkpoint = (folder / "clip/checkpoint.pt").read_bytes()
     for name in ("nothing", "damaged", "foreign"):
@@ -527,19 +483,13 @@ MISTAKES = [
     ("train.py --data {f}/gone.jsonl", "gone.jsonl"),
     ("train.py --data {f}/few.jsonl", "--batch"),
     ("train.py --data {f}/broken.jsonl", "will not decode"),
-    ("train.py --data {f}/broken.jsonl --workers 1", "will not decode"),
     ("train.py --tokenizer {f}/red.png", "red.png"),
     # flags
     ("train.py --unknown 3", "--unknown"),
-    ("train.py --vocab 9", "--vocab"),
     ("train.py --method best", "dreamlip"),
     ("train.py --size huge", "nano"),
     ("train.py --batch 0", "--batch"),
-    ("train.py --branches 0", "--branches"),
-    ("train.py --text-attention full", "bidirectional"),
-    ("train.py --beta2 2", "--beta2"),
     ("train.py --lr nan", "--lr"),
-    ("train.py --seed 99999999999999999999", "--seed"),
     ("train.py --kinds 5", "kinds"),
     ("train.py --device toaster", "toaster"),
     # settings that cannot go together
@@ -548,9 +498,6 @@ MISTAKES = [
     ("train.py --method clip --corner-tokens 2", "--long-texts"),
     ("train.py --method clip --grouping sub-caption --negatives image", "--sub-captions"),
     ("train.py --method clip --region-grouping", "--region-grouping"),
-    ("train.py --method holistic --pool average", "--branch-type mlp"),
-    ("train.py --image-size 30", "--image-size"),
-    ("train.py --vision-heads 5", "--vision-heads"),
     # folders
     ("train.py --out {f}/clip", "holds a run already"),
     ("train.py --resume {f}/nothing", "nothing"),
@@ -560,9 +507,6 @@ MISTAKES = [
     ("train.py --resume {f}/clip --method clip --lr 1", "lr (0.002 there, 1.0 here)"),
     ("evaluate.py {f}/gone", "gone"),
     ("evaluate.py {f}/nothing", "nothing"),
-    ("evaluate.py {f}/damaged", "damaged"),
-    ("evaluate.py {f}/foreign", "foreign"),
-    ("evaluate.py {f}/clip --branch 1", "--branch 1"),
 ]
 
 
@@ -577,11 +521,3 @@ def test_a_mistake_ends_in_one_line_that_names_it(line, named, files, tmp_path, 
     message = end.value.code
     assert message.startswith("error: ") and named in message and "\n" not in message
     assert "usage:" not in capsys.readouterr().err
-
-
-def test_a_command_line_with_a_mistake_prints_its_one_line_and_no_more(tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--data", "gone.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*gone\.jsonl.*\n", done.stderr)
-    assert not done.stdout

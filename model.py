@@ -129,13 +129,11 @@ class Attention(nn.Module):
         """x [B,N,W] -> the same. The mask is boolean, of floats (added to the logits) or a Packing."""
         if isinstance(mask, Packing):
             return self.packed(x[0], mask)[None]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
-        if q.is_cpu and q.dtype == torch.bfloat16:
-            # On the CPU, PyTorch's attention is several times slower in bfloat16 than in float32.
-            with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, N, W/heads]
+        if qkv.is_cpu and qkv.dtype == torch.bfloat16:
+            qkv = qkv.float()  # on the CPU, PyTorch's attention is several times slower in bfloat16
+        with torch.autocast("cpu", enabled=False):
+            x = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal)
         return self.out(x.transpose(1, 2).flatten(2))
 
     def packed(self, x, p):
@@ -144,12 +142,12 @@ class Attention(nn.Module):
         N = len(p.summary)
         T = len(x) - p.corners * N
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [T+C·N, 3, heads, W/heads]
-        parts = [varlen_attention(*qkv[:T].unbind(1), p.starts, p.starts, p.longest, p.longest, p.causal)]
+        texts, corners = qkv[:T], qkv[T:].unflatten(0, (p.corners, N))
+        parts = [varlen_attention(*texts.unbind(1), p.starts, p.starts, p.longest, p.longest, p.causal)]
         # Each corner is a sequence of one query. (A range to T would tie torch.compile's graph to this T.)
         one_each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
-        for c in range(p.corners):
-            own = qkv[T + c * N:T + (c + 1) * N]
-            keys, values = qkv[:T, 1:].index_copy(0, p.summary, own[:, 1:]).unbind(1)
+        for own in corners:
+            keys, values = texts[:, 1:].index_copy(0, p.summary, own[:, 1:]).unbind(1)
             parts.append(varlen_attention(own[:, 0], keys, values, one_each, p.starts, 1, p.longest))
         return self.out(torch.cat(parts).flatten(1))
 
@@ -189,21 +187,26 @@ class PostNormBlock(Block):
         return self.ln_2(x + self.proj[0](self.act(self.fc(x))))
 
 
-def blocks(width, depth, heads, activation, style, branches=1, branch_layers=0):
+class Blocks(nn.ModuleList):
     """A tower's blocks, the last `branch_layers` of them with parallel MLPs."""
-    kind = PostNormBlock if style == "bert" else Block
-    layers = nn.ModuleList()
-    for i in range(depth):
-        forks = branches if i >= depth - branch_layers else 1
-        layers.append(kind(width, heads, activation, forks, NORM_EPS[style]))
-    return layers
 
+    def __init__(self, width, depth, heads, activation, style, branches=1, branch_layers=0):
+        super().__init__()
+        kind = PostNormBlock if style == "bert" else Block
+        for i in range(depth):
+            forks = branches if i >= depth - branch_layers else 1
+            self.append(kind(width, heads, activation, forks, NORM_EPS[style]))
 
-def residual_stream(x):
-    """x in autocast's dtype, where autocast is on, as the stream of open_clip's image tower: sums and norms read and
-    write half as many bytes."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    def forward(self, x, mask=None, causal=False):
+        """x [B,N,W] -> [H,B,N,W]. Where autocast is on, x goes on in its dtype, as in open_clip's image tower: sums and
+        norms read and write half as many bytes."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        x = x[None]
+        for block in self:
+            x = block(x, mask, causal)
+        return x
 
 
 def normalized(x):
@@ -228,7 +231,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(tokens, W))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + P, W))  # row 0: all class tokens
         self.ln_pre = nn.LayerNorm(W, eps) if c.vision_style == "clip" else nn.Identity()
-        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks, c.branch_layers)
+        self.blocks = Blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks, c.branch_layers)
         self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
@@ -241,11 +244,9 @@ class VisionTransformer(nn.Module):
         x = x + self.positional_embedding[1:].to(x)
         classes = (self.class_embedding + self.positional_embedding[:1]).to(x)
         x = torch.cat([classes.expand(len(x), -1, -1), x], 1)  # [B, T+P, W]
-        x = residual_stream(self.ln_pre(x))[None]  # [1, B, T+P, W]
-        for block in self.blocks:
-            x = block(x, self.mask)  # [1 or H, B, T+P, W]
+        x = self.blocks(self.ln_pre(x), self.mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
-        summary, patches = x[:, :, :T], x[:, :, T:]
+        summary, patches = x.tensor_split([T], 2)
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         # Either H streams of one summary token or one stream of H; the patches are the streams' mean.
@@ -290,7 +291,7 @@ class TextTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, W))
         self.corner_embedding = nn.Parameter(0.02 * torch.randn(c.corner_tokens, W)) if c.corner_tokens else None
         self.ln_pre = nn.LayerNorm(W, eps) if bert else nn.Identity()
-        self.blocks = blocks(W, c.text_depth, c.text_heads, c.activation, c.text_style)
+        self.blocks = Blocks(W, c.text_depth, c.text_heads, c.activation, c.text_style)
         self.ln_final = nn.Identity() if bert else nn.LayerNorm(W, eps)
         self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
@@ -307,12 +308,10 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
         plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
         mask = None if plain_causal else text_mask(end, L, C, self.causal, self.corner_mask)[:, None]
-        x = residual_stream(self.ln_pre(x))[None]
-        for block in self.blocks:
-            x = block(x, mask, plain_causal)
-        x = self.project(x[0])  # [N, L+C, D]
-        summary = x[torch.arange(N, device=x.device), end] if self.causal else x[:, 0]
-        return normalized(torch.cat([summary[:, None], x[:, L:]], 1)), normalized(x[:, :L])
+        x = self.blocks(self.ln_pre(x), mask, plain_causal)[0]
+        words, corners = self.project(x).tensor_split([L], 1)  # [N, L, D], [N, C, D]
+        summary = words[torch.arange(N, device=x.device), end] if self.causal else words[:, 0]
+        return normalized(torch.cat([summary[:, None], corners], 1)), normalized(words)
 
     def project(self, x):
         return self.pooler(self.ln_final(x)) @ self.proj
@@ -332,10 +331,7 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.repeat_interleave(N, 0)])  # [T+C·N, W]
         summary = starts[1:] - 1 if self.causal else starts[:-1]
         packing = Packing(starts.int(), summary, len(self.positional_embedding), C, self.causal)
-        x = residual_stream(self.ln_pre(x))[None, None]
-        for block in self.blocks:
-            x = block(x, packing)
-        x, corners = x[0, 0].split([total, C * N])
+        x, corners = self.blocks(self.ln_pre(x)[None], packing)[0, 0].tensor_split([total])
         summaries = torch.cat([x.index_select(0, summary), corners]).unflatten(0, (1 + C, N))
         summaries = normalized(self.project(summaries.transpose(0, 1)))  # [N, 1+C, D]
         if not with_tokens:
@@ -437,15 +433,14 @@ class CLIP(nn.Module):
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")
-        bounds = np.searchsorted(lengths[order], 2 ** np.arange(4, 32), side="right")
+        bucket = np.ceil(np.log2(lengths[order])).clip(4)
         summaries, embeddings = [], []
-        for rows in np.split(order, np.unique(bounds)):
-            if len(rows):
-                longest = lengths[rows[-1]]
-                summary, words = self.encode_text(tokens[torch.from_numpy(rows).to(tokens.device), :longest])
-                summaries.append(summary)
-                if with_tokens:
-                    embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
+        for rows in np.split(order, np.flatnonzero(np.diff(bucket)) + 1):
+            longest = lengths[rows[-1]]
+            summary, words = self.encode_text(tokens[torch.from_numpy(rows).to(tokens.device), :longest])
+            summaries.append(summary)
+            if with_tokens:
+                embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
         back = torch.from_numpy(order.argsort()).to(tokens.device)
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
@@ -545,21 +540,14 @@ def reading_trouble(error: Exception) -> str:
     return f"is not a whole checkpoint ({type(error).__name__}): take another one"
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint written by train.py. Raises UserError if it is missing, cut off or something else."""
-    content = read_checkpoint(path)
-    if "settings" not in content:
-        raise UserError(f"{path} is not a checkpoint of train.py: name a run's folder")
-    return content
-
-
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint in the folder that is whole; None if there is none. Raises UserError if all are damaged."""
     paths = checkpoints(folder)
     for path in paths:
         try:
-            load_checkpoint(path)
-            return path
+            if "settings" in read_checkpoint(path):
+                return path
+            raise UserError(f"{path} is not a checkpoint of train.py: name a run's folder")
         except UserError as error:
             if path == paths[-1]:
                 raise
@@ -575,13 +563,20 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
         path = next(iter(checkpoints(path)), path / "checkpoint.pt")
     content = read_checkpoint(path)
     try:
-        if "settings" not in content:
-            return load_released(path, content, activation)
-        model = CLIP(config_from(SimpleNamespace(**content["settings"])))
-        load_weights(model, content["model"])
-        return model, content["settings"]
+        if "settings" in content:
+            model = CLIP(config_from(SimpleNamespace(**content["settings"])))
+            load_weights(model, content["model"])
+            return model, content["settings"]
+        told = config_beside(path)
+        if activation:
+            told["activation"] = activation
+        model = from_state_dict(content, **told)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
+          "--activation quickgelu)")
+    tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
 
 def load_weights(model: CLIP, state: dict[str, Tensor]):
@@ -633,12 +628,13 @@ HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 
 
 def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    ours = {}
+    """The state dict with the parts of its names replaced, in float32."""
+    result = {}
     for name, value in state.items():
         for old, new in table.items():
             name = name.replace(old, new)
-        ours[name] = value
-    return ours
+        result[name] = value.float()
+    return result
 
 
 def count(state, pattern):
@@ -646,10 +642,10 @@ def count(state, pattern):
     return len(set(re.findall(pattern, " ".join(state))))
 
 
-def load_released(path: Path, state: dict, activation: str | None = None) -> tuple[CLIP, dict]:
-    """`load_model` for somebody else's file. What its shapes do not tell stands in open_clip's JSON beside it, if at
-    all: the file's own name with .json, or open_clip_config.json."""
-    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
+def config_beside(path: Path) -> dict:
+    """What open_clip's JSON beside somebody else's file tells that shapes do not: the file's own name with .json, or
+    open_clip_config.json. Nothing where there is none."""
+    told = {}
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():
             config = read_json(beside)
@@ -659,13 +655,7 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                         pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    if activation:
-        told["activation"] = activation
-    model = from_state_dict(state, **told)
-    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
-          "--activation quickgelu)")
-    tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+    return told
 
 
 def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
@@ -673,10 +663,11 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
     Holistic CLIP's (several class tokens, or parallel MLPs) or LoTLIP's (timm ViT and BERT).
 
     Sizes are read off the shapes; `overrides` are CLIPConfig's fields that shapes do not tell, above all
-    activation="quickgelu" (OpenAI's weights and those trained on from them) and the numbers of heads. Raises UserError
-    if it is none of these layouts.
+    activation="quickgelu" (weights trained on from OpenAI's) and the numbers of heads. Raises UserError if it is none
+    of these layouts.
     """
-    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
     for name in NOT_WEIGHTS:
         state.pop(name, None)
     try:
@@ -684,50 +675,44 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
             settings, state = read_open_clip(state)
         elif "visual.trunk.cls_token" in state:
             settings, state = read_timm(state)
-            text_settings, state = read_bert(state, corners=2, places=128)
+            told_of_text, state = read_bert(state, corners=2, places=128)
+            settings |= told_of_text
             state["text.proj"] = state.pop("text.proj.weight").mT
-            settings |= text_settings
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
-        settings |= image_sizes(state) | text_sizes(state)
     except KeyError as error:
         raise UserError(f"half a checkpoint, or another architecture: there is no {error}") from None
-    model = CLIP(CLIPConfig(**(settings | overrides)))
+    model = CLIP(CLIPConfig(**{**settings, **told, **overrides}))
     load_weights(model, state)
     return model
 
 
-def image_sizes(state) -> dict:
+def image_settings(state, **more) -> dict:
     """The settings of the image tower that the shapes of its tensors tell, and what is usual beside them."""
     patch = state["visual.patch_embedding.weight"].shape[-1]
     places, width = state["visual.positional_embedding"].shape
+    side = round((places - 1) ** 0.5)  # one place is the class token's
     return dict(
-        image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
-        patch=patch,
-        vision_width=width,
-        vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-        vision_heads=width // HEAD_WIDTH.get(width, 64),
-        embed=state["visual.proj"].shape[1],
-        stem="patch",
-        pool="class")
+        image_size=patch * side, patch=patch, stem="patch", pool="class", embed=state["visual.proj"].shape[1],
+        vision_width=width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=width // HEAD_WIDTH.get(width, 64), **more)
 
 
-def text_sizes(state) -> dict:
+def text_settings(state, **more) -> dict:
     """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
     context, width = state["text.positional_embedding"].shape
     return dict(
         text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
-        context=context, vocab=len(state["text.token_embedding.weight"]))
+        context=context, vocab=len(state["text.token_embedding.weight"]), **more)
 
 
 def read_open_clip(state):
     """State dict in open_clip's names -> settings, state dict in ours."""
-    ours = {}
-    for name, value in state.items():
-        if not name.startswith(("visual.", "text.", "logit_scale")):
-            name = "text." + name  # the text tower's tensors stand at the top, or under "text."
-        ours[name] = value
-    ours = renamed(ours, {theirs: our for our, theirs in OPEN_CLIP.items()})
+    theirs = {}
+    for name, value in state.items():  # the text tower's tensors stand at the top, or under "text."
+        is_whole = name.startswith(("visual.", "text.", "logit_scale"))
+        theirs[name if is_whole else "text." + name] = value
+    ours = renamed(theirs, {their: our for our, their in OPEN_CLIP.items()})
     positions = ours["visual.positional_embedding"]
     tokens = ours["visual.class_embedding"].view(-1, positions.shape[1])
     H = len(tokens)
@@ -736,10 +721,11 @@ def read_open_clip(state):
         ours["visual.positional_embedding"] = torch.cat([0 * positions[:1], positions[H:]])
     ours["visual.class_embedding"] = tokens
     mlps = count(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\.")
+    branching = dict(branches=H, branch_mask=H == 1)
     if mlps > 1:
         layers = count(ours, r"visual\.blocks\.(\d+)\.proj\.1\.")
-        return dict(branches=mlps, branch_type="mlp", branch_layers=layers), ours
-    return dict(branches=H, branch_mask=H == 1), ours
+        branching = dict(branches=mlps, branch_type="mlp", branch_layers=layers)
+    return {**image_settings(ours), **text_settings(ours), **branching}, ours
 
 
 def read_timm(state):
@@ -751,7 +737,7 @@ def read_timm(state):
     ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
     ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
     ours["visual.proj"] = torch.eye(positions.shape[1])
-    return dict(vision_style="timm"), ours
+    return image_settings(ours, vision_style="timm"), ours
 
 
 def read_bert(state, corners=0, places=None):
@@ -773,7 +759,7 @@ def read_bert(state, corners=0, places=None):
     for query in [name for name in ours if ".attn.query." in name]:
         parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         ours[query.replace("query", "qkv")] = torch.cat(parts)
-    return dict(text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
+    return text_settings(ours, text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
 def check_plain(c: CLIPConfig, library: str):
@@ -795,8 +781,7 @@ def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
     text = dict(context_length=c.context, vocab_size=c.vocab, width=c.text_width, heads=c.text_heads,
                 layers=c.text_depth)
-    quick = c.activation == "quickgelu"
-    return state, dict(embed_dim=c.embed, quick_gelu=quick, vision_cfg=vision, text_cfg=text)
+    return state, dict(embed_dim=c.embed, quick_gelu=c.activation == "quickgelu", vision_cfg=vision, text_cfg=text)
 
 
 def export_open_clip(model: CLIP, file: Path):
@@ -828,12 +813,15 @@ def export_transformers(model: CLIP, folder: Path):
         else:
             state[name] = value[0] if name.endswith("class_embedding") else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
-    vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
-                  num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
+
+    def tower(width, depth, heads, **more):
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=heads,
+                    hidden_act=act, **more)
+
+    vision = tower(c.vision_width, c.vision_depth, c.vision_heads, image_size=c.image_size, patch_size=c.patch)
     # A text is read at its first eos_token_id. (2, which old configs have, would mean the greatest id.)
-    text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
-                num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
-                max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
+    text = tower(c.text_width, c.text_depth, c.text_heads, vocab_size=c.vocab, max_position_embeddings=c.context,
+                 bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
     config = dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
     # Bicubic resizing, CLIP's mean and deviation are what the processor does unless told otherwise.
     pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=c.image_size),
@@ -850,7 +838,6 @@ def export_transformers(model: CLIP, folder: Path):
 # tokenizer's words is compared later, and no shape tells the last four, so the user's word counts.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
-NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
 
 
 def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -873,17 +860,16 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
 
 
 def load_tower(path: Path, part: str):
-    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
+    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later, and what else it
+    holds, as heads, is left aside."""
     state = read_checkpoint(path)
     state = state.get("model", state)
-    names = [name for name in state if not name.startswith(NOT_TOWERS)]
     try:
         if part == "init_image":
-            settings, weights = read_timm({"visual.trunk." + name: state[name].float() for name in names})
-            return settings | image_sizes(weights), weights
-        theirs = {"text.transformer." + name.removeprefix("bert."): state[name].float() for name in names}
+            return read_timm({"visual.trunk." + name: value for name, value in state.items()})
+        theirs = {"text.transformer." + name.removeprefix("bert."): value for name, value in state.items()}
         settings, weights = read_bert(theirs)
-        return settings | text_sizes(weights) | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
+        return settings | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
     except KeyError as error:
         raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
 

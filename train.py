@@ -40,7 +40,7 @@ from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
 from losses import distributed, method_loss
-from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, load_checkpoint,
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
                    newest_whole, packing_trouble, start_from, write_whole)
 
 MOMENTUM = 0.9  # Muon's
@@ -789,7 +789,7 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     with together():
         before, started, weights = {}, {}, {}
         if newest:
-            content = load_checkpoint(newest)
+            content = read_checkpoint(newest)
             before = settings_of(folder, content["settings"], s, flags)
         else:
             started, weights = start_of(s, flags)

@@ -172,11 +172,9 @@ class Block(nn.Module):
         hidden = self.act(self.fc(self.ln_2(x)))
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
-        streams = []
-        for h, proj in enumerate(self.proj):
-            s = h if len(x) > 1 else 0  # the first branching block splits the one stream there is
-            streams.append(x[s] + proj(hidden[s]))
-        return torch.stack(streams)
+        split = len(self.proj) // len(x)  # the first branching block splits the one stream there is
+        streams = zip(self.proj, [*x] * split, [*hidden] * split)
+        return torch.stack([stream + proj(inner) for proj, stream, inner in streams])
 
 
 class PostNormBlock(Block):
@@ -355,11 +353,10 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
         # Each place's turn, [N, L+C]: the text, the corners, its end, the padding. Everyone sees whose turn was before.
         turn = torch.where(corner, end + place - L, torch.where(place < end, place, place + C))
         mask = turn[:, None, :] <= turn[:, :, None]
-        summary = corner | (place == end)
     else:
         mask = (corner | (place <= end))[:, None, :]  # everyone sees everything but padding
-        summary = corner | (place == 0)
     if blind:
+        summary = corner | (place == (end if causal else 0))
         row, column = summary[..., :, None], summary[..., None, :]
         mask = mask & ~(row & column) & (row | ~corner)
     return mask | torch.eye(L + C, dtype=torch.bool, device=end.device)  # each sees itself, padding too: no empty row
@@ -392,7 +389,8 @@ class CLIP(nn.Module):
             nn.init.zeros_(layer.bias)
 
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
-        if self.config.stem == "conv":
+        conv = self.config.stem == "conv"
+        if conv:
             for layer in self.visual.patch_embedding[::2]:  # the convolutions; ReLUs stand between them
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -401,14 +399,13 @@ class CLIP(nn.Module):
             for block in tower.blocks:
                 draw(block.attn.qkv, width ** -0.5)
                 draw(block.fc, (2 * width) ** -0.5)
-                for layer in (block.attn.out, *block.proj):  # two layers of a block write into the residual stream
-                    draw(layer, width ** -0.5 * (2 * depth) ** -0.5)
-                # Behind a convolutional stem they begin with 0, so at first the loss sees what the stem sees. Parallel
-                # MLPs do not, for free matching would give all texts to the first of equal branches.
-                if self.config.stem == "conv":
-                    nn.init.zeros_(block.attn.out.weight)
-                    if len(block.proj) == 1:
-                        nn.init.zeros_(block.proj[0].weight)
+                # Two layers of a block write into the residual stream. Behind a convolutional stem they begin with 0,
+                # so at first the loss sees what the stem sees. Parallel MLPs do not, for free matching would give all
+                # texts to the first of equal branches.
+                std = width ** -0.5 * (2 * depth) ** -0.5
+                draw(block.attn.out, 0 if conv else std)
+                for layer in block.proj:
+                    draw(layer, 0 if conv and len(block.proj) == 1 else std)
 
     def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
@@ -492,8 +489,8 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
             file.flush()
             os.fsync(file.fileno())
         if keep > 1 and path.exists():
-            os.replace(path, path.with_stem(path.stem + "-1"))
-        os.replace(temporary, path)
+            path.replace(path.with_stem(path.stem + "-1"))
+        temporary.replace(path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
         with suppress(OSError):
@@ -594,7 +591,7 @@ def resized(model: CLIP, image_size: int) -> CLIP:
         return model
     other = CLIP(replace(model.config, image_size=image_size))
     other.load_state_dict(grown(model.state_dict(), other))
-    return other.train(model.training)
+    return other
 
 
 # ---- checkpoints: released ones --------------------------------------------------------------------------------------
@@ -747,10 +744,9 @@ def read_bert(state, corners=0, places=None):
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
-    embeddings = "text.transformer.embeddings."
-    words = ours.pop(embeddings + "word_embeddings.weight")
-    positions = ours.pop(embeddings + "position_embeddings.weight")
-    positions = positions + ours.pop(embeddings + "token_type_embeddings.weight")[:1]
+    words, positions, types = [ours.pop(f"text.transformer.embeddings.{kind}_embeddings.weight")
+                               for kind in ("word", "position", "token_type")]
+    positions = positions + types[:1]
     V = len(words) - corners
     ours["text.token_embedding.weight"] = torch.cat([words[:V], words[102:103]])
     if corners:
@@ -813,15 +809,12 @@ def export_transformers(model: CLIP, folder: Path):
         else:
             state[name] = value[0] if name.endswith("class_embedding") else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
-
-    def tower(width, depth, heads, **more):
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=heads,
-                    hidden_act=act, **more)
-
-    vision = tower(c.vision_width, c.vision_depth, c.vision_heads, image_size=c.image_size, patch_size=c.patch)
+    vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
+                  num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
     # A text is read at its first eos_token_id. (2, which old configs have, would mean the greatest id.)
-    text = tower(c.text_width, c.text_depth, c.text_heads, vocab_size=c.vocab, max_position_embeddings=c.context,
-                 bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
+    text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
+                num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
+                max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
     config = dict(model_type="clip", projection_dim=c.embed, text_config=text, vision_config=vision)
     # Bicubic resizing, CLIP's mean and deviation are what the processor does unless told otherwise.
     pictures = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=c.image_size),
@@ -846,12 +839,17 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
     """
-    if part == "init":
-        model, known = load_model(path, flags.get("activation"))
-        weights = model.state_dict()
-        settings = asdict(model.config) | dict(tokenizer=known["tokenizer"])
-    else:
-        settings, weights = load_tower(path, part)
+    try:
+        if part == "init":
+            model, known = load_model(path, flags.get("activation"))
+            settings, weights = asdict(model.config) | dict(tokenizer=known["tokenizer"]), model.state_dict()
+        elif part == "init_image":
+            settings, weights = read_timm(read_tower(path, "visual.trunk."))
+        else:
+            settings, weights = read_bert(read_tower(path, "text.transformer."))
+            settings["tokenizer"] = str(path.with_name("vocab.txt"))
+    except KeyError as error:
+        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
     for name, value in settings.items():
         if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
@@ -859,19 +857,12 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     return settings, weights
 
 
-def load_tower(path: Path, part: str):
-    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later, and what else it
-    holds, as heads, is left aside."""
+def read_tower(path: Path, prefix: str):
+    """The state dict of a file of one tower, with the names that the tower has in LoTLIP's. It may lack a projection,
+    which is drawn with the model, later, and hold more, as a head, which no model takes."""
     state = read_checkpoint(path)
     state = state.get("model", state)
-    try:
-        if part == "init_image":
-            return read_timm({"visual.trunk." + name: value for name, value in state.items()})
-        theirs = {"text.transformer." + name.removeprefix("bert."): value for name, value in state.items()}
-        settings, weights = read_bert(theirs)
-        return settings | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
-    except KeyError as error:
-        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
+    return {prefix + name.removeprefix("bert."): value for name, value in state.items()}
 
 
 def grown(state, model: CLIP) -> dict[str, Tensor]:

@@ -199,18 +199,15 @@ def add_flag(group, field, text: str):
 def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
     is chosen from the machine. Raises UserError."""
-    device = flags.get("device", "auto")
-    if device == "auto":
-        device = best_device()
-    size = flags.get("size", "auto")
-    if size == "auto":
-        size = "tiny" if device == "cpu" else "small"
-    small = size in ("nano", "tiny", "small")
-    method = flags.get("method", Settings.method)
-    row = {"pool": "auto", **SIZES[size], **dict(started), **METHODS[method]}
-    if not small:
-        row |= RECIPES.get(method, {})
-    s = Settings(**{**row, **flags, "device": device, "size": size})
+    s = Settings(**flags)
+    if s.device == "auto":
+        s.device = best_device()
+    if s.size == "auto":
+        s.size = "tiny" if s.device == "cpu" else "small"
+    small = s.size in ("nano", "tiny", "small")
+    recipe = {} if small else RECIPES.get(s.method, {})
+    rows = {"pool": "auto", **SIZES[s.size], **dict(started), **METHODS[s.method], **recipe}
+    s = Settings(**{**rows, **flags, "device": s.device, "size": s.size})
     s.data = (s.data,) if isinstance(s.data, str) else tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         s.pool = "average" if small and (s.branches == 1 or s.branch_type == "mlp") else "class"
@@ -424,16 +421,16 @@ def backward_in_parts(network, batch: Batch, s: Settings):
             whole[name] = x.requires_grad_(x.is_floating_point())
     loss, parts = method_loss(whole, s, batch.allowed)
     loss.backward()
+    gradients = {}  # for each name those of the parts
+    for name, x in whole.items():
+        if x.grad is not None:
+            gradients[name] = x.grad.chunk(n) if x.dim() else [x.grad / n] * n
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed(network, chunk, s)
-            surrogate = 0  # its gradient by an embedding is the loss's
-            for name, x in whole.items():
-                if x.grad is not None:
-                    grad = x.grad.chunk(n)[i] if x.dim() else x.grad / n
-                    surrogate = surrogate + (out[name] * grad).sum()
-            surrogate.backward()
+            # a number whose gradient by an embedding is the loss's
+            sum((out[name] * parts_of[i]).sum() for name, parts_of in gradients.items()).backward()
     return loss.detach(), parts
 
 
@@ -635,14 +632,14 @@ def run_folder(s: Settings) -> Path:
             raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
         return Path(s.out)
     base = folder = Path("runs") / f"{s.method}-{s.size}"
-    number = 1
     begun = None  # the newest run of this name that is not finished
+    number = 1
     while (folder / "settings.json").exists():
-        if not (folder / "finished").exists():
+        if goes_on and not (folder / "finished").exists():
             begun = folder
         number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return begun if begun and goes_on else folder
+        folder = Path(f"{base}-{number}")
+    return begun or folder
 
 
 MAY_CHANGE = (  # when a run goes on
@@ -677,12 +674,8 @@ def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
     metrics.seek(0)
-    end = 0
-    for line in metrics:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        end += len(line)
-    metrics.truncate(end)
+    done = [line for line in metrics if line.endswith("\n") and json.loads(line)["step"] <= step]
+    metrics.truncate(sum(map(len, done)))
     return metrics
 
 
@@ -779,15 +772,14 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     s = resolve(flags, world)
     if world > 1:
         join_group(s)
-    folder, newest = None, None
-    if writes:
-        with together():
-            if is_chief():
-                folder = run_folder(s)
-                newest = newest_whole(folder)
-        folder, newest = of_each_process((folder, newest))[0]
+    folder = newest = None
     with together():
-        before, started, weights = {}, {}, {}
+        if writes and is_chief():
+            folder = run_folder(s)
+            newest = newest_whole(folder)
+    folder, newest = of_each_process((folder, newest))[0]
+    with together():
+        before = started = weights = {}
         if newest:
             content = read_checkpoint(newest)
             before = settings_of(folder, content["settings"], s, flags)
@@ -852,7 +844,7 @@ def train_steps(run: Run, caught: list):
             if evaluates:
                 row["held_out_loss"] = evaluate_held_out(run)
             marked = (state.step, time.monotonic())
-            report(run, row, parts, bar)
+            report(run, row, bar)
         if not last and saves_or_stops(run, caught):
             break
     if not save(run.folder, state, s):
@@ -883,12 +875,11 @@ def count_samples(state: State, batch: Batch, s: Settings):
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
     """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
     world = rank_and_world()[1]
-    losses = torch.stack([loss, *parts.values()]).tolist()
-    *losses, bad = sums(*losses, state.bad.total)
-    loss, *losses = [total / world for total in losses]
+    losses = torch.stack([loss, *parts.values()]) / world
+    *losses, bad = sums(*losses.tolist(), state.bad.total)
     skipped, in_a_row = state.skipped.int().tolist()
     return dict(
-        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, losses)), grad_norm=norm.item(),
+        step=state.step, images=state.step * s.batch, **dict(zip(("loss", *parts), losses)), grad_norm=norm.item(),
         skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(), bad=int(bad))
 
 
@@ -900,11 +891,11 @@ def evaluate_held_out(run: Run) -> float:
     return loss
 
 
-def report(run: Run, row: dict, parts: dict, bar):
+def report(run: Run, row: dict, bar):
     """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
     if is_chief():
         write_line(run.metrics, row)
-        bar.set_postfix({name: row[name] for name in (*parts, "skipped", "images_per_s")}, refresh=False)
+        bar.set_postfix({name: row[name] for name in ("loss", "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run.folder, run.state, run.s)
         with together():

@@ -235,7 +235,7 @@ class VisionTransformer(nn.Module):
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
@@ -248,7 +248,7 @@ class VisionTransformer(nn.Module):
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         # Either H streams of one summary token or one stream of H; the patches are the streams' mean.
-        return normalized(summary.permute(1, 0, 2, 3).flatten(1, 2)), normalized(patches.mean(0))
+        return normalized(summary.transpose(0, 1).flatten(1, 2)), normalized(patches.mean(0))
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -294,7 +294,7 @@ class TextTransformer(nn.Module):
         self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token
         embeddings [N,L,D], unit-norm float32. Corners stand in the last C places; the mask, not the order, says who
         sees whom."""
@@ -407,15 +407,15 @@ class CLIP(nn.Module):
                 for layer in block.proj:
                     draw(layer, 0 if conv and len(block.proj) == 1 else std)
 
-    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_image(self, images):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text(self, tokens):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
         return self.text(tokens)
 
-    def encode_texts(self, tokens: Tensor, with_tokens: bool = False, lengths=None) -> tuple[Tensor, Tensor | None]:
+    def encode_texts(self, tokens, with_tokens=False, lengths=None):
         """encode_text for texts of mixed length, computed without most of the padding (`layout`).
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
@@ -441,7 +441,7 @@ class CLIP(nn.Module):
         back = torch.from_numpy(order.argsort()).to(tokens.device)
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
+    def forward(self, images, tokens, with_tokens=False, lengths=None):
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
         for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
         branches, patches = self.encode_image(images)
@@ -500,6 +500,15 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         return False
 
 
+TROUBLES = {  # what an error says -> the end of a sentence that begins with the file's name
+    "No module named": "cannot be read yet: pip install safetensors",
+    "No such file": "does not exist: name a run's folder or a file of weights",
+    "TorchScript": "is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
+                   "torch.jit.load(FILE).state_dict() with torch.save and name that file",
+    "Unsupported global": "is refused: it is not only tensors, and reading such a pickle can run any code; take a file "
+                          "that torch.load(..., weights_only=True) reads"}
+
+
 def read_checkpoint(path: Path) -> dict:
     """What a file of weights holds: a state dict, or of our own runs "settings", "model" and more. Raises UserError,
     also for a pickle that could run code."""
@@ -513,28 +522,16 @@ def read_checkpoint(path: Path) -> dict:
                     raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        raise UserError(f"{path} {reading_trouble(error)}") from None
+        trouble = f"is not a whole checkpoint ({type(error).__name__}): take another one"
+        for sign, known in TROUBLES.items():
+            if sign in str(error):
+                trouble = known
+        raise UserError(f"{path} {trouble}") from None
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-        is_run = {"settings", "model"} <= content.keys()
-        if is_run or all(isinstance(value, Tensor) for value in content.values()):
+        if "model" in content or all(isinstance(value, Tensor) for value in content.values()):
             return content
     raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
-
-
-def reading_trouble(error: Exception) -> str:
-    """The end of a sentence that begins with the file's name."""
-    if isinstance(error, ImportError):
-        return "cannot be read yet: pip install safetensors"
-    if isinstance(error, FileNotFoundError):
-        return "does not exist: name a run's folder or a file of weights"
-    if "TorchScript" in str(error):
-        return ("is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
-                "torch.jit.load(FILE).state_dict() with torch.save and name that file")
-    if "Unsupported global" in str(error):
-        return ("is refused: it is not only tensors, and reading such a pickle can run any code; take a file that "
-                "torch.load(..., weights_only=True) reads")
-    return f"is not a whole checkpoint ({type(error).__name__}): take another one"
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -561,9 +558,8 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     content = read_checkpoint(path)
     try:
         if "settings" in content:
-            model = CLIP(config_from(SimpleNamespace(**content["settings"])))
-            load_weights(model, content["model"])
-            return model, content["settings"]
+            config = config_from(SimpleNamespace(**content["settings"]))
+            return with_weights(config, content["model"]), content["settings"]
         told = config_beside(path)
         if activation:
             told["activation"] = activation
@@ -576,12 +572,15 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
 
-def load_weights(model: CLIP, state: dict[str, Tensor]):
+def with_weights(config: CLIPConfig, state) -> CLIP:
+    """The model with the weights of a state dict in our names. Raises UserError where they are not its own."""
+    model = CLIP(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # it lists all tensors that are missing, unknown or of another shape
         first = str(error).splitlines()[1].strip()[:200]
         raise UserError(f"half a checkpoint, or another architecture: {first}") from None
+    return model
 
 
 def resized(model: CLIP, image_size: int) -> CLIP:
@@ -624,7 +623,7 @@ NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 
 
-def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+def renamed(state, table: dict[str, str]):
     """The state dict with the parts of its names replaced, in float32."""
     result = {}
     for name, value in state.items():
@@ -655,7 +654,7 @@ def config_beside(path: Path) -> dict:
     return told
 
 
-def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
+def from_state_dict(state, **overrides) -> CLIP:
     """A CLIP with the weights of a released state dict: open_clip's or OpenAI's ViTs, DreamLIP's (open_clip's layout),
     Holistic CLIP's (several class tokens, or parallel MLPs) or LoTLIP's (timm ViT and BERT).
 
@@ -679,9 +678,7 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
     except KeyError as error:
         raise UserError(f"half a checkpoint, or another architecture: there is no {error}") from None
-    model = CLIP(CLIPConfig(**{**settings, **told, **overrides}))
-    load_weights(model, state)
-    return model
+    return with_weights(CLIPConfig(**{**settings, **told, **overrides}), state)
 
 
 def image_settings(state, **more) -> dict:
@@ -705,10 +702,8 @@ def text_settings(state, **more) -> dict:
 
 def read_open_clip(state):
     """State dict in open_clip's names -> settings, state dict in ours."""
-    theirs = {}
-    for name, value in state.items():  # the text tower's tensors stand at the top, or under "text."
-        is_whole = name.startswith(("visual.", "text.", "logit_scale"))
-        theirs[name if is_whole else "text." + name] = value
+    # the text tower's tensors stand at the top, or under "text."
+    theirs = {re.sub(r"^(?!visual\.|text\.|logit_scale)", "text.", name): value for name, value in state.items()}
     ours = renamed(theirs, {their: our for our, their in OPEN_CLIP.items()})
     positions = ours["visual.positional_embedding"]
     tokens = ours["visual.class_embedding"].view(-1, positions.shape[1])
@@ -758,21 +753,23 @@ def read_bert(state, corners=0, places=None):
     return text_settings(ours, text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
-def check_plain(c: CLIPConfig, library: str):
-    """Raises UserError where a model has parts that the library's CLIP lacks."""
+def translated(model: CLIP, library: str, table: dict[str, str]):
+    """The state dict in a library's names. Raises UserError where the model has parts that the library's CLIP lacks."""
+    c = model.config
     if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
         raise UserError(f"{library}'s CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
                         "text: this model has no place there")
+    state = model.state_dict()
+    state["visual.class_embedding"] = state["visual.class_embedding"][0]
+    return renamed(state, table)
 
 
-def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
+def to_open_clip(model: CLIP):
     """State dict in open_clip's names and open_clip's config of the model, which has one branch and no corner tokens
     (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
-    check_plain(c, "open_clip")
-    state = renamed(model.state_dict(), OPEN_CLIP)
+    state = translated(model, "open_clip", OPEN_CLIP)
     state = {name.removeprefix("text."): value for name, value in state.items()}
-    state["visual.class_embedding"] = state["visual.class_embedding"][0]
     vision = dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
     text = dict(context_length=c.context, vocab_size=c.vocab, width=c.text_width, heads=c.text_heads,
@@ -795,19 +792,17 @@ def export_transformers(model: CLIP, folder: Path):
     except ImportError:
         raise UserError("--export transformers writes safetensors: pip install safetensors") from None
     c = model.config
-    check_plain(c, "transformers")
+    weights = translated(model, "transformers", TRANSFORMERS)
     if c.pool == "average":
         raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place "
                         "there")
     state = {}
-    for name, value in renamed(model.state_dict(), TRANSFORMERS).items():
+    for name, value in weights.items():
         if ".qkv." in name:
             for part, rows in zip("qkv", value.chunk(3)):
                 state[name.replace("qkv", part + "_proj")] = rows.contiguous()
-        elif "_projection." in name:
-            state[name] = value.mT.contiguous()
         else:
-            state[name] = value[0] if name.endswith("class_embedding") else value
+            state[name] = value.mT.contiguous() if "_projection." in name else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
@@ -833,8 +828,8 @@ FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "br
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 
 
-def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
-    """A file -> the settings that a run takes from it, and its weights in our names.
+def start_from(path: Path, part: str, flags: dict):
+    """A file -> the settings that a run takes from it, and its state dict in our names.
 
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
@@ -865,7 +860,7 @@ def read_tower(path: Path, prefix: str):
     return {prefix + name.removeprefix("bert."): value for name, value in state.items()}
 
 
-def grown(state, model: CLIP) -> dict[str, Tensor]:
+def grown(state, model: CLIP):
     """The state dict of a like model, or of one tower, made to fit the model.
 
     Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what

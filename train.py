@@ -180,20 +180,17 @@ def parse_flags(argv=None) -> dict:
         if title:
             group = parser.add_argument_group(title)
         elif name != "vocab":  # the tokenizer has it
-            add_flag(group, Settings.__dataclass_fields__[name], text)
+            field = Settings.__dataclass_fields__[name]
+            options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
+            if field.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif name == "data":
+                options["nargs"] = "+"
+            else:
+                options["type"] = float if field.default is None else field.type
+                options["choices"] = CHOICES.get(name)
+            group.add_argument("--" + name.replace("_", "-"), **options)
     return vars(parser.parse_args(argv))
-
-
-def add_flag(group, field, text: str):
-    options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
-    if field.type is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif field.name == "data":
-        options["nargs"] = "+"
-    else:
-        options["type"] = float if field.default is None else field.type
-        options["choices"] = CHOICES.get(field.name)
-    group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def resolve(flags: dict, world: int = 1, started=()) -> Settings:
@@ -214,9 +211,9 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     if s.augment == "strong" and "crop" not in flags:
         s.crop = 0.2
     if s.precision == "auto":
-        s.precision = "bf16" if multiplies_bfloat16(device) else "fp32"
+        s.precision = "bf16" if multiplies_bfloat16(s.device) else "fp32"
     if s.workers < 0:
-        s.workers = 1 if device == "cpu" else min(16, os.cpu_count() // world)
+        s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // world)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
@@ -336,21 +333,6 @@ def of_each_process(x) -> list:
 
 
 @contextmanager
-def together():
-    """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
-    caught = None
-    try:
-        yield
-    except UserError as error:
-        caught = error
-    errors = of_each_process(caught)
-    if caught and not any(errors[:rank_and_world()[0]]):
-        raise caught
-    if any(errors):
-        raise SystemExit(1)
-
-
-@contextmanager
 def signals_caught():
     """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
     caught = []
@@ -367,10 +349,7 @@ def signals_caught():
 
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
-    moved = {}
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            moved[name] = value.to(s.device, non_blocking=True)
+    moved = {name: x.to(s.device, non_blocking=True) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
     return replace(batch, **moved)
 
 
@@ -378,22 +357,6 @@ def embed(network, batch: Batch, s: Settings) -> dict:
     """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
         return network(normalize(batch.images), batch.tokens, s.grouping == "token", batch.lengths)
-
-
-def backward_in_memory(network, batch: Batch, s: Settings):
-    """`backward`; where the memory of a single GPU does not do, in twice as many parts from then on."""
-    while True:
-        try:
-            return backward(network, batch, s)
-        except torch.OutOfMemoryError:
-            parts = 2 * s.accumulate
-            if distributed() or s.batch % parts:
-                raise UserError(f"a step of {s.batch} images does not fit the memory of {s.device}: add --accumulate "
-                                f"{parts}, which keeps the batch, or --grad-checkpointing") from None
-        network.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        s.accumulate = parts
-        say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
 
 
 def backward(network, batch: Batch, s: Settings):
@@ -421,16 +384,16 @@ def backward_in_parts(network, batch: Batch, s: Settings):
             whole[name] = x.requires_grad_(x.is_floating_point())
     loss, parts = method_loss(whole, s, batch.allowed)
     loss.backward()
-    gradients = {}  # for each name those of the parts
-    for name, x in whole.items():
-        if x.grad is not None:
-            gradients[name] = x.grad.chunk(n) if x.dim() else [x.grad / n] * n
     for i, chunk in enumerate(chunks):
         last = i == n - 1  # DDP sums over the processes once, with the last part
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed(network, chunk, s)
-            # a number whose gradient by an embedding is the loss's
-            sum((out[name] * parts_of[i]).sum() for name, parts_of in gradients.items()).backward()
+            surrogate = 0  # its gradient by an embedding is the loss's
+            for name, x in whole.items():
+                if x.grad is not None:
+                    grad = x.grad.chunk(n)[i] if x.dim() else x.grad / n
+                    surrogate = surrogate + (out[name] * grad).sum()
+            surrogate.backward()
     return loss.detach(), parts
 
 
@@ -649,7 +612,7 @@ MAY_CHANGE = (  # when a run goes on
 
 def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
     """The settings `before`, of the folder's checkpoint. Raises UserError where the flags differ and may not."""
-    now = asdict(s)
+    now = vars(s)
     before = {name: before[name] for name in now if name in before}
     different = []
     for name in flags:
@@ -693,15 +656,16 @@ def write_line(metrics: TextIO, row: dict):
         say(f"{metrics.name} could not be written ({error}); it is tried again with the next line")
 
 
-def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
-    """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(s))
+def save(run: "Run", best: bool = False) -> bool:
+    """The chief writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk
+    failed."""
+    state = run.state
+    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(run.s))
     if not best:
-        bad = bad_of_all(state)
-        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad.plain())
-    path = folder / ("best.pt" if best else "checkpoint.pt")
-    written = is_chief() and write_whole(path, content, keep=1 if best else 2)
-    return sums(written)[0] > 0
+        bad = bad_of_all(state).plain()
+        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad)
+    path = run.folder / ("best.pt" if best else "checkpoint.pt")
+    return not is_chief() or write_whole(path, content, keep=1 if best else 2)
 
 
 def restore(state: State, content: dict):
@@ -773,31 +737,27 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     if world > 1:
         join_group(s)
     folder = newest = None
-    with together():
-        if writes and is_chief():
-            folder = run_folder(s)
-            newest = newest_whole(folder)
+    if writes and is_chief():
+        folder = run_folder(s)
+        newest = newest_whole(folder)
     folder, newest = of_each_process((folder, newest))[0]
-    with together():
-        before = started = weights = {}
-        if newest:
-            content = read_checkpoint(newest)
-            before = settings_of(folder, content["settings"], s, flags)
-        else:
-            started, weights = start_of(s, flags)
-        s = resolve({**before, **flags, "device": s.device}, world, started)
-        set_machine(s)
-        tokenizer, dataset, held_out = open_data(s, flags)
-        model = build(s, weights)
-    state, network = prepare(model, s)
+    before = started = weights = {}
+    if newest:
+        content = read_checkpoint(newest)
+        before = settings_of(folder, content["settings"], s, flags)
+    else:
+        started, weights = start_of(s, flags)
+    s = resolve({**before, **flags, "device": s.device}, world, started)
+    set_machine(s)
+    tokenizer, dataset, held_out = open_data(s, flags)
+    state, network = prepare(build(s, weights), s)
     steps = max(1, s.images // s.batch)
     if newest:
         restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
     run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, time.monotonic())
-    with together():
-        if writes and is_chief():
-            run.metrics = open_metrics(folder, s, state.step)
+    if writes and is_chief():
+        run.metrics = open_metrics(folder, s, state.step)
     return run
 
 
@@ -832,7 +792,7 @@ def train_steps(run: Run, caught: list):
     for batch in bar:
         count_samples(state, batch, s)
         batch = to_device(batch, s)
-        loss, parts = backward_in_memory(run.network, batch, s)
+        loss, parts = backward(run.network, batch, s)
         rate = learning_rate(state.step, run.steps, s)
         norm = update(state, rate, s)
 
@@ -847,10 +807,8 @@ def train_steps(run: Run, caught: list):
             report(run, row, bar)
         if not last and saves_or_stops(run, caught):
             break
-    if not save(run.folder, state, s):
-        with together():
-            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
-                            f"{run.folder}")
+    if not save(run):
+        raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume {run.folder}")
 
 
 def saves_or_stops(run: Run, caught: list) -> bool:
@@ -859,7 +817,7 @@ def saves_or_stops(run: Run, caught: list) -> bool:
     late = time.monotonic() - run.saved > 60 * s.save_minutes
     stop, late = sums(bool(caught), late)
     if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
-        save(run.folder, state, s)
+        save(run)
         run.saved = time.monotonic()
     return stop > 0
 
@@ -886,7 +844,7 @@ def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
 def evaluate_held_out(run: Run) -> float:
     """The held-out loss; the weights of the least are kept as best.pt."""
     loss = held_out_loss(run)
-    if loss < run.state.best and save(run.folder, run.state, run.s, best=True):
+    if loss < run.state.best and save(run, best=True):
         run.state.best = loss
     return loss
 
@@ -897,11 +855,10 @@ def report(run: Run, row: dict, bar):
         write_line(run.metrics, row)
         bar.set_postfix({name: row[name] for name in ("loss", "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
-        save(run.folder, run.state, run.s)
-        with together():
-            raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their "
-                            "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last "
-                            f"good weights are in {run.folder}")
+        save(run)
+        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their gradient "
+                        "was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last good weights "
+                        f"are in {run.folder}")
 
 
 def finish(run: Run):
@@ -909,12 +866,11 @@ def finish(run: Run):
     bad = bad_of_all(run.state)
     if bad:
         say(f"replaced by other samples: {bad.report()}")
-    chief = is_chief()
     leave_group(run)
-    if chief and run.s.eval_images:
-        from evaluate import evaluate_run  # here, because matplotlib takes a second to import
-        evaluate_run(run.folder)
-    if chief:
+    if run.metrics:  # the chief's
+        if run.s.eval_images:
+            from evaluate import evaluate_run  # here, because matplotlib takes a second to import
+            evaluate_run(run.folder)
         (run.folder / "finished").touch()
 
 
@@ -940,22 +896,24 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
         marks.append(timer())
         update(state, 0.0, s)
         marks.append(timer())
-    seconds = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
-    rate = s.batch / seconds.sum()
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: "
-        f"{rate:.0f} images/s")
-    for part, spent in zip(("waiting for data", "forward and backward", "optimizer"), seconds):
-        say(f"    {part:22}{1000 * spent:10.2f} ms")
+    parts = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    seconds = parts.sum()
+    data, gradients, optimizer = 1000 * parts
 
     with FlopCounterMode(display=False) as counter:
         backward(run.network, batch, s)
     n = 8192 if s.device.startswith("cuda") else 1024
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
-    usage = counter.get_total_flops() / seconds.sum() / (2 * n ** 3 / product.mean)
-    say(f"{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted")
-    say(f"GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
-    say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
+    usage = counter.get_total_flops() / seconds / (2 * n ** 3 / product.mean)
+    say(f"""{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: \
+{s.batch / seconds:.0f} images/s
+    waiting for data      {data:10.2f} ms
+    forward and backward  {gradients:10.2f} ms
+    optimizer             {optimizer:10.2f} ms
+{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted
+GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most
+the run's {s.images:,} images would take {s.images / s.batch * seconds / 3600:.2f} hours""")
     leave_group(run)
 
 
@@ -970,6 +928,9 @@ def main():
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except KeyboardInterrupt:  # before or after the steps, which end with a checkpoint
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory does not do: double --accumulate, which keeps the batch, or add "
+                 "--grad-checkpointing")
     except RuntimeError as error:
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
         if not gone or "RANK" not in os.environ:

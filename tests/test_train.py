@@ -362,21 +362,14 @@ def test_logit_scale_never_exceeds_100():
     assert state.model.logit_scale.exp().item() == pytest.approx(100)
 
 
-def test_a_step_that_does_not_fit_goes_on_in_parts_or_names_the_remedy(tmp_path, monkeypatch, capsys):
-    backward = train.backward
+def test_a_step_that_does_not_fit_names_the_remedy(tmp_path, monkeypatch):
+    def starved(*_):
+        raise torch.OutOfMemoryError
 
-    def starved(network, batch, s, *rest):
-        if s.accumulate < 4:
-            raise torch.OutOfMemoryError
-        return backward(network, batch, s, *rest)
-
-    wanted, _ = fit(tmp_path / "parts", images=48, accumulate=4)
     monkeypatch.setattr(train, "backward", starved)
-    found, _ = fit(tmp_path / "run", images=48)
-    torch.testing.assert_close(found["model"], wanted["model"], rtol=0, atol=0)
-    assert "embedded in 4 parts (--accumulate 4)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="add --accumulate 2.* or --grad-checkpointing"):
-        fit(tmp_path / "odd", batch=9, images=18)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command_line({**RUN, "out": tmp_path})])
+    with pytest.raises(SystemExit, match="error: .*double --accumulate.*, or add --grad-checkpointing"):
+        train.main()
 
 
 def test_a_float32_run_after_one_in_bf16_does_not_inherit_its_tf32():

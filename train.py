@@ -808,7 +808,8 @@ def train_steps(run: Run, caught: list):
         if not last and saves_or_stops(run, caught):
             break
     if not save(run):
-        raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume {run.folder}")
+        raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
+                        f"{run.folder}")
 
 
 def saves_or_stops(run: Run, caught: list) -> bool:
@@ -856,9 +857,9 @@ def report(run: Run, row: dict, bar):
         bar.set_postfix({name: row[name] for name in ("loss", "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run)
-        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their gradient "
-                        "was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last good weights "
-                        f"are in {run.folder}")
+        raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their "
+                        "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last "
+                        f"good weights are in {run.folder}")
 
 
 def finish(run: Run):

@@ -151,12 +151,12 @@ class Attention(nn.Module):
         N = len(p.summary)
         T = len(x) - p.corners * N
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [T+C·N, 3, heads, W/heads]
-        parts = [varlen_attention(*qkv[:T].unbind(1), p.starts, p.starts, p.longest, p.longest, p.causal)]
+        texts, corners = qkv[:T], qkv[T:].unflatten(0, (p.corners, N))
+        parts = [varlen_attention(*texts.unbind(1), p.starts, p.starts, p.longest, p.longest, p.causal)]
         # Each corner is a sequence of one query. (A range to T would tie torch.compile's graph to this T.)
         one_each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
-        for c in range(p.corners):
-            own = qkv[T + c * N:T + (c + 1) * N]
-            keys, values = qkv[:T, 1:].index_copy(0, p.summary, own[:, 1:]).unbind(1)
+        for own in corners:
+            keys, values = texts[:, 1:].index_copy(0, p.summary, own[:, 1:]).unbind(1)
             parts.append(varlen_attention(own[:, 0], keys, values, one_each, p.starts, 1, p.longest))
         return self.out(torch.cat(parts).flatten(1))
 
@@ -197,10 +197,9 @@ class Block(nn.Module):
         hidden = self.act(self.fc(self.ln_2(x)))
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
-        streams = []
-        for h, proj in enumerate(self.proj):
-            s = h if len(x) > 1 else 0  # the first branching block splits the one stream there is
-            streams.append(x[s] + proj(hidden[s]))
+        if len(x) == 1:  # the first branching block splits the one stream there is
+            x, hidden = [*x] * len(self.proj), [*hidden] * len(self.proj)
+        streams = [stream + proj(inner) for stream, proj, inner in zip(x, self.proj, hidden)]
         return torch.stack(streams)
 
 
@@ -212,21 +211,30 @@ class PostNormBlock(Block):
         return self.ln_2(x + self.proj[0](self.act(self.fc(x))))
 
 
-def blocks(width, depth, heads, activation, style, branches=1, branch_layers=0):
+class Blocks(nn.ModuleList):
     """A tower's blocks, the last `branch_layers` of them with parallel MLPs."""
-    kind = PostNormBlock if style == "bert" else Block
-    layers = nn.ModuleList()
-    for i in range(depth):
-        forks = branches if i >= depth - branch_layers else 1
-        layers.append(kind(width, heads, activation, forks, NORM_EPS[style]))
-    return layers
 
+    def __init__(self, width, depth, heads, activation, style, branches=1, branch_layers=0):
+        super().__init__()
+        kind = PostNormBlock if style == "bert" else Block
+        for i in range(depth):
+            forks = branches if i >= depth - branch_layers else 1
+            self.append(kind(width, heads, activation, forks, NORM_EPS[style]))
 
-def residual_stream(x):
-    """x in autocast's dtype, where autocast is on, as the stream of open_clip's image tower: sums and norms read and
-    write half as many bytes."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    def forward(self, x, mask=None, causal=False, places=None, rows=None):
+        """x [B,N,W] -> [H,B,N,W]; with places [B,K] the last block computes these alone -> [1,B,K,W], by the mask's rows
+        for them [B,1,K,N]. Where autocast is on, x goes on in its dtype, as in open_clip's image tower: sums and norms
+        read and write half as many bytes."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        x = x[None]
+        *first, last = self
+        for block in first:
+            x = block(x, mask, causal)
+        if places is None:
+            return last(x, mask, causal)
+        return last(x, rows, places=places)
 
 
 def normalized(x):
@@ -251,28 +259,26 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(tokens, W))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + P, W))  # row 0: all class tokens
         self.ln_pre = nn.LayerNorm(W, eps) if c.vision_style == "clip" else nn.Identity()
-        self.blocks = blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks, c.branch_layers)
+        self.blocks = Blocks(W, c.vision_depth, c.vision_heads, c.activation, c.vision_style, forks, c.branch_layers)
         self.ln_post = nn.LayerNorm(W, eps)
         self.proj = nn.Parameter(scale * torch.randn(W, c.embed))
         mask = class_token_mask(tokens, P, c.branch_mask) if tokens > 1 else None
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
         x = x + self.positional_embedding[1:].to(x)
         classes = (self.class_embedding + self.positional_embedding[:1]).to(x)
         x = torch.cat([classes.expand(len(x), -1, -1), x], 1)  # [B, T+P, W]
-        x = residual_stream(self.ln_pre(x))[None]  # [1, B, T+P, W]
-        for block in self.blocks:
-            x = block(x, self.mask)  # [1 or H, B, T+P, W]
+        x = self.blocks(self.ln_pre(x), self.mask)  # [1 or H, B, T+P, W]
         x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
-        summary, patches = x[:, :, :T], x[:, :, T:]
+        summary, patches = x.tensor_split([T], 2)
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         # Either H streams of one summary token or one stream of H; the patches are the streams' mean.
-        return normalized(summary.permute(1, 0, 2, 3).flatten(1, 2)), normalized(patches.mean(0))
+        return normalized(summary.transpose(0, 1).flatten(1, 2)), normalized(patches.mean(0))
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
@@ -313,12 +319,12 @@ class TextTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(c.context, W))
         self.corner_embedding = nn.Parameter(0.02 * torch.randn(c.corner_tokens, W)) if c.corner_tokens else None
         self.ln_pre = nn.LayerNorm(W, eps) if bert else nn.Identity()
-        self.blocks = blocks(W, c.text_depth, c.text_heads, c.activation, c.text_style)
+        self.blocks = Blocks(W, c.text_depth, c.text_heads, c.activation, c.text_style)
         self.ln_final = nn.Identity() if bert else nn.LayerNorm(W, eps)
         self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
 
-    def forward(self, tokens: Tensor, with_tokens: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens, with_tokens=True):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token
         embeddings [N,L,D], unit-norm float32. Corners stand in the last C places; the mask, not the order, says who
         sees whom. Without `with_tokens` the last block computes the summaries alone, and there is None for the rest."""
@@ -332,16 +338,14 @@ class TextTransformer(nn.Module):
         summary = end if self.causal else torch.zeros_like(end)
         corners = torch.arange(L, L + C, device=x.device).expand(N, C)
         summaries = torch.cat([summary[:, None], corners], 1)  # [N, 1+C], their places
-        x = residual_stream(self.ln_pre(x))[None]
         plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
         whole_mask = None if plain_causal else mask[:, None]
-        *first, last = self.blocks
-        for block in first:
-            x = block(x, whole_mask, plain_causal)
+        x = self.ln_pre(x)
         if not with_tokens:
-            x = last(x, mask[torch.arange(N, device=x.device)[:, None], summaries][:, None], places=summaries)[0]
+            rows = mask[torch.arange(N, device=x.device)[:, None], summaries]  # [N, 1+C, L+C]
+            x = self.blocks(x, whole_mask, plain_causal, summaries, rows[:, None])[0]
             return normalized(self.project(x)), None
-        x = self.project(last(x, whole_mask, plain_causal)[0])  # [N, L+C, D]
+        x = self.project(self.blocks(x, whole_mask, plain_causal)[0])  # [N, L+C, D]
         return normalized(at(x, summaries)), normalized(x[:, :L])
 
     def project(self, x):
@@ -362,10 +366,7 @@ class TextTransformer(nn.Module):
             x = torch.cat([x, self.corner_embedding.repeat_interleave(N, 0)])  # [T+C·N, W]
         summary = starts[1:] - 1 if self.causal else starts[:-1]
         packing = Packing(starts.int(), summary, len(self.positional_embedding), C, self.causal)
-        x = residual_stream(self.ln_pre(x))[None, None]
-        for block in self.blocks:
-            x = block(x, packing)
-        x, corners = x[0, 0].split([total, C * N])
+        x, corners = self.blocks(self.ln_pre(x)[None], packing)[0, 0].tensor_split([total])
         summaries = torch.cat([x.index_select(0, summary), corners]).unflatten(0, (1 + C, N))
         summaries = normalized(self.project(summaries.transpose(0, 1)))  # [N, 1+C, D]
         if not with_tokens:
@@ -389,11 +390,10 @@ def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
         # Each place's turn, [N, L+C]: the text, the corners, its end, the padding. Everyone sees whose turn was before.
         turn = torch.where(corner, end + place - L, torch.where(place < end, place, place + C))
         mask = turn[:, None, :] <= turn[:, :, None]
-        summary = corner | (place == end)
     else:
         mask = (corner | (place <= end))[:, None, :]  # everyone sees everything but padding
-        summary = corner | (place == 0)
     if blind:
+        summary = corner | (place == (end if causal else 0))
         row, column = summary[..., :, None], summary[..., None, :]
         mask = mask & ~(row & column) & (row | ~corner)
     return mask | torch.eye(L + C, dtype=torch.bool, device=end.device)  # each sees itself, padding too: no empty row
@@ -426,7 +426,8 @@ class CLIP(nn.Module):
             nn.init.zeros_(layer.bias)
 
         nn.init.normal_(self.text.token_embedding.weight, std=0.02)
-        if self.config.stem == "conv":
+        conv = self.config.stem == "conv"
+        if conv:
             for layer in self.visual.patch_embedding[::2]:  # the convolutions; ReLUs stand between them
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -435,24 +436,23 @@ class CLIP(nn.Module):
             for block in tower.blocks:
                 draw(block.attn.qkv, width ** -0.5)
                 draw(block.fc, (2 * width) ** -0.5)
-                for layer in (block.attn.out, *block.proj):  # two layers of a block write into the residual stream
-                    draw(layer, width ** -0.5 * (2 * depth) ** -0.5)
-                # Behind a convolutional stem they begin with 0, so at first the loss sees what the stem sees. Parallel
-                # MLPs do not, for free matching would give all texts to the first of equal branches.
-                if self.config.stem == "conv":
-                    nn.init.zeros_(block.attn.out.weight)
-                    if len(block.proj) == 1:
-                        nn.init.zeros_(block.proj[0].weight)
+                # Two layers of a block write into the residual stream. Behind a convolutional stem they begin with 0,
+                # so at first the loss sees what the stem sees. Parallel MLPs do not, for free matching would give all
+                # texts to the first of equal branches.
+                std = width ** -0.5 * (2 * depth) ** -0.5
+                draw(block.attn.out, 0 if conv else std)
+                for layer in block.proj:
+                    draw(layer, 0 if conv and len(block.proj) == 1 else std)
 
-    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_image(self, images):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         return self.visual(images)
 
-    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text(self, tokens):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
         return self.text(tokens)
 
-    def encode_texts(self, tokens: Tensor, with_tokens: bool = False, lengths=None) -> tuple[Tensor, Tensor | None]:
+    def encode_texts(self, tokens, with_tokens=False, lengths=None):
         """encode_text for texts of mixed length, computed without most of the padding (`layout`).
 
         tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
@@ -467,20 +467,19 @@ class CLIP(nn.Module):
             return self.text.packed(tokens, int(lengths.sum()), with_tokens)
 
         order = lengths.argsort(kind="stable")
-        bounds = np.searchsorted(lengths[order], 2 ** np.arange(4, 32), side="right")
+        bucket = np.ceil(np.log2(lengths[order])).clip(4)
         summaries, embeddings = [], []
-        for rows in np.split(order, np.unique(bounds)):
-            if len(rows):
-                longest = lengths[rows[-1]]
-                some = tokens[torch.from_numpy(rows).to(tokens.device), :longest]
-                summary, words = self.text(some, with_tokens)
-                summaries.append(summary)
-                if with_tokens:
-                    embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
+        for rows in np.split(order, np.flatnonzero(np.diff(bucket)) + 1):
+            longest = lengths[rows[-1]]
+            some = tokens[torch.from_numpy(rows).to(tokens.device), :longest]
+            summary, words = self.text(some, with_tokens)
+            summaries.append(summary)
+            if with_tokens:
+                embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
         back = torch.from_numpy(order.argsort()).to(tokens.device)
         return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
 
-    def forward(self, images: Tensor, tokens: Tensor, with_tokens: bool = False, lengths=None) -> dict[str, Tensor]:
+    def forward(self, images, tokens, with_tokens=False, lengths=None):
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
         for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
         branches, patches = self.encode_image(images)
@@ -528,8 +527,8 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
             file.flush()
             os.fsync(file.fileno())
         if keep > 1 and path.exists():
-            os.replace(path, path.with_stem(path.stem + "-1"))
-        os.replace(temporary, path)
+            path.replace(path.with_stem(path.stem + "-1"))
+        temporary.replace(path)
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
         with suppress(OSError):
@@ -537,6 +536,15 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
         print(f"{path} could not be written ({error.__context__ or error}); older ones are as they were, and it is "
               "tried again", flush=True)
         return False
+
+
+TROUBLES = {  # what an error says -> the end of a sentence that begins with the file's name
+    "No module named": "cannot be read yet: pip install safetensors",
+    "No such file": "does not exist: name a run's folder or a file of weights",
+    "TorchScript": "is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
+                   "torch.jit.load(FILE).state_dict() with torch.save and name that file",
+    "Unsupported global": "is refused: it is not only tensors, and reading such a pickle can run any code; take a file "
+                          "that torch.load(..., weights_only=True) reads"}
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -552,36 +560,16 @@ def read_checkpoint(path: Path) -> dict:
                     raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on a damaged or foreign file
-        raise UserError(f"{path} {reading_trouble(error)}") from None
+        trouble = f"is not a whole checkpoint ({type(error).__name__}): take another one"
+        for sign, known in TROUBLES.items():
+            if sign in str(error):
+                trouble = known
+        raise UserError(f"{path} {trouble}") from None
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-        is_run = {"settings", "model"} <= content.keys()
-        if is_run or all(isinstance(value, Tensor) for value in content.values()):
+        if "model" in content or all(isinstance(value, Tensor) for value in content.values()):
             return content
     raise UserError(f"{path} holds no state dict: name a run's folder, its checkpoint.pt, or a released checkpoint")
-
-
-def reading_trouble(error: Exception) -> str:
-    """The end of a sentence that begins with the file's name."""
-    if isinstance(error, ImportError):
-        return "cannot be read yet: pip install safetensors"
-    if isinstance(error, FileNotFoundError):
-        return "does not exist: name a run's folder or a file of weights"
-    if "TorchScript" in str(error):
-        return ("is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
-                "torch.jit.load(FILE).state_dict() with torch.save and name that file")
-    if "Unsupported global" in str(error):
-        return ("is refused: it is not only tensors, and reading such a pickle can run any code; take a file that "
-                "torch.load(..., weights_only=True) reads")
-    return f"is not a whole checkpoint ({type(error).__name__}): take another one"
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint written by train.py. Raises UserError if it is missing, cut off or something else."""
-    content = read_checkpoint(path)
-    if "settings" not in content:
-        raise UserError(f"{path} is not a checkpoint of train.py: name a run's folder")
-    return content
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -589,8 +577,9 @@ def newest_whole(folder: Path) -> Path | None:
     paths = checkpoints(folder)
     for path in paths:
         try:
-            load_checkpoint(path)
-            return path
+            if "settings" in read_checkpoint(path):
+                return path
+            raise UserError(f"{path} is not a checkpoint of train.py: name a run's folder")
         except UserError as error:
             if path == paths[-1]:
                 raise
@@ -606,21 +595,30 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
         path = next(iter(checkpoints(path)), path / "checkpoint.pt")
     content = read_checkpoint(path)
     try:
-        if "settings" not in content:
-            return load_released(path, content, activation)
-        model = CLIP(config_from(SimpleNamespace(**content["settings"])))
-        load_weights(model, content["model"])
-        return model, content["settings"]
+        if "settings" in content:
+            config = config_from(SimpleNamespace(**content["settings"]))
+            return with_weights(config, content["model"]), content["settings"]
+        told = config_beside(path)
+        if activation:
+            told["activation"] = activation
+        model = from_state_dict(content, **told)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
+          "--activation quickgelu)")
+    tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
+    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
 
 
-def load_weights(model: CLIP, state: dict[str, Tensor]):
+def with_weights(config: CLIPConfig, state) -> CLIP:
+    """The model with the weights of a state dict in our names. Raises UserError where they are not its own."""
+    model = CLIP(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # it lists all tensors that are missing, unknown or of another shape
         first = str(error).splitlines()[1].strip()[:200]
         raise UserError(f"half a checkpoint, or another architecture: {first}") from None
+    return model
 
 
 def resized(model: CLIP, image_size: int) -> CLIP:
@@ -630,7 +628,7 @@ def resized(model: CLIP, image_size: int) -> CLIP:
         return model
     other = CLIP(replace(model.config, image_size=image_size))
     other.load_state_dict(grown(model.state_dict(), other))
-    return other.train(model.training)
+    return other
 
 
 # ---- checkpoints: released ones --------------------------------------------------------------------------------------
@@ -663,13 +661,14 @@ NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size",
 HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, g and bigG; 64 elsewhere
 
 
-def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    ours = {}
+def renamed(state, table: dict[str, str]):
+    """The state dict with the parts of its names replaced, in float32."""
+    result = {}
     for name, value in state.items():
         for old, new in table.items():
             name = name.replace(old, new)
-        ours[name] = value
-    return ours
+        result[name] = value.float()
+    return result
 
 
 def count(state, pattern):
@@ -677,10 +676,10 @@ def count(state, pattern):
     return len(set(re.findall(pattern, " ".join(state))))
 
 
-def load_released(path: Path, state: dict, activation: str | None = None) -> tuple[CLIP, dict]:
-    """`load_model` for somebody else's file. What its shapes do not tell stands in open_clip's JSON beside it, if at
-    all: the file's own name with .json, or open_clip_config.json."""
-    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
+def config_beside(path: Path) -> dict:
+    """What open_clip's JSON beside somebody else's file tells that shapes do not: the file's own name with .json, or
+    open_clip_config.json. Nothing where there is none."""
+    told = {}
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():
             config = read_json(beside)
@@ -690,24 +689,19 @@ def load_released(path: Path, state: dict, activation: str | None = None) -> tup
                         pool="average" if vision.get("pool_type") == "avg" else "class")
             if "width" in vision and "heads" in text:  # not for timm's and transformers' towers
                 told |= dict(vision_heads=vision["width"] // vision.get("head_width", 64), text_heads=text["heads"])
-    if activation:
-        told["activation"] = activation
-    model = from_state_dict(state, **told)
-    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
-          "--activation quickgelu)")
-    tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+    return told
 
 
-def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
+def from_state_dict(state, **overrides) -> CLIP:
     """A CLIP with the weights of a released state dict: open_clip's or OpenAI's ViTs, DreamLIP's (open_clip's layout),
     Holistic CLIP's (several class tokens, or parallel MLPs) or LoTLIP's (timm ViT and BERT).
 
     Sizes are read off the shapes; `overrides` are CLIPConfig's fields that shapes do not tell, above all
-    activation="quickgelu" (OpenAI's weights and those trained on from them) and the numbers of heads. Raises UserError
-    if it is none of these layouts.
+    activation="quickgelu" (weights trained on from OpenAI's) and the numbers of heads. Raises UserError if it is none
+    of these layouts.
     """
-    state = {name.removeprefix("module."): value.float() for name, value in state.items()}
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    told = dict(activation="quickgelu") if "input_resolution" in state else {}  # OpenAI's files hold such numbers
     for name in NOT_WEIGHTS:
         state.pop(name, None)
     try:
@@ -715,50 +709,40 @@ def from_state_dict(state: dict[str, Tensor], **overrides) -> CLIP:
             settings, state = read_open_clip(state)
         elif "visual.trunk.cls_token" in state:
             settings, state = read_timm(state)
-            text_settings, state = read_bert(state, corners=2, places=128)
+            told_of_text, state = read_bert(state, corners=2, places=128)
+            settings |= told_of_text
             state["text.proj"] = state.pop("text.proj.weight").mT
-            settings |= text_settings
         else:
             raise UserError("not the state dict of an open_clip ViT with its own text transformer, nor LoTLIP's")
-        settings |= image_sizes(state) | text_sizes(state)
     except KeyError as error:
         raise UserError(f"half a checkpoint, or another architecture: there is no {error}") from None
-    model = CLIP(CLIPConfig(**(settings | overrides)))
-    load_weights(model, state)
-    return model
+    return with_weights(CLIPConfig(**{**settings, **told, **overrides}), state)
 
 
-def image_sizes(state) -> dict:
+def image_settings(state, **more) -> dict:
     """The settings of the image tower that the shapes of its tensors tell, and what is usual beside them."""
     patch = state["visual.patch_embedding.weight"].shape[-1]
     places, width = state["visual.positional_embedding"].shape
+    side = round((places - 1) ** 0.5)  # one place is the class token's
     return dict(
-        image_size=patch * round((places - 1) ** 0.5),  # one place is the class token's
-        patch=patch,
-        vision_width=width,
-        vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
-        vision_heads=width // HEAD_WIDTH.get(width, 64),
-        embed=state["visual.proj"].shape[1],
-        stem="patch",
-        pool="class")
+        image_size=patch * side, patch=patch, stem="patch", pool="class", embed=state["visual.proj"].shape[1],
+        vision_width=width, vision_depth=count(state, r"visual\.blocks\.(\d+)\."),
+        vision_heads=width // HEAD_WIDTH.get(width, 64), **more)
 
 
-def text_sizes(state) -> dict:
+def text_settings(state, **more) -> dict:
     """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
     context, width = state["text.positional_embedding"].shape
     return dict(
         text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
-        context=context, vocab=len(state["text.token_embedding.weight"]))
+        context=context, vocab=len(state["text.token_embedding.weight"]), **more)
 
 
 def read_open_clip(state):
     """State dict in open_clip's names -> settings, state dict in ours."""
-    ours = {}
-    for name, value in state.items():
-        if not name.startswith(("visual.", "text.", "logit_scale")):
-            name = "text." + name  # the text tower's tensors stand at the top, or under "text."
-        ours[name] = value
-    ours = renamed(ours, {theirs: our for our, theirs in OPEN_CLIP.items()})
+    # the text tower's tensors stand at the top, or under "text."
+    theirs = {re.sub(r"^(?!visual\.|text\.|logit_scale)", "text.", name): value for name, value in state.items()}
+    ours = renamed(theirs, {their: our for our, their in OPEN_CLIP.items()})
     positions = ours["visual.positional_embedding"]
     tokens = ours["visual.class_embedding"].view(-1, positions.shape[1])
     H = len(tokens)
@@ -767,10 +751,11 @@ def read_open_clip(state):
         ours["visual.positional_embedding"] = torch.cat([0 * positions[:1], positions[H:]])
     ours["visual.class_embedding"] = tokens
     mlps = count(ours, r"visual\.blocks\.\d+\.proj\.(\d+)\.")
+    branching = dict(branches=H, branch_mask=H == 1)
     if mlps > 1:
         layers = count(ours, r"visual\.blocks\.(\d+)\.proj\.1\.")
-        return dict(branches=mlps, branch_type="mlp", branch_layers=layers), ours
-    return dict(branches=H, branch_mask=H == 1), ours
+        branching = dict(branches=mlps, branch_type="mlp", branch_layers=layers)
+    return {**image_settings(ours), **text_settings(ours), **branching}, ours
 
 
 def read_timm(state):
@@ -782,7 +767,7 @@ def read_timm(state):
     ours["visual.positional_embedding"] = torch.cat([positions[:1], patches])
     ours["visual.class_embedding"] = ours["visual.class_embedding"][0]
     ours["visual.proj"] = torch.eye(positions.shape[1])
-    return dict(vision_style="timm"), ours
+    return image_settings(ours, vision_style="timm"), ours
 
 
 def read_bert(state, corners=0, places=None):
@@ -792,10 +777,9 @@ def read_bert(state, corners=0, places=None):
     # BERT reads [CLS], the corners, the text, all of token type 0: type and position join our corners and positions.
     # Corners are the vocabulary's last words. Ours knows a text's end by the greatest id, so the vocabulary gets [SEP],
     # row 102, once more, as its last row (data.py's WordPieces end so).
-    embeddings = "text.transformer.embeddings."
-    words = ours.pop(embeddings + "word_embeddings.weight")
-    positions = ours.pop(embeddings + "position_embeddings.weight")
-    positions = positions + ours.pop(embeddings + "token_type_embeddings.weight")[:1]
+    words, positions, types = [ours.pop(f"text.transformer.embeddings.{kind}_embeddings.weight")
+                               for kind in ("word", "position", "token_type")]
+    positions = positions + types[:1]
     V = len(words) - corners
     ours["text.token_embedding.weight"] = torch.cat([words[:V], words[102:103]])
     if corners:
@@ -804,30 +788,31 @@ def read_bert(state, corners=0, places=None):
     for query in [name for name in ours if ".attn.query." in name]:
         parts = [ours.pop(query.replace("query", part)) for part in ("query", "key", "value")]
         ours[query.replace("query", "qkv")] = torch.cat(parts)
-    return dict(text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
+    return text_settings(ours, text_style="bert", text_attention="bidirectional", corner_tokens=corners), ours
 
 
-def check_plain(c: CLIPConfig, library: str):
-    """Raises UserError where a model has parts that the library's CLIP lacks."""
+def translated(model: CLIP, library: str, table: dict[str, str]):
+    """The state dict in a library's names. Raises UserError where the model has parts that the library's CLIP lacks."""
+    c = model.config
     if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
         raise UserError(f"{library}'s CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
                         "text: this model has no place there")
+    state = model.state_dict()
+    state["visual.class_embedding"] = state["visual.class_embedding"][0]
+    return renamed(state, table)
 
 
-def to_open_clip(model: CLIP) -> tuple[dict[str, Tensor], dict]:
+def to_open_clip(model: CLIP):
     """State dict in open_clip's names and open_clip's config of the model, which has one branch and no corner tokens
     (else UserError). The average of the patches is open_clip's pool_type "avg"."""
     c = model.config
-    check_plain(c, "open_clip")
-    state = renamed(model.state_dict(), OPEN_CLIP)
+    state = translated(model, "open_clip", OPEN_CLIP)
     state = {name.removeprefix("text."): value for name, value in state.items()}
-    state["visual.class_embedding"] = state["visual.class_embedding"][0]
     vision = dict(image_size=c.image_size, patch_size=c.patch, width=c.vision_width, layers=c.vision_depth,
                   head_width=c.vision_width // c.vision_heads, pool_type="avg" if c.pool == "average" else "tok")
     text = dict(context_length=c.context, vocab_size=c.vocab, width=c.text_width, heads=c.text_heads,
                 layers=c.text_depth)
-    quick = c.activation == "quickgelu"
-    return state, dict(embed_dim=c.embed, quick_gelu=quick, vision_cfg=vision, text_cfg=text)
+    return state, dict(embed_dim=c.embed, quick_gelu=c.activation == "quickgelu", vision_cfg=vision, text_cfg=text)
 
 
 def export_open_clip(model: CLIP, file: Path):
@@ -845,19 +830,17 @@ def export_transformers(model: CLIP, folder: Path):
     except ImportError:
         raise UserError("--export transformers writes safetensors: pip install safetensors") from None
     c = model.config
-    check_plain(c, "transformers")
+    weights = translated(model, "transformers", TRANSFORMERS)
     if c.pool == "average":
         raise UserError("transformers' CLIP has no average of the patches (--pool average): this model has no place "
                         "there")
     state = {}
-    for name, value in renamed(model.state_dict(), TRANSFORMERS).items():
+    for name, value in weights.items():
         if ".qkv." in name:
             for part, rows in zip("qkv", value.chunk(3)):
                 state[name.replace("qkv", part + "_proj")] = rows.contiguous()
-        elif "_projection." in name:
-            state[name] = value.mT.contiguous()
         else:
-            state[name] = value[0] if name.endswith("class_embedding") else value
+            state[name] = value.mT.contiguous() if "_projection." in name else value
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
@@ -881,21 +864,25 @@ def export_transformers(model: CLIP, folder: Path):
 # tokenizer's words is compared later, and no shape tells the last four, so the user's word counts.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
-NOT_TOWERS = ("head.", "cls.", "embeddings.position_ids", "bert.embeddings.position_ids")  # in files of one tower
 
 
-def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tensor]]:
-    """A file -> the settings that a run takes from it, and its weights in our names.
+def start_from(path: Path, part: str, flags: dict):
+    """A file -> the settings that a run takes from it, and its state dict in our names.
 
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
     """
-    if part == "init":
-        model, known = load_model(path, flags.get("activation"))
-        weights = model.state_dict()
-        settings = asdict(model.config) | dict(tokenizer=known["tokenizer"])
-    else:
-        settings, weights = load_tower(path, part)
+    try:
+        if part == "init":
+            model, known = load_model(path, flags.get("activation"))
+            settings, weights = asdict(model.config) | dict(tokenizer=known["tokenizer"]), model.state_dict()
+        elif part == "init_image":
+            settings, weights = read_timm(read_tower(path, "visual.trunk."))
+        else:
+            settings, weights = read_bert(read_tower(path, "text.transformer."))
+            settings["tokenizer"] = str(path.with_name("vocab.txt"))
+    except KeyError as error:
+        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
     for name, value in settings.items():
         if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
@@ -903,23 +890,15 @@ def start_from(path: Path, part: str, flags: dict) -> tuple[dict, dict[str, Tens
     return settings, weights
 
 
-def load_tower(path: Path, part: str):
-    """`start_from` for a file of one tower. A projection that it lacks is drawn with the model, later."""
+def read_tower(path: Path, prefix: str):
+    """The state dict of a file of one tower, with the names that the tower has in LoTLIP's. It may lack a projection,
+    which is drawn with the model, later, and hold more, as a head, which no model takes."""
     state = read_checkpoint(path)
     state = state.get("model", state)
-    names = [name for name in state if not name.startswith(NOT_TOWERS)]
-    try:
-        if part == "init_image":
-            settings, weights = read_timm({"visual.trunk." + name: state[name].float() for name in names})
-            return settings | image_sizes(weights), weights
-        theirs = {"text.transformer." + name.removeprefix("bert."): state[name].float() for name in names}
-        settings, weights = read_bert(theirs)
-        return settings | text_sizes(weights) | dict(tokenizer=str(path.with_name("vocab.txt"))), weights
-    except KeyError as error:
-        raise UserError(f"{path} is no file for --{part.replace('_', '-')}: it has no {error}") from None
+    return {prefix + name.removeprefix("bert."): value for name, value in state.items()}
 
 
-def grown(state, model: CLIP) -> dict[str, Tensor]:
+def grown(state, model: CLIP):
     """The state dict of a like model, or of one tower, made to fit the model.
 
     Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what

@@ -40,7 +40,7 @@ from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
                   training_loader)
 from losses import distributed, method_loss
-from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, load_checkpoint,
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
                    newest_whole, packing_trouble, start_from, write_whole)
 
 MOMENTUM = 0.9  # Muon's
@@ -182,47 +182,42 @@ def parse_flags(argv=None) -> dict:
         if title:
             group = parser.add_argument_group(title)
         elif name != "vocab":  # the tokenizer has it
-            add_flag(group, Settings.__dataclass_fields__[name], text)
+            field = Settings.__dataclass_fields__[name]
+            options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
+            if field.type is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif name == "data":
+                options["nargs"] = "+"
+            else:
+                options["type"] = float if field.default is None else field.type
+                options["choices"] = CHOICES.get(name)
+            group.add_argument("--" + name.replace("_", "-"), **options)
     return vars(parser.parse_args(argv))
-
-
-def add_flag(group, field, text: str):
-    options = dict(help=f"{text} [{field.default}]".replace("%", "%%"))
-    if field.type is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif field.name == "data":
-        options["nargs"] = "+"
-    else:
-        options["type"] = float if field.default is None else field.type
-        options["choices"] = CHOICES.get(field.name)
-    group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
     is chosen from the machine. Raises UserError."""
-    device = flags.get("device", "auto")
-    if device == "auto":
-        device = best_device()
-    size = flags.get("size", "auto")
-    if size == "auto":
-        size = "tiny" if device == "cpu" else "small"
-    small = size in ("nano", "tiny", "small")
-    method = flags.get("method", Settings.method)
-    row = {"pool": "auto", **SIZES[size], **dict(started), **METHODS[method]}
+    s = Settings(**flags)
+    if s.device == "auto":
+        s.device = best_device()
+    if s.size == "auto":
+        s.size = "tiny" if s.device == "cpu" else "small"
+    small = s.size in ("nano", "tiny", "small")
+    rows = {"pool": "auto", **SIZES[s.size], **dict(started), **METHODS[s.method]}
     if not small:
-        row |= RECIPES.get(method, {})
-        row["compile"] = device.startswith("cuda")
-    s = Settings(**{**row, **flags, "device": device, "size": size})
+        rows |= RECIPES.get(s.method, {})
+        rows["compile"] = s.device.startswith("cuda")
+    s = Settings(**{**rows, **flags, "device": s.device, "size": s.size})
     s.data = (s.data,) if isinstance(s.data, str) else tuple(s.data)
     if s.pool == "auto":  # the papers' class token; small models localise far better with the average of their patches
         s.pool = "average" if small and (s.branches == 1 or s.branch_type == "mlp") else "class"
     if s.augment == "strong" and "crop" not in flags:
         s.crop = 0.2
     if s.precision == "auto":
-        s.precision = "bf16" if multiplies_bfloat16(device) else "fp32"
+        s.precision = "bf16" if multiplies_bfloat16(s.device) else "fp32"
     if s.workers < 0:
-        s.workers = 1 if device == "cpu" else min(16, os.cpu_count() // world)
+        s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // world)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
@@ -373,10 +368,7 @@ def signals_caught():
 
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
-    moved = {}
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            moved[name] = value.to(s.device, non_blocking=True)
+    moved = {name: x.to(s.device, non_blocking=True) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
     return replace(batch, **moved)
 
 
@@ -651,14 +643,14 @@ def run_folder(s: Settings) -> Path:
             raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
         return Path(s.out)
     base = folder = Path("runs") / f"{s.method}-{s.size}"
-    number = 1
     begun = None  # the newest run of this name that is not finished
+    number = 1
     while (folder / "settings.json").exists():
-        if not (folder / "finished").exists():
+        if goes_on and not (folder / "finished").exists():
             begun = folder
         number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return begun if begun and goes_on else folder
+        folder = Path(f"{base}-{number}")
+    return begun or folder
 
 
 MAY_CHANGE = (  # when a run goes on
@@ -668,7 +660,7 @@ MAY_CHANGE = (  # when a run goes on
 
 def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
     """The settings `before`, of the folder's checkpoint. Raises UserError where the flags differ and may not."""
-    now = asdict(s)
+    now = vars(s)
     before = {name: before[name] for name in now if name in before}
     different = []
     for name in flags:
@@ -693,12 +685,8 @@ def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
     metrics.seek(0)
-    end = 0
-    for line in metrics:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        end += len(line)
-    metrics.truncate(end)
+    done = [line for line in metrics if line.endswith("\n") and json.loads(line)["step"] <= step]
+    metrics.truncate(sum(map(len, done)))
     return metrics
 
 
@@ -716,15 +704,16 @@ def write_line(metrics: TextIO, row: dict):
         say(f"{metrics.name} could not be written ({error}); it is tried again with the next line")
 
 
-def save(folder: Path, state: State, s: Settings, best: bool = False) -> bool:
-    """Writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk failed."""
-    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(s))
+def save(run: "Run", best: bool = False) -> bool:
+    """The chief writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk
+    failed."""
+    state = run.state
+    content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(run.s))
     if not best:
-        bad = bad_of_all(state)
-        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad.plain())
-    path = folder / ("best.pt" if best else "checkpoint.pt")
-    written = is_chief() and write_whole(path, content, keep=1 if best else 2)
-    return sums(written)[0] > 0
+        bad = bad_of_all(state).plain()
+        content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad)
+    path = run.folder / ("best.pt" if best else "checkpoint.pt")
+    return not is_chief() or write_whole(path, content, keep=1 if best else 2)
 
 
 def restore(state: State, content: dict):
@@ -795,17 +784,16 @@ def open_run(flags: dict, writes: bool = True) -> Run:
     s = resolve(flags, world)
     if world > 1:
         join_group(s)
-    folder, newest = None, None
-    if writes:
-        with together():
-            if is_chief():
-                folder = run_folder(s)
-                newest = newest_whole(folder)
-        folder, newest = of_each_process((folder, newest))[0]
+    folder = newest = None
     with together():
-        before, started, weights = {}, {}, {}
+        if writes and is_chief():
+            folder = run_folder(s)
+            newest = newest_whole(folder)
+    folder, newest = of_each_process((folder, newest))[0]
+    before = started = weights = {}
+    with together():
         if newest:
-            content = load_checkpoint(newest)
+            content = read_checkpoint(newest)
             before = settings_of(folder, content["settings"], s, flags)
         else:
             started, weights = start_of(s, flags)
@@ -871,8 +859,8 @@ def train_steps(run: Run, caught: list):
             report(run, row, parts, bar)
         if not last and saves_or_stops(run, caught):
             break
-    if not save(run.folder, state, s):
-        with together():
+    with together():
+        if not save(run):
             raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
                             f"{run.folder}")
 
@@ -883,7 +871,7 @@ def saves_or_stops(run: Run, caught: list) -> bool:
     late = time.monotonic() - run.saved > 60 * s.save_minutes
     stop, late = sums(bool(caught), late)
     if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
-        save(run.folder, state, s)
+        save(run)
         run.saved = time.monotonic()
     return stop > 0
 
@@ -899,19 +887,18 @@ def count_samples(state: State, batch: Batch, s: Settings):
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
     """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
     world = rank_and_world()[1]
-    losses = torch.stack([loss, *parts.values()]).tolist()
-    *losses, bad = sums(*losses, state.bad.total)
-    loss, *losses = [total / world for total in losses]
+    losses = torch.stack([loss, *parts.values()]) / world
+    *losses, bad = sums(*losses.tolist(), state.bad.total)
     skipped, in_a_row = state.skipped.int().tolist()
     return dict(
-        step=state.step, images=state.step * s.batch, loss=loss, **dict(zip(parts, losses)), grad_norm=norm.item(),
+        step=state.step, images=state.step * s.batch, **dict(zip(("loss", *parts), losses)), grad_norm=norm.item(),
         skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(), bad=int(bad))
 
 
 def evaluate_held_out(run: Run) -> float:
     """The held-out loss; the weights of the least are kept as best.pt."""
     loss = held_out_loss(run)
-    if loss < run.state.best and save(run.folder, run.state, run.s, best=True):
+    if loss < run.state.best and save(run, best=True):
         run.state.best = loss
     return loss
 
@@ -922,7 +909,7 @@ def report(run: Run, row: dict, parts: dict, bar):
         write_line(run.metrics, row)
         bar.set_postfix({name: row[name] for name in (*parts, "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
-        save(run.folder, run.state, run.s)
+        save(run)
         with together():
             raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their "
                             "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last "
@@ -934,12 +921,11 @@ def finish(run: Run):
     bad = bad_of_all(run.state)
     if bad:
         say(f"replaced by other samples: {bad.report()}")
-    chief = is_chief()
     leave_group(run)
-    if chief and run.s.eval_images:
-        from evaluate import evaluate_run  # here, because matplotlib takes a second to import
-        evaluate_run(run.folder)
-    if chief:
+    if run.metrics:  # the chief's
+        if run.s.eval_images:
+            from evaluate import evaluate_run  # here, because matplotlib takes a second to import
+            evaluate_run(run.folder)
         (run.folder / "finished").touch()
 
 
@@ -965,22 +951,24 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
         marks.append(timer())
         update(state, 0.0, s)
         marks.append(timer())
-    seconds = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
-    rate = s.batch / seconds.sum()
-    say(f"{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: "
-        f"{rate:.0f} images/s")
-    for part, spent in zip(("waiting for data", "forward and backward", "optimizer"), seconds):
-        say(f"    {part:22}{1000 * spent:10.2f} ms")
+    parts = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    seconds = parts.sum()
+    data, gradients, optimizer = 1000 * parts
 
     with FlopCounterMode(display=False) as counter:
         backward(run.network, batch, s)
     n = 8192 if s.device.startswith("cuda") else 1024
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
-    usage = counter.get_total_flops() / seconds.sum() / (2 * n ** 3 / product.mean)
-    say(f"{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted")
-    say(f"GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most")
-    say(f"the run's {s.images:,} images would take {s.images / rate / 3600:.2f} hours")
+    usage = counter.get_total_flops() / seconds / (2 * n ** 3 / product.mean)
+    say(f"""{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: \
+{s.batch / seconds:.0f} images/s
+    waiting for data      {data:10.2f} ms
+    forward and backward  {gradients:10.2f} ms
+    optimizer             {optimizer:10.2f} ms
+{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted
+GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most
+the run's {s.images:,} images would take {s.images / s.batch * seconds / 3600:.2f} hours""")
     leave_group(run)
 
 

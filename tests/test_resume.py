@@ -109,7 +109,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_said(tmp_path, capsy
 def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluate.evaluate_run", lambda folder: None)
     # The learning rate is too high, so that the loss does not fall to the end.
-    flags = dict(method="clip", images=96, lr=0.1, eval_steps=1, eval_images=16)
+    flags = dict(method="clip", images=96, lr=0.1, schedule="cosine", eval_steps=1, eval_images=16)
     checkpoint, lines = fit(tmp_path, **flags)
     losses = [line["held_out_loss"] for line in lines]
     best = load(tmp_path / "best.pt")

@@ -947,7 +947,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     for batch in training_loader(run.dataset, run.tokenizer, s, 0, warm + steps, *rank_and_world()):
         batch = to_device(batch, s)
         marks.append(timer())
-        backward(run.network, batch, s)
+        backward_in_memory(run.network, batch, s)
         marks.append(timer())
         update(state, 0.0, s)
         marks.append(timer())

@@ -107,6 +107,7 @@ CLAIMS = [
     Claim("Localisation", "negatives by the same text point better", "+ regrouped negatives", "+ slot negatives",
           "pointing"),
     Claim("LoTLIP", "short texts suffer from long ones alone", "raw (CLIP)", "long alone", "short R@1"),
+    Claim("LoTLIP", "so do classes", "raw (CLIP)", "long alone", "zero-shot"),
     Claim("LoTLIP", "raw texts beside them mend that", "raw, whole long", "long alone", "short R@1"),
     Claim("LoTLIP", "corners lift long texts", "raw, long, 2 corners (LoTLIP)", "raw, whole long", "long R@1"),
     Claim("LoTLIP", "and keep short ones", "raw, long, 2 corners (LoTLIP)", "raw, whole long", "short R@1"),

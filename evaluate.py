@@ -314,10 +314,11 @@ def held_out_metrics(model, dataset, n):
 def perspective_retrieval(model, branches, captions):
     """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over them. Where every perspective has
     trained a branch of its own (M2M), that one stands for the images; else what `merge` makes of branches [N,H,D]."""
-    M = model.settings.get("perspectives") or 5  # the paper's number
+    trained = model.settings.get("perspectives")
+    M = trained or 5  # the paper's number
     found = defaultdict(list)
     for m, texts in enumerate(zip(*[c.perspectives[:M] for c in captions])):
-        images = branches[:, [m]] if M == model.config.branches else model.merge(branches)
+        images = branches[:, [m]] if trained == model.config.branches else model.merge(branches)
         for name, row in caption_retrieval(images, texts, model.texts(texts)).items():
             found[name].append(row)
     return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}

@@ -181,6 +181,17 @@ def test_a_perfect_embedding_scores_100_everywhere():
         assert 0 < chance < 100, name
 
 
+def test_branches_that_no_perspective_trained_are_merged():
+    oracle = Oracle()
+    oracle.settings = dict(perspectives=0)
+    oracle.config = SimpleNamespace(branches=5)
+    captions = [DATASET[i][1] for i in range(N)]
+    branches = unit(N, 5, 2000)
+    merged = oracle.merge(branches).expand(-1, 5, -1)
+    expected = evaluate.perspective_retrieval(oracle, merged, captions)
+    assert evaluate.perspective_retrieval(oracle, branches, captions) == expected
+
+
 def test_the_chance_of_segmentation_is_what_guessing_reaches():
     rng = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 5, (200, 200), generator=rng)

@@ -198,7 +198,8 @@ class Block(nn.Module):
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
         if len(x) == 1:  # the first branching block splits the one stream there is
-            x, hidden = [*x] * len(self.proj), [*hidden] * len(self.proj)
+            x = [x[0]] * len(self.proj)
+            hidden = [hidden[0]] * len(self.proj)
         streams = [stream + proj(inner) for stream, proj, inner in zip(x, self.proj, hidden)]
         return torch.stack(streams)
 

@@ -368,7 +368,10 @@ def signals_caught():
 
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
-    moved = {name: x.to(s.device, non_blocking=True) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    moved = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(s.device, non_blocking=True)
     return replace(batch, **moved)
 
 

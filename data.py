@@ -14,6 +14,7 @@
 import argparse
 import base64
 import csv
+import fcntl
 import functools
 import gc
 import glob
@@ -35,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
@@ -181,7 +182,7 @@ def load_tokenizer(name_or_path="auto"):
 
 class WordPieces:
     """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
-    the end a [SEP] with an id of its own, the greatest (model.read_lotlip)."""
+    the end a [SEP] with an id of its own, the greatest."""
 
     name = "vocab.txt"
 
@@ -1022,14 +1023,27 @@ def index_of(file: Path) -> Index:
     kept = cache / f"{name}.pt"
     source = cache / f"{name}.jsonl" if suffix_of(file) in TABLES else file
     stamp = [INDEX_VERSION, file.stat().st_size, file.stat().st_mtime_ns]
-    with suppress(Exception):  # where there is none or it is damaged, it is made anew
-        found, spans, *bad = torch.load(kept, mmap=True)
-        if found == stamp and file.is_file() and source.is_file():
-            return Index(source, spans.numpy(), BadCount(*bad))
-    index = scan(file, source)
-    with suppress(OSError, RuntimeError), written_whole(kept) as temporary:  # where it cannot be written, it is not kept
-        torch.save([stamp, torch.from_numpy(index.spans), *index.bad.plain()], temporary)
-    return index
+    with locked(cache / f"{name}.lock"):
+        with suppress(Exception):  # where there is none or it is damaged, it is made anew
+            found, spans, *bad = torch.load(kept, mmap=True)
+            if found == stamp and file.is_file() and source.is_file():
+                return Index(source, spans.numpy(), BadCount(*bad))
+        index = scan(file, source)
+        with suppress(OSError, RuntimeError), written_whole(kept) as temporary:  # where it cannot be written, it is not kept
+            torch.save([stamp, torch.from_numpy(index.spans), *index.bad.plain()], temporary)
+        return index
+
+
+@contextmanager
+def locked(path: Path):
+    """One process at a time, so that of the ranks of a machine one looks through a file and the others read its index.
+    Where no lock can be had, each does it for itself."""
+    with ExitStack() as files:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = files.enter_context(open(path, "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it goes with the file
+        yield
 
 
 def scan(file: Path, source: Path) -> Index:

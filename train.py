@@ -928,7 +928,11 @@ def finish(run: Run):
     if run.metrics:  # the chief's
         if run.s.eval_images:
             from evaluate import evaluate_run  # here, because matplotlib takes a second to import
-            evaluate_run(run.folder)
+            try:
+                evaluate_run(run.folder)
+            except OSError as error:
+                raise UserError(f"the weights are in {run.folder}, but their evaluation could not be written ({error}): make "
+                                f"room, then python evaluate.py {run.folder}") from None
         (run.folder / "finished").touch()
 
 

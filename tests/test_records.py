@@ -3,12 +3,14 @@ index is kept whole or not at all, and the order of samples depends on nothing b
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import random
 import runpy
 import signal
 import sys
 import tarfile
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import data
 import train
 from data import (BadCount, BadSample, Records, TrainingTexts, UserError, add_member, collate,
                   load_tokenizer, open_dataset, read_captions, training_loader)
@@ -446,6 +449,26 @@ def test_an_index_is_made_once_and_anew_when_its_file_has_changed(tmp_path, cach
     assert (last.key, last.image) == ("changed", PICTURES[5])
 
 
+def test_of_several_processes_one_looks_through_a_file(tmp_path, cache, monkeypatch):
+    scan = data.scan
+
+    def counted(file, source):
+        with open(tmp_path / "scanned", "a") as scanned:
+            scanned.write(f"{file.name}\n")
+        time.sleep(0.2)
+        return scan(file, source)
+
+    monkeypatch.setattr(data, "scan", counted)
+    folder = shards(tmp_path / "a")
+    ranks = [multiprocessing.get_context("fork").Process(target=Records, args=(folder,)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert (tmp_path / "scanned").read_text().splitlines() == [file.name for file in sorted(folder.glob("*.tar"))]
+
+
 @pytest.mark.parametrize("length", [0, 100, 1000])
 def test_an_index_that_is_not_whole_is_made_anew(tmp_path, cache, length):
     folder = shards(tmp_path / "a", (5,))
@@ -462,7 +485,7 @@ def test_an_index_is_kept_whole_or_not_at_all_and_none_is_no_error_but_for_a_tab
     folder = shards(tmp_path / "a")
     monkeypatch.setattr(os, "replace", fail)
     assert len(Records(folder)) == 60
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("*.pt*"))
     with pytest.raises(UserError, match="rows.csv as JSON lines.*set MINILIP_CACHE"):
         Records(write(tmp_path, [], "rows.csv"))
     monkeypatch.setenv("MINILIP_CACHE", str(folder / "00000.tar"))

@@ -89,6 +89,17 @@ def test_a_full_disk_costs_the_checkpoints_of_that_time_and_at_the_end_is_an_err
     assert {line["step"] for line in lines} >= {1, 2, 3, 4, 9, 10, 11, 12}
 
 
+def test_an_evaluation_that_cannot_be_written_costs_no_weights(tmp_path, monkeypatch):
+    def fail(folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("evaluate.evaluate_run", fail)
+    with pytest.raises(UserError, match="weights are in .*no space left.*python evaluate.py"):
+        fit(tmp_path, **LONG, eval_images=16)
+    assert load(tmp_path / "checkpoint.pt")["step"] == STEPS
+    assert not (tmp_path / "finished").exists()
+
+
 def test_of_a_damaged_checkpoint_the_one_before_is_used_and_said(tmp_path, capsys, monkeypatch, undisturbed):
     newest = tmp_path / "checkpoint.pt"
     stopped(9, tmp_path, monkeypatch, **LONG, save_steps=4)

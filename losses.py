@@ -1,4 +1,4 @@
-"""The papers' losses: pure functions of unit-norm embeddings, all made of one sum, InfoNCE.
+"""The papers' losses: pure functions of unit-norm embeddings, most of them made of one sum, InfoNCE.
 
 Symbols: B images, T texts an image, K of them sub-captions, P patches, H branches, M texts for the branches, D embedding
 width. `logit_scale` is the multiplier s itself, exp of the learned parameter.
@@ -19,8 +19,8 @@ from data import text_slots
 
 EPS = 1e-6
 REGROUPED = 8  # images in which a text groups patches with --negatives regrouped
-# A similarity matrix of more entries is streamed by the fused op instead of stored: it saves memory, not time. The
-# similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at s = 100 the 8
+# A similarity matrix of more entries is streamed by the fused op instead of stored: it saves memory, on CPUs time, too.
+# The similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at s = 100 the 8
 # bits of bfloat16 round a logit by up to 0.2, and the product is less than a hundredth of a step's work.
 STORED = 1 << 22
 
@@ -59,8 +59,8 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, ma
 
     branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them when
     there are more branches than texts, go to the branch of their image that is most similar to them ("free matching").
-    matching: the branch of the other images that such a text is compared with is that of each "image"'s own choice, or
-    that of the "text"'s own image (the released code).
+    matching: for such a text every image stands with the branch that it chose for its own text ("image"), or with the
+    one that the text's own image chose ("text", the released code).
     """
     H = branches.shape[1]
     M = texts.shape[1]

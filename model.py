@@ -1,4 +1,4 @@
-"""The model: an image tower and a text tower from scratch, with the parts that the three papers add.
+"""The model: an image tower and a text tower from scratch, with the parts that the papers add.
 
     CLIP                 pre-LN ViT with a class token, causal text transformer read at the end-of-text token
                          (2103.00020)
@@ -49,7 +49,7 @@ class CLIPConfig:
     stem: str = "patch"  # a linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
     vision_style: str = "clip"  # or "timm", LoTLIP's: no LayerNorm before the first block
     activation: str = "gelu"  # or "quickgelu", for OpenAI's weights
-    pool: str = "class"  # image embedding from the "class" token (the papers) or as the "average" of the patches
+    pool: str = "class"  # image embedding: the "class" token's (papers) or the patches' "average" (small sizes)
     branches: int = 1  # H image embeddings (Holistic CLIP)
     branch_type: str = "class"  # H "class" tokens, or H parallel "mlp"s in the last `branch_layers` layers
     branch_layers: int = 3  # layers with parallel mlps

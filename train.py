@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
-all, `--profile` says where the time of a step goes. A run that ends before its time goes on with `--resume auto`; under
-torchrun's `--max-restarts` it does so itself.
+all, each with the value that it has where no row sets another; `--profile` says where the time of a step goes. A run that
+ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, con
                    newest_whole, packing_trouble, start_from, write_whole)
 
 MOMENTUM = 0.9  # Muon's
+EPOCHS = 100  # at most, unless --images is given: Holistic CLIP's, the most of all the papers
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that stop the run
 
 
@@ -69,7 +70,7 @@ class Settings(CLIPConfig):
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
-    sampling: str = "random"  # sub-captions: "random" anew each time, "first" K always, "whole": all as one text
+    sampling: str = "random"  # sub-captions: "random" anew each time, the "first" K always, "whole": all as one text
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
     whole_caption: float = 0.0  # share of the draws in which the whole long caption, as one text, is among them, too
     long_texts: int = 0  # J slots for long texts
@@ -80,12 +81,12 @@ class Settings(CLIPConfig):
     negatives: str = "image"  # grouping's: "image" (papers), "batch" (DreamLIP's code), "slot", "regrouped" (FLAIR's)
     threshold: float | None = None  # of the grouping weights; default 1/P
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
-    contrastive_weight: float = 1.0  # of the global contrastive loss
-    grouping_weight: float = 1.0  # lambda, of the grouping loss
-    branch_diversity: float = 0.0  # of a loss on branches that are alike (Holistic CLIP's code: 1)
-    matching: str = "image"  # of texts without a branch: each "image" chooses, or the "text"'s own (Holistic CLIP's code)
+    contrastive_weight: float = 1.0  # weight of the global contrastive loss
+    grouping_weight: float = 1.0  # lambda, weight of the grouping loss
+    branch_diversity: float = 0.0  # weight of a loss on branches that are alike (Holistic CLIP's code: 1)
+    matching: str = "image"  # branch of a free text: each "image" chooses, or the "text"'s own (Holistic CLIP's code)
     # optimisation
-    images: int = 0  # images to see in the whole run; left away: the size's own
+    images: int = 0  # images to see in the whole run; left away: the size's own, but none over 100 times
     batch: int = 64  # images a step, over all processes
     accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
     optimizer: str = "adamw"  # "adamw" (the papers), or "muon" for the matrices of blocks and stem, AdamW for the rest
@@ -101,7 +102,7 @@ class Settings(CLIPConfig):
     seed: int = 0  # of the weights, the order and the texts drawn
     # the machine
     device: str = "auto"  # cuda, mps or cpu
-    precision: str = "auto"  # fp32 or bf16 (autocast)
+    precision: str = "auto"  # fp32 or bf16 (autocast); auto: bf16 where the device multiplies in it
     compile: bool = False  # torch.compile, block by block; on a GPU the default from base-32 on
     fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (plain PyTorch)
     grad_checkpointing: bool = False  # keep only the inputs of the blocks, compute the rest again backwards
@@ -126,12 +127,11 @@ METHODS = {
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
 }
 
-# What the small sizes, made for scenes, change of DreamLIP's grouping and drawing (README, "What the small sizes
-# change"): the defaults are the paper's.
+# What the small sizes, made for scenes, change of the papers' settings (README, "Sizes").
 SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.5, whole_caption=0.5, optimizer="muon",
               schedule="linear")
 
-# The papers' recipe for pictures, of CLIP's ViT-B.
+# For real pictures: CLIP's ViT-B with DreamLIP's recipe.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
             images=90_000_000, batch=1024, lr=5e-4, warmup=0.023, weight_decay=0.5, decay_embeddings=True, clip_grad=0.0,
@@ -774,7 +774,7 @@ def open_data(s: Settings, flags: dict):
         check_boxes(dataset)
     if s.data != ("scenes",):
         if "images" not in flags:
-            s.images = min(s.images, 30 * len(dataset))
+            s.images = min(s.images, EPOCHS * len(dataset))
         if len(dataset) < s.batch:
             raise UserError(f"{' '.join(s.data)} has {len(dataset)} training images, fewer than a batch of {s.batch}: "
                             "choose a smaller --batch")

@@ -653,6 +653,14 @@ def test_a_set_that_is_bad_by_its_index_alone_is_refused_before_training(tmp_pat
                      "out": str(tmp_path / "run")})
 
 
+@pytest.mark.parametrize("flags, images", [({}, 100 * 16), ({"images": 50_000}, 50_000)])
+def test_no_picture_of_ones_own_is_seen_over_100_times_unless_images_is_given(tmp_path, flags, images):
+    path = write(pictures(tmp_path, 20), rows(20))  # 4 are held out by their hash
+    s = train.resolve({"size": "nano", "batch": 16, "tokenizer": "scenes", "device": "cpu", "data": path, **flags})
+    train.open_data(s, flags)
+    assert s.images == images
+
+
 def test_a_look_prints_counts_bad_samples_and_lengths_and_writes_a_page(tmp_path, monkeypatch, capsys):
     folder = shards(tmp_path / "a", (10,))
     shard(folder / "00001.tar", [

@@ -263,13 +263,7 @@ def prefixed(prefix, rows):
 
 # ---- a run's own held-out data ---------------------------------------------------------------------------------------
 
-SCENE_PROMPTS = (
-    "the main object is {1}.",
-    "the largest thing here is {1}.",
-    "a picture of {1}.",
-    "{0}",
-    "{0} clipart",
-)
+SCENE_PROMPTS = ("the main object is {1}.", "the largest thing here is {1}.", "a picture of {1}.", "{0}", "{0} clipart")
 
 
 def held_out_metrics(model, dataset, n):
@@ -621,13 +615,8 @@ def run_benchmarks(model, wanted):
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 PALETTE = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999".split()  # Okabe and Ito's
-matplotlib.rcParams.update({
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 120,
-    "legend.frameon": False,
-})
+matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120,
+                            "legend.frameon": False})
 
 
 def new_figure(width, height):
@@ -717,15 +706,8 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         count = n or s.get("eval_images") or 1000
         if data:
             s = s | dict(data=data, image_root=None, caption_fields="")
-        dataset = open_dataset(
-            s["data"],
-            "test",
-            count,
-            size,
-            s["kinds"],
-            image_root=s["image_root"],
-            caption_fields=s["caption_fields"],
-        )
+        dataset = open_dataset(s["data"], "test", count, size, s["kinds"], image_root=s["image_root"],
+                               caption_fields=s["caption_fields"])
         rows, images, captions = held_out_metrics(model, dataset, count)
         names = " ".join(np.atleast_1d(s["data"]))
         report["images"] = len(captions)
@@ -838,8 +820,7 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders of runs, or files of weights, ours or released ones")
-    add("--benchmark", nargs="+", metavar="NAME:PATH",
-        help=f"of {', '.join(BENCHMARKS)}")
+    add("--benchmark", nargs="+", metavar="NAME:PATH", help=f"of {', '.join(BENCHMARKS)}")
     add("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
     add("--images", type=int, help="held-out images to use")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
@@ -876,13 +857,8 @@ def main(argv=None):
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
 
-    options = dict(
-        device=flags.device,
-        branch=flags.branch,
-        image_size=flags.image_size,
-        activation=flags.activation,
-        tokenizer=flags.tokenizer,
-    )
+    options = dict(device=flags.device, branch=flags.branch, image_size=flags.image_size, activation=flags.activation,
+                   tokenizer=flags.tokenizer)
     if kind:
         export(Model(runs[0], **options | {"device": "cpu"}), kind, Path(weights))
     elif flags.picture or flags.search:

@@ -121,7 +121,7 @@ class Settings(CLIPConfig):
 # Each method's row: the texts an image brings, the parts the model gets, the losses.
 METHODS = {
     "clip": dict(),
-    "dreamlip": dict(sub_captions=3, grouping="sub-caption"),
+    "dreamlip": dict(sub_captions=2, grouping="sub-caption"),
     "lotlip": dict(long_texts=1, corner_tokens=2),
     "holistic": dict(raw_caption=False, perspectives=5, branches=5),
     "sparc": dict(grouping="token", contrastive_weight=0.5, grouping_weight=1.0),
@@ -152,7 +152,7 @@ SIZES = {
                  images=8_000, batch=32, lr=2e-3, kinds=12),
     "tiny": dict(**SCENES, image_size=64, patch=8, vision_width=128, vision_depth=2, vision_heads=4,
                  text_width=128, text_depth=2, text_heads=4, context=128, embed=128,
-                 images=58_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
+                 images=64_000, batch=64, lr=1.5e-3, muon_lr=4e-3, kinds=24),
     "small": dict(**SCENES, image_size=96, patch=8, vision_width=384, vision_depth=6, vision_heads=6,
                   text_width=256, text_depth=4, text_heads=4, context=128, embed=256,
                   images=3_000_000, batch=256, lr=1e-3, kinds=64),

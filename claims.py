@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data import Parser, UserError
-from evaluate import PALETTE, draw_reading, evaluate_run, markdown, new_figure
+from evaluate import evaluate_run, markdown, new_figure
 from train import parse_flags, train
 
 # ---- the rows, the measures, the claims ------------------------------------------------------------------------------
@@ -129,8 +129,6 @@ CLAIMS = [
     Claim("Together", "matched by the text they add more", "our dreamlip, 5 MLPs, by text", "our dreamlip, 5 MLPs",
           "short R@1"),
 ]
-READERS = ("raw (CLIP)", "long alone", "raw, whole long", "raw, long, 2 corners (LoTLIP)", "raw, sub-captions, short",
-           "our dreamlip row")  # rows that reading.png shows
 
 
 # ---- training the rows -----------------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ class Run:
     def start(self, threads: int):
         """Starts a process that trains and evaluates the run; it stops when its standard input ends."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": self.gpu}
-        command = [sys.executable, __file__, "--row", self.row, "--out", self.folder, *self.flags]
+        command = [sys.executable, __file__, "--run", self.row, "--out", self.folder, *self.flags]
         with open(self.folder + ".log", "a") as log:
             # in a session of its own: Ctrl-C in the terminal reaches the parent alone, which stops its children
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
@@ -243,7 +241,6 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     (folder / "claims.md").write_text(text)
     print(text)
     draw_claims(values, folder / "claims.png")
-    draw_readers(results, folder / "reading.png")
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -315,28 +312,17 @@ def draw_claims(values: dict, path: Path):
     judged = {claim: found for claim, found in judged.items() if found}
     if not judged:
         return
-    colours = {"holds": PALETTE[2], "does not hold": PALETTE[1], "not told apart": PALETTE[7]}
+    colours = {"holds": "#009e73", "does not hold": "#d55e00", "not told apart": "#999999"}  # Okabe and Ito's
     figure = new_figure(10, 1.5 + 0.3 * len(judged))
     axis = figure.subplots()
     axis.axvline(0, color="black", lw=0.8)
     for claim, (mean, half, verdict) in judged.items():
-        name = f"{claim.paper}: {claim.what} ({claim.measure})"
+        name = f"{claim.paper}: {claim.what} ({claim.better}, {claim.measure})"
         axis.errorbar(mean, name, xerr=half, fmt="o", color=colours[verdict], capsize=2.5)
     axis.invert_yaxis()
     figure.supxlabel("difference in percentage points, and its 95% confidence interval over seeds\n"
                      "green: holds, orange: does not hold, grey: not told apart")
     figure.savefig(path)
-
-
-def draw_readers(results: dict, path: Path):
-    """Draws how far those of READERS read that there are, the mean over seeds."""
-    found = {}
-    for row in READERS:
-        if row in results:
-            lengths = [run["reading"]["length"] for run in results[row]]
-            found[row] = dict(length=np.mean(lengths, 0).tolist())
-    if found:
-        draw_reading(found, path)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -372,7 +358,7 @@ def interrupt(number: int, _):
 
 if __name__ == "__main__":
     try:
-        if sys.argv[1:2] == ["--row"]:
+        if sys.argv[1:2] == ["--run"]:
             train_row(sys.argv[2], sys.argv[3:])
         else:
             signal.signal(signal.SIGINT, interrupt)

@@ -976,7 +976,8 @@ def find_files(pattern: str) -> list[Path]:
         return sorted(folder.glob("*.tar")) or sorted(folder.glob("metadata.jsonl")) or [folder]
     files = []
     for text in expand(pattern):
-        files += map(Path, sorted(glob.glob(text)) or [text])
+        found = [name for name in glob.glob(text) if not name.endswith(".captions.jsonl")]  # those are joined by key
+        files += map(Path, sorted(found) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
             raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, .csv, "
@@ -1314,8 +1315,11 @@ class Pictures:
             except BadSample as bad:
                 failed.add(bad)
         failed.merge(self.bad)
-        raise UserError(f"--data {self.records.path} has no usable sample for {self.part} (bad: {failed.report()}): check "
-                        "--image-root and --caption-fields, or look at it with python data.py --look")
+        remedy = "check --image-root and --caption-fields, or look at it with python data.py --look"
+        if not len(self):
+            remedy = "take more samples, or --eval-images 0, for validation holds out a tenth by chance"
+        raise UserError(f"--data {self.records.path} has no usable sample for {self.part} (bad: {failed.report()}): "
+                        + remedy)
 
     def __len__(self):
         return len(self.rows)
@@ -1615,7 +1619,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -37,7 +37,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from tqdm import tqdm
 
 from data import (BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field, load_image,
-                  load_tokenizer, normalize, open_dataset, read_captions, read_json, write_clip_tokenizer)
+                  load_tokenizer, normalize, open_dataset, read_captions, read_json, spread, write_clip_tokenizer)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, article, held_out
@@ -83,7 +83,8 @@ class Model:
 
     def batches(self, items, load):
         """load(item) -> (image uint8 [3,S,S], a label of any kind). Yields batch by batch branches [b,H,D],
-        patches [b,P,D] and a tuple of b labels. Items of which `load` raises BadSample are passed over and reported."""
+        patches [b,P,D] and a tuple of b labels. Items of which `load` raises BadSample are passed over and reported.
+        Raises UserError if all are."""
         bad = []
 
         def try_load(number):
@@ -99,18 +100,18 @@ class Model:
                 if samples:
                     images, labels = zip(*samples)
                     yield *self.encode(images), labels
+        if len(bad) == len(items):
+            raise UserError("there is no picture that can be read")
         if bad:
             print(f"passed over: {len(bad)}, the first: {bad[0]}")
 
     def images(self, items, load):
-        """As `batches`, all at once: images [N,h,D] (as from `merge`), and a list of N labels. Raises UserError if N is 0."""
+        """As `batches`, all at once: images [N,h,D] (as from `merge`), and a list of N labels."""
         parts = []
         labels = []
         for branches, _, some in self.batches(items, load):
             parts.append(self.merge(branches))
             labels += some
-        if not parts:
-            raise UserError("there is no picture that can be read")
         return torch.cat(parts), labels
 
     @torch.no_grad()
@@ -267,7 +268,7 @@ SCENE_PROMPTS = ("the main object is {1}.", "the largest thing here is {1}.", "a
 
 
 def held_out_metrics(model, dataset, n):
-    """Retrieval among the first n samples of a dataset and, if it draws scenes, all metrics of scenes -> metrics, the
+    """Retrieval among n samples, spread over a dataset, and, if it draws scenes, all metrics of scenes -> metrics, the
     images [N,h,D], their captions {number: data.Captions}."""
     def load(number):
         image, captions = dataset[number]
@@ -278,7 +279,7 @@ def held_out_metrics(model, dataset, n):
     captions = {}
     patches = []  # of each scene [P,D]
     others = []  # those of another scene in its batch
-    for embedded, cells, numbered in model.batches(range(len(dataset))[:n], load):
+    for embedded, cells, numbered in model.batches(spread(len(dataset), n), load):
         branches.append(embedded)
         captions.update(numbered)
         if scenes:
@@ -614,7 +615,6 @@ def run_benchmarks(model, wanted):
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-PALETTE = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999".split()  # Okabe and Ito's
 matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120,
                             "legend.frameon": False})
 
@@ -660,18 +660,16 @@ def draw_curves(model, path):
     figure.savefig(path)
 
 
-def draw_reading(curves, path):
-    """{model: what `reading` found} -> R@1 against the sentences given."""
-    figure = new_figure(9, 4.2)
+def draw_reading(model, found, path):
+    """What `reading` found: R@1 against the sentences given."""
+    figure = new_figure(7, 4.2)
     axis = figure.subplots()
-    for colour, (name, found) in zip(itertools.cycle(PALETTE), curves.items()):
-        sentences, to_image, to_text, chance = np.transpose(found["length"])
-        axis.plot(sentences, to_image, "o-", color=colour, label=name)
-        axis.plot(sentences, to_text, "s--", color=colour)
+    sentences, to_image, to_text, chance = np.transpose(found["length"])
+    axis.plot(sentences, to_image, "o-", label="text to image")
+    axis.plot(sentences, to_text, "s--", label="image to text")
     axis.plot(sentences, chance, ":", color="grey", label="chance")
-    axis.set(ylabel="R@1, %", xlabel="sentences of the long caption given")
-    figure.legend(loc="outside right center")
-    figure.suptitle("Does more text help? (to image: ―  to text: ‒ ‒)")
+    axis.set(title=f"{model.name}: does more text help?", ylabel="R@1, %", xlabel="sentences of the long caption given")
+    axis.legend()
     figure.savefig(path)
 
 
@@ -685,7 +683,7 @@ def draw_run(model, dataset, captions, report, folder):
     draw_groups(model, pictures, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
-    draw_reading({model.name: report["reading"]}, folder / "reading.png")
+    draw_reading(model, report["reading"], folder / "reading.png")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -705,7 +703,7 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
     elif data or model.folder:
         count = n or s.get("eval_images") or 1000
         if data:
-            s = s | dict(data=data, image_root=None, caption_fields="")
+            s = dict(caption_fields="") | s | dict(data=data, image_root=None)
         dataset = open_dataset(s["data"], "test", count, size, s["kinds"], image_root=s["image_root"],
                                caption_fields=s["caption_fields"])
         rows, images, captions = held_out_metrics(model, dataset, count)
@@ -854,6 +852,8 @@ def main(argv=None):
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
+    if flags.images is not None and flags.images < 1:
+        raise UserError("--images must be at least 1")
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
 
@@ -877,7 +877,7 @@ def main(argv=None):
             try:
                 report = evaluate_run(run, flags.images, flags.data, flags.figures, flags.benchmark, flags.out, **options)
                 reports.append(report)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 failed.append(f"{run}: {error}")
         if len(reports) > 1:
             print(table(reports))

@@ -685,6 +685,8 @@ def config_beside(path: Path) -> dict:
         if beside.is_file():
             config = read_json(beside)
             config = config.get("model_cfg", config)
+            if "vision_cfg" not in config:  # it tells of something else
+                continue
             vision, text = config["vision_cfg"], config["text_cfg"]
             told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
                         pool="average" if vision.get("pool_type") == "avg" else "class")

@@ -59,7 +59,13 @@ PROMPTS = {  # field: (prompt, most tokens of an answer). --prompts FILE.json re
 def read_prompts(path):
     """PROMPTS and VERSION with what a JSON file {"version", field: [prompt, most tokens], ...} replaces and adds."""
     table = read_json(Path(path))
-    version = table.pop("version", path)
+    try:
+        version = table.pop("version", path)
+        for prompt, tokens in table.values():
+            if (type(prompt), type(tokens)) != (str, int):
+                raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path} is not like {{\"version\": \"mine\", \"long\": [\"Describe ...\", 400]}}") from None
     return PROMPTS | table, version
 
 
@@ -428,6 +434,8 @@ def parse_flags(argv=None):
     if unknown:
         raise UserError(f"--fields: no prompt for {', '.join(unknown)}; there are {', '.join(names)}, and --dense GRID for "
                         "crops")
+    if min(s.in_flight, s.max_side) < 1 or min(s.dense, s.limit) < 0:
+        raise UserError("--in-flight and --max-side must be at least 1, --dense and --limit at least 0")
     if s.dense:
         s.fields.append("dense")
     if s.preview:

@@ -511,7 +511,10 @@ def main():
     for flag, default in (("--n", 1000), ("--size", 64), ("--kinds", 24)):
         parser.add_argument(flag, type=int, default=default)
     options = vars(parser.parse_args())
-    write(options.pop("write"), Scenes(**options))
+    try:
+        write(options.pop("write"), Scenes(**options))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

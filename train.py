@@ -217,7 +217,8 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     if s.precision == "auto":
         s.precision = "bf16" if multiplies_bfloat16(s.device) else "fp32"
     if s.workers < 0:
-        s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // world)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes of this machine
+        s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // local)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
@@ -763,6 +764,8 @@ def open_data(s: Settings, flags: dict):
         raise UserError(f"--tokenizer {s.tokenizer} is not that of the weights to start from, which have {s.vocab} tokens: "
                         "name theirs")
     s.vocab = tokenizer.vocab_size
+    if s.tokenizer == "auto":
+        s.tokenizer = tokenizer.name  # the run keeps it, whatever is installed later
     options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping, s.augment
     dataset = open_dataset(s.data, "train", s.images, *options)
     if dataset.bad:
@@ -845,7 +848,7 @@ def train_steps(run: Run, caught: list):
                dynamic_ncols=True)
     marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
     for batch in bar:
-        count_samples(state, batch, s)
+        count_samples(state, batch)
         batch = to_device(batch, s)
         loss, parts = backward_in_memory(run.network, batch, s)
         rate = learning_rate(state.step, run.steps, s)
@@ -869,22 +872,26 @@ def train_steps(run: Run, caught: list):
 
 
 def saves_or_stops(run: Run, caught: list) -> bool:
-    """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree."""
+    """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree. Raises
+    UserError where too many samples are bad."""
     s, state = run.s, run.state
     late = time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late = sums(bool(caught), late)
+    stop, late, bad, seen = sums(bool(caught), late, state.bad.total, state.bad.seen)
+    if state.bad.over(s.max_bad, bad, seen):
+        save(run)
+        with together():
+            bad_of_all(state).check(s.max_bad)
     if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
         save(run)
         run.saved = time.monotonic()
     return stop > 0
 
 
-def count_samples(state: State, batch: Batch, s: Settings):
-    """Counts the batch's samples, the bad ones too. Raises UserError where too many are bad."""
+def count_samples(state: State, batch: Batch):
+    """Counts the batch's samples, the bad ones too."""
     state.bad.seen += len(batch.images) + len(batch.bad)
     for sample in batch.bad:
         state.bad.add(sample)
-    state.bad.check(s.max_bad)
 
 
 def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:

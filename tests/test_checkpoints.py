@@ -217,6 +217,8 @@ def test_a_released_file_is_read_with_the_activation_of_its_training(dress, tmp_
     if dress == "hub":
         config = dict(quick_gelu=True, vision_cfg=dict(width=128), text_cfg=dict(width=128, heads=2))
         (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config)))
+    if dress == "safetensors":
+        (tmp_path / "weights.json").write_text('{"lr": 1}')  # no config of a model
     if dress == "openai":  # three numbers beside the weights: by them the activation is known
         state |= dict.fromkeys(("input_resolution", "context_length", "vocab_size"), torch.tensor(1))
     if dress == "safetensors":

@@ -34,7 +34,6 @@ def test_every_row_trains_and_every_claim_compares_rows_that_there_are(tmp_path)
         assert claim.measure in claims.MEASURES
         compared |= {claim.better, claim.than}
     assert compared == claims.ROWS.keys()
-    assert set(claims.READERS) <= claims.ROWS.keys()
 
 
 def test_intervals_are_students_over_the_paired_differences():
@@ -53,8 +52,7 @@ def test_runs_are_trained_measured_and_when_done_passed_over(tmp_path, monkeypat
     written = (tmp_path / "claims.md").read_text()
     assert "| M2M, 5 MLPs |" in written and "| long alone |" not in written
     assert written in capsys.readouterr().out
-    # without two rows to compare there is no figure of claims
-    assert (tmp_path / "reading.png").is_file() and not (tmp_path / "claims.png").exists()
+    assert not (tmp_path / "claims.png").exists()  # there are no two rows to compare
 
     # an evaluation that was cut short is no evaluation
     (tmp_path / "raw-CLIP-0" / "evaluation.json").write_text('{"metrics": ')
@@ -75,16 +73,14 @@ def pretend(run):
     metrics = {name: dict(value=value, chance=7.0) for names in claims.MEASURES.values() for name in names}
     if run.row == "long alone":
         metrics["short T2I R@1"] = metrics["short I2T R@1"] = dict(value=value - 50, chance=7.0)
-    reading = dict(length=[[1, value, value, 1.0], [2, value, value, 1.0]])
-    return dict(metrics=metrics, reading=reading)
+    return dict(metrics=metrics)
 
 
 def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(claims.Run, "result", pretend)
     for seeds in (1, 2):  # of a single seed the intervals have no end
         claims.main([str(tmp_path), "--seeds", str(seeds)])
-        for figure in ("claims", "reading"):
-            assert (tmp_path / f"{figure}.png").is_file()
+        assert (tmp_path / "claims.png").is_file()
     written = (tmp_path / "claims.md").read_text()
     assert "22 rows × 2 seeds, 2684 minutes" in written
     assert "| raw (CLIP) | 61.0 ± 1.4 | 61.0 ± 1.4 |" in written
@@ -123,7 +119,7 @@ def test_runs_are_dealt_over_the_gpus_that_are_visible(tmp_path, monkeypatch):
 
     def popen(command, env, **_):
         gpu = env["CUDA_VISIBLE_DEVICES"]
-        started.append((command[command.index("--row") + 1], gpu))
+        started.append((command[command.index("--run") + 1], gpu))
         # the first run lasts until all have been started
         return SimpleNamespace(poll=lambda: 0 if gpu == "5" or len(started) == 3 else None)
 

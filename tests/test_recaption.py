@@ -301,12 +301,16 @@ def test_the_key_comes_from_the_environment_and_is_never_printed(tmp_path, serve
     ("--models a,b", "", "'a', 'b'"),
     ("", "--fields short,colour", "colour"),
     ("", "--prompts none.json", "none.json"),
+    ("", "--prompts {words}", 'is not like {"version"'),
+    ("", "--in-flight 0", "--in-flight"),
     ("", "--preview gone/p.html", "gone/p.html cannot be written"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_writes_nothing(tmp_path, serve, server, flags, named):
     data = shards(tmp_path / "tars", 1)
+    words = tmp_path / "words.json"
+    words.write_text('{"long": "Describe it."}')
     with pytest.raises(UserError, match=named) as error:
-        run(data, "--endpoint", serve(*server.split()), *flags.split())
+        run(data, "--endpoint", serve(*server.split()), *flags.format(words=words).split())
     assert "\n" not in str(error.value)
     assert os.listdir(data) == ["00000.tar"]
 

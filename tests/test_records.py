@@ -289,6 +289,7 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path, monkeypatch, flags, cont
 @pytest.mark.parametrize("data, sidecar", [
     ("shards/00000.tar", "shards/00000.captions.jsonl"),
     ("rows.jsonl", "rows.captions.jsonl"),
+    ("*.jsonl", "rows.captions.jsonl"),
     ("v1.5", "v1.5.captions.jsonl")])
 def test_new_captions_in_a_sidecar_are_joined_by_key(tmp_path, data, sidecar):
     shards(tmp_path / "shards", (3,))
@@ -656,9 +657,16 @@ def test_a_set_that_is_bad_by_its_index_alone_is_refused_before_training(tmp_pat
 @pytest.mark.parametrize("flags, images", [({}, 100 * 16), ({"images": 50_000}, 50_000)])
 def test_no_picture_of_ones_own_is_seen_over_100_times_unless_images_is_given(tmp_path, flags, images):
     path = write(pictures(tmp_path, 20), rows(20))  # 4 are held out by their hash
-    s = train.resolve({"size": "nano", "batch": 16, "tokenizer": "scenes", "device": "cpu", "data": path, **flags})
+    s = train.resolve({"size": "nano", "batch": 16, "device": "cpu", "data": path, **flags})
     train.open_data(s, flags)
     assert s.images == images
+    assert s.tokenizer in ("clip", "scenes")  # what "auto" has come to: the run keeps it
+
+
+def test_where_too_few_samples_are_there_to_hold_some_out_the_remedy_is_said(tmp_path):
+    path = write(pictures(tmp_path, 2), rows(2))
+    with pytest.raises(UserError, match="for validation .*more samples, or --eval-images 0"):
+        open_dataset(path, "validation", 0, 16, 0)
 
 
 def test_a_look_prints_counts_bad_samples_and_lengths_and_writes_a_page(tmp_path, monkeypatch, capsys):

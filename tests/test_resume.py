@@ -145,6 +145,9 @@ def test_bad_samples_are_counted_over_the_whole_of_a_run_that_was_resumed(tmp_pa
     assert f"replaced by other samples: {counts[-1]} × " in capsys.readouterr().out
     assert [line["bad"] for line in lines] == counts
     assert counts[5] > counts[3] > 3
+    with pytest.raises(UserError, match="over --max-bad"):
+        fit(tmp_path / "longer", **flags | {"images": 400})
+    assert 0 < load(tmp_path / "longer" / "checkpoint.pt")["step"] < 25
 
 
 # ---- steps without a finite gradient ---------------------------------------------------------------------------------

@@ -507,6 +507,8 @@ MISTAKES = [
     ("train.py --resume {f}/clip --method clip --lr 1", "lr (0.002 there, 1.0 here)"),
     ("evaluate.py {f}/gone", "gone"),
     ("evaluate.py {f}/nothing", "nothing"),
+    ("evaluate.py {f}/clip --images 0", "--images"),
+    ("scenes.py --write {f}/scenes --kinds 999", "kinds"),
 ]
 
 

@@ -500,7 +500,7 @@ def drawn(s, captions=CAPTIONS, n=200):
 
 
 @pytest.mark.parametrize("method, texts", [
-    ("clip", [{"raw"}]), ("dreamlip", [{"raw"}, POOL, POOL, POOL]), ("lotlip", [{"raw"}, {WHOLE}]),
+    ("clip", [{"raw"}]), ("dreamlip", [{"raw"}, POOL, POOL]), ("lotlip", [{"raw"}, {WHOLE}]),
     ("holistic", [{text} for text in CAPTIONS.perspectives[:5]]), ("sparc", [{"raw"}])])
 def test_each_method_draws_its_texts_for_each_slot(method, texts):
     slots = zip(*drawn(settings(method)))

@@ -396,7 +396,7 @@ def test_only_the_standard_evaluation_is_written_into_a_runs_folder(fresh, tmp_p
 def test_a_folder_that_cannot_be_written_costs_no_table(fresh, tmp_path, capsys):
     path = fresh("clip")
     write(tmp_path / "file", "in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(UserError, match="file"):
         run_quickly(path, "--images", "9", "--out", f"{tmp_path}/file")
     assert "  mIoU\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="file/all.json cannot be written"):

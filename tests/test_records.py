@@ -591,7 +591,7 @@ def test_a_batch_is_cut_to_its_longest_text_and_knows_the_length_of_each():
     batch = collate([samples[0, i] for i in range(8)])
     ends = (batch.tokens == TOKENIZER.eot).nonzero()[:, 2]
     assert (ends + 1).tolist() == batch.lengths.flatten().tolist()
-    assert batch.tokens.shape == (8, 4, batch.lengths.max())
+    assert batch.tokens.shape == (8, 3, batch.lengths.max())
 
 
 def test_a_bad_sample_is_counted_and_replaced_by_one_drawn_from_seed_epoch_and_index(tmp_path):

@@ -1,6 +1,6 @@
 """The papers' claims put to the test: rows of settings, each trained with several seeds, and a verdict on each claim.
 
-    python claims.py                           all rows into runs/claims: about three hours on two cores
+    python claims.py                           all rows into runs/claims: three and a half hours on two cores
     python claims.py --quick                   one seed and 8,000 images a run, into runs/claims-quick: half an hour
     python claims.py FOLDER --rows O2O O2M     two of the rows, and the claims about them
 

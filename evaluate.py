@@ -730,7 +730,8 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         return report
     folder.mkdir(parents=True, exist_ok=True)
     if benchmarks:
-        write_json(folder / "benchmarks.json", report)
+        names = [item.partition(":")[0] for item in benchmarks]
+        write_json(folder / f"benchmark-{'-'.join(names)}.json", report)
     else:
         write_json(folder / "evaluation.json", report)
         if figures:

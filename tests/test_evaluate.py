@@ -432,7 +432,7 @@ def test_a_run_is_scored_on_benchmarks_by_name(fresh, tmp_path):
     one = f"imagefolder:{tmp_path}/one"
     two = f"imagefolder:{tmp_path}/two"
     run_quickly(path, "--benchmark", one, two)
-    metrics = json.loads((tmp_path / "pictures/benchmarks.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "pictures/benchmark-imagefolder-imagefolder.json").read_text())["metrics"]
     assert metrics["imagefolder top-1"]["chance"] == pytest.approx(100 / 3)
     assert metrics[f"{two} top-1"]["chance"] == pytest.approx(100 / 4)
 

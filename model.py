@@ -76,7 +76,7 @@ def check(c: CLIPConfig):
     if c.image_size % c.patch:
         raise UserError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
                         "--image-size")
-    if c.stem == "conv" and c.patch & (c.patch - 1):
+    if c.stem == "conv" and (c.patch < 2 or c.patch & (c.patch - 1)):
         raise UserError(f"convolutions of stride 2 make no patches of {c.patch} pixels: use --stem patch")
     if c.pool == "average" and c.branch_type == "class" and c.branches > 1:
         raise UserError("class-token branches would all have the same average of the patches: use --pool class or "

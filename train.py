@@ -244,7 +244,7 @@ def check(s: Settings, world: int = 1):
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
             most = 1 if name in SHARES else 2 ** 62
-            if not 0 <= value <= most or name in ABOVE_0 and value == 0:
+            if not 0 <= value <= most or name in ABOVE_0 and value == 0 or name == "beta2" and value == 1:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
     check_device(s.device)
     if s.init and (s.init_image or s.init_text):
@@ -998,6 +998,8 @@ def main():
     except KeyboardInterrupt:  # before or after the steps, which end with a checkpoint
         sys.exit(130)
     except RuntimeError as error:
+        if str(error).startswith("--fused on"):
+            sys.exit(f"error: {error}")
         gone = re.search("closed by peer|reset by peer|broken pipe|timed out|refused", str(error), re.I)
         if not gone or "RANK" not in os.environ:
             raise

@@ -491,6 +491,8 @@ MISTAKES = [
     ("train.py --batch 0", "--batch"),
     ("train.py --lr nan", "--lr"),
     ("train.py --kinds 5", "kinds"),
+    ("train.py --beta2 1", "--beta2"),
+    ("train.py --patch 1", "--stem patch"),
     ("train.py --device toaster", "toaster"),
     # settings that cannot go together
     ("train.py --accumulate 3", "--batch 16"),

@@ -976,8 +976,8 @@ def find_files(pattern: str) -> list[Path]:
         return sorted(folder.glob("*.tar")) or sorted(folder.glob("metadata.jsonl")) or [folder]
     files = []
     for text in expand(pattern):
-        found = [name for name in glob.glob(text) if not name.endswith(".captions.jsonl")]  # those are joined by key
-        files += map(Path, sorted(found) or [text])
+        names = [name for name in glob.glob(text) if not name.endswith(".captions.jsonl")]  # those are joined by key
+        files += map(Path, sorted(names) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
             raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, .csv, "

@@ -264,7 +264,13 @@ def prefixed(prefix, rows):
 
 # ---- a run's own held-out data ---------------------------------------------------------------------------------------
 
-SCENE_PROMPTS = ("the main object is {1}.", "the largest thing here is {1}.", "a picture of {1}.", "{0}", "{0} clipart")
+SCENE_PROMPTS = (
+    "the main object is {1}.",
+    "the largest thing here is {1}.",
+    "a picture of {1}.",
+    "{0}",
+    "{0} clipart",
+)
 
 
 def held_out_metrics(model, dataset, n):
@@ -615,8 +621,13 @@ def run_benchmarks(model, wanted):
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
-matplotlib.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120,
-                            "legend.frameon": False})
+matplotlib.rcParams.update({
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 120,
+    "legend.frameon": False,
+})
 
 
 def new_figure(width, height):
@@ -704,8 +715,15 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         count = n or s.get("eval_images") or 1000
         if data:
             s = dict(caption_fields="") | s | dict(data=data, image_root=None)
-        dataset = open_dataset(s["data"], "test", count, size, s["kinds"], image_root=s["image_root"],
-                               caption_fields=s["caption_fields"])
+        dataset = open_dataset(
+            s["data"],
+            "test",
+            count,
+            size,
+            s["kinds"],
+            image_root=s["image_root"],
+            caption_fields=s["caption_fields"],
+        )
         rows, images, captions = held_out_metrics(model, dataset, count)
         names = " ".join(np.atleast_1d(s["data"]))
         report["images"] = len(captions)
@@ -858,8 +876,13 @@ def main(argv=None):
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
 
-    options = dict(device=flags.device, branch=flags.branch, image_size=flags.image_size, activation=flags.activation,
-                   tokenizer=flags.tokenizer)
+    options = dict(
+        device=flags.device,
+        branch=flags.branch,
+        image_size=flags.image_size,
+        activation=flags.activation,
+        tokenizer=flags.tokenizer,
+    )
     if kind:
         export(Model(runs[0], **options | {"device": "cpu"}), kind, Path(weights))
     elif flags.picture or flags.search:

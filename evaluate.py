@@ -119,7 +119,7 @@ class Model:
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
         tokens = self.tokenizer(texts, self.config.context).to(self.device)
         with self.autocast:
-            parts = [self.clip.encode_texts(some)[0][:, 0] for some in tokens.split(1024)]
+            parts = [self.clip.encode_text(some, with_tokens=False)[0][:, 0] for some in tokens.split(1024)]
         return torch.cat(parts)
 
     def embed(self, pictures):

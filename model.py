@@ -17,6 +17,7 @@ import json
 import os
 import re
 import zipfile
+from bisect import bisect_left, insort
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,28 +97,6 @@ def config_from(settings) -> CLIPConfig:
 
 # ---- attention and blocks --------------------------------------------------------------------------------------------
 
-class Packing(NamedTuple):
-    """Takes the mask's place where N texts lie one behind the other, without padding, as one row of T tokens. Behind
-    them lie their C·N corners: the first corner of every text, then the second of every text, and so on."""
-
-    starts: Tensor  # [N+1] int32: text n is the tokens starts[n] to starts[n+1] - 1
-    summary: Tensor  # [N], the place of each text's end-of-text token (causal) or [CLS]
-    longest: int  # no text has more tokens
-    corners: int  # C
-    causal: bool
-
-
-def varlen_attention(q, k, v, q_starts, k_starts, q_longest, k_longest, causal=False):
-    """Attention of sequences that lie one behind the other: q [R,heads,d], k and v [T,heads,d] -> [R,heads,d].
-
-    The queries q_starts[n] to q_starts[n+1] - 1 look at the keys k_starts[n] to k_starts[n+1] - 1. It is flash
-    attention: on a GPU, in half precision. Raises ImportError where PyTorch is too old (`packing_trouble` says so).
-    """
-    from torch.nn.attention.varlen import varlen_attn
-    window = (-1, 0 if causal else -1)  # how far a query sees back and ahead; -1: all the way
-    return varlen_attn(q, k, v, q_starts, k_starts, q_longest, k_longest, window_size=window)
-
-
 class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
@@ -125,11 +104,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, causal=False, queries=None):
+    def forward(self, x, mask=None, queries=None):
         """x [B,N,W] -> the same; with queries [B,K,W], some of x, the output is theirs alone: [B,K,W]. The mask is boolean,
-        of floats (added to the logits) or a Packing."""
-        if isinstance(mask, Packing):
-            return self.packed(x[0], mask)[None]
+        or of floats (added to the logits)."""
         if queries is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
         else:
@@ -140,25 +117,10 @@ class Attention(nn.Module):
         if q.is_cpu and q.dtype == torch.bfloat16:
             # On the CPU, PyTorch's attention is several times slower in bfloat16 than in float32.
             with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal)
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
         else:
-            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+            x = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out(x.transpose(1, 2).flatten(2))
-
-    def packed(self, x, p):
-        """x [T+C·N,W] -> the same, by the mask of `text_mask`: a corner looks at its text as the summary token does,
-        with itself in that token's place, and no other token looks at a corner."""
-        N = len(p.summary)
-        T = len(x) - p.corners * N
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [T+C·N, 3, heads, W/heads]
-        texts, corners = qkv[:T], qkv[T:].unflatten(0, (p.corners, N))
-        parts = [varlen_attention(*texts.unbind(1), p.starts, p.starts, p.longest, p.longest, p.causal)]
-        # Each corner is a sequence of one query. (A range to T would tie torch.compile's graph to this T.)
-        one_each = torch.arange(N + 1, dtype=torch.int32, device=x.device)
-        for own in corners:
-            keys, values = texts[:, 1:].index_copy(0, p.summary, own[:, 1:]).unbind(1)
-            parts.append(varlen_attention(own[:, 0], keys, values, one_each, p.starts, 1, p.longest))
-        return self.out(torch.cat(parts).flatten(1))
 
 
 def at(x: Tensor, places: Tensor) -> Tensor:
@@ -184,16 +146,16 @@ class Block(nn.Module):
         self.act = ACTIVATIONS[activation]
         self.proj = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(branches))
 
-    def attend(self, x, seen, mask, causal, places):
+    def attend(self, x, seen, mask, places):
         """x plus what attention makes of `seen`, which is x or its norm."""
         queries = None
         if places is not None:
             queries = at(seen[0], places)
             x = at(x[0], places)[None]
-        return x + self.attn(seen.flatten(0, 1), mask, causal, queries).view_as(x)
+        return x + self.attn(seen.flatten(0, 1), mask, queries).view_as(x)
 
-    def forward(self, x, mask=None, causal=False, places=None):
-        x = self.attend(x, self.ln_1(x), mask, causal, places)
+    def forward(self, x, mask=None, places=None):
+        x = self.attend(x, self.ln_1(x), mask, places)
         hidden = self.act(self.fc(self.ln_2(x)))
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
@@ -207,8 +169,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """BERT's block (1810.04805): a LayerNorm after each sum instead of before each layer. x [1,B,N,W] -> the same."""
 
-    def forward(self, x, mask=None, causal=False, places=None):
-        x = self.ln_1(self.attend(x, x, mask, causal, places))
+    def forward(self, x, mask=None, places=None):
+        x = self.ln_1(self.attend(x, x, mask, places))
         return self.ln_2(x + self.proj[0](self.act(self.fc(x))))
 
 
@@ -222,9 +184,9 @@ class Blocks(nn.ModuleList):
             forks = branches if i >= depth - branch_layers else 1
             self.append(kind(width, heads, activation, forks, NORM_EPS[style]))
 
-    def forward(self, x, mask=None, causal=False, places=None, rows=None):
-        """x [B,N,W] -> [H,B,N,W]; with places [B,K] the last block computes these alone -> [1,B,K,W], by the mask's rows
-        for them [B,1,K,N]. Where autocast is on, x goes on in its dtype, as in open_clip's image tower: sums and norms
+    def forward(self, x, mask=None, places=None):
+        """x [B,N,W] -> [H,B,N,W]; with places [B,K] the last block computes these alone -> [1,B,K,W]. The mask is then
+        [B,1,N,N]. Where autocast is on, x goes on in its dtype, as in open_clip's image tower: sums and norms
         read and write half as many bytes."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
@@ -232,10 +194,10 @@ class Blocks(nn.ModuleList):
         x = x[None]
         *first, last = self
         for block in first:
-            x = block(x, mask, causal)
+            x = block(x, mask)
         if places is None:
-            return last(x, mask, causal)
-        return last(x, rows, places=places)
+            return last(x, mask)
+        return last(x, at(mask[:, 0], places)[:, None], places)
 
 
 def normalized(x):
@@ -325,91 +287,137 @@ class TextTransformer(nn.Module):
         self.pooler = nn.Sequential(nn.Linear(W, W), nn.Tanh()) if bert else nn.Identity()
         self.proj = nn.Parameter(W ** -0.5 * torch.randn(W, c.embed))
 
-    def forward(self, tokens, with_tokens=True):
+    def forward(self, tokens, lengths=None, with_tokens=True):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token
-        embeddings [N,L,D], unit-norm float32. Corners stand in the last C places; the mask, not the order, says who
-        sees whom. Without `with_tokens` the last block computes the summaries alone, and there is None for the rest."""
-        N, L = tokens.shape
-        C = self.corners
+        embeddings [N,L,D] (behind a text's end, those of other places), unit-norm float32. Without `with_tokens` the
+        last block computes the summaries alone, and there is None for the rest.
+
+        So that hardly any padding is computed, several texts lie in a row, as `pack` lays them, and see only themselves.
+        `lengths`, a NumPy array of N, are the texts': given, the device need not be asked for them.
+        """
         end = tokens.argmax(-1)  # the end-of-text token has the greatest id
-        x = self.token_embedding(tokens) + self.positional_embedding[:L]
-        if C:
-            x = torch.cat([x, self.corner_embedding.expand(N, -1, -1)], 1)  # [N, L+C, W]
-        mask = text_mask(end, L, C, self.causal, self.corner_mask)  # [N, L+C, L+C]
-        summary = end if self.causal else torch.zeros_like(end)
-        corners = torch.arange(L, L + C, device=x.device).expand(N, C)
-        summaries = torch.cat([summary[:, None], corners], 1)  # [N, 1+C], their places
-        plain_causal = self.causal and C == 0  # padding stands behind every text: the plain causal mask hides it, too
-        whole_mask = None if plain_causal else mask[:, None]
-        x = self.ln_pre(x)
-        if not with_tokens:
-            rows = mask[torch.arange(N, device=x.device)[:, None], summaries]  # [N, 1+C, L+C]
-            x = self.blocks(x, whole_mask, plain_causal, summaries, rows[:, None])[0]
-            return normalized(self.project(x)), None
-        x = self.project(self.blocks(x, whole_mask, plain_causal)[0])  # [N, L+C, D]
-        return normalized(at(x, summaries)), normalized(x[:, :L])
+        if lengths is None:
+            lengths = end.cpu().numpy() + 1
+        rows = pack(lengths.reshape(-1), self.corners, self.causal, tokens.device)
+        end = end[rows.text]  # [B, R]
+        mask = text_mask(rows, end, self.corners, self.causal, self.corner_mask)[:, None]
+        x = self.ln_pre(self.embed(tokens, rows, end))  # [B, R, W]
+        words = None
+        if with_tokens:
+            x = self.project(self.blocks(x, mask)[0])  # [B, R, D]
+            places = rows.start[:, None] + torch.arange(tokens.shape[1], device=x.device)
+            words = normalized(F.embedding(places.clamp(max=end.numel() - 1), x.flatten(0, 1)))
+            x = at(x, rows.summaries)
+        else:
+            x = self.project(self.blocks(x, mask, rows.summaries)[0])  # [B, K, D]
+        return normalized(F.embedding(rows.of_text, x.flatten(0, 1))), words
+
+    def embed(self, tokens, rows, end):
+        """tokens [N,L], end [B,R] -> [B,R,W]: each place's token and its place in the text, or a corner."""
+        x = self.token_embedding(tokens[rows.text, rows.place.clamp(max=tokens.shape[1] - 1)])
+        if not self.corners:
+            return x + F.embedding(rows.place, self.positional_embedding)
+        corner = rows.place > end
+        context = len(self.positional_embedding)
+        own = torch.where(corner, context + rows.place - end - 1, rows.place)
+        embeddings = torch.cat([self.positional_embedding, self.corner_embedding])
+        return x.masked_fill(corner[..., None], 0) + F.embedding(own, embeddings)
 
     def project(self, x):
         return self.pooler(self.ln_final(x)) @ self.proj
 
-    def packed(self, tokens, total, with_tokens=False):
-        """forward without padding: all texts one behind the other, as `Packing` tells. `total` is the number T of their
-        tokens, which the host must know: to ask the device is to wait for it. Without `with_tokens`, None takes the
-        token embeddings' place; with it, they are zeros behind each text."""
-        N, L = tokens.shape
-        C, device = self.corners, tokens.device
-        lengths = tokens.argmax(-1) + 1
-        starts = F.pad(lengths.cumsum(0), (1, 0))  # [N+1]
-        text = torch.arange(N, device=device).repeat_interleave(lengths, output_size=total)  # [T], whose token it is
-        place = torch.arange(total, device=device) - starts[text]  # [T], where it stands in that text
-        x = self.token_embedding(tokens[text, place]) + F.embedding(place, self.positional_embedding)
-        if C:
-            x = torch.cat([x, self.corner_embedding.repeat_interleave(N, 0)])  # [T+C·N, W]
-        summary = starts[1:] - 1 if self.causal else starts[:-1]
-        packing = Packing(starts.int(), summary, len(self.positional_embedding), C, self.causal)
-        x, corners = self.blocks(self.ln_pre(x)[None], packing)[0, 0].tensor_split([total])
-        summaries = torch.cat([x.index_select(0, summary), corners]).unflatten(0, (1 + C, N))
-        summaries = normalized(self.project(summaries.transpose(0, 1)))  # [N, 1+C, D]
-        if not with_tokens:
-            return summaries, None
-        words = normalized(self.project(x))  # [T, D]
-        return summaries, words.new_zeros(N, L, words.shape[1]).index_put((text, place), words)
+
+ROW = 64  # places in a row of texts, unless one text is longer
 
 
-def text_mask(end: Tensor, L: int, C: int, causal: bool, blind: bool) -> Tensor:
-    """Who sees whom among L text places and C corner places: end [N] -> [N, L+C, L+C], True where row may look at
-    column.
+class Rows(NamedTuple):
+    """Where N texts, each with its C corners behind it, lie in B rows of R places."""
+
+    text: Tensor  # [B,R], whose place it is; -1: nobody's
+    place: Tensor  # [B,R], which of that text's places, from 0 on; those behind its end are the corners'
+    start: Tensor  # [N], a text's first place among all B·R
+    summaries: Tensor  # [B,K], the places of a row's summary tokens, filled up with 0
+    of_text: Tensor  # [N,1+C], a text's summary tokens among these B·K
+
+
+def best_fit(sizes: list[int], R: int):
+    """Lays texts of these sizes into rows of R places: the longest first, each where the least room is left that is
+    enough -> row, first, nth [N]: each text's row, its first place there, how many came into that row before it; and how
+    many are in each row."""
+    found = [None] * len(sizes)
+    rooms = []  # (places left, row), in order
+    counts = []
+    for text in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        size = sizes[text]
+        i = bisect_left(rooms, (size, 0))
+        if i < len(rooms):
+            room, row = rooms.pop(i)
+        else:
+            room, row = R, len(counts)
+            counts.append(0)
+        found[text] = row, R - room, counts[row]
+        counts[row] += 1
+        insort(rooms, (room - size, row))
+    return *np.array(found).T, counts
+
+
+def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Rows:
+    """Lays texts of these lengths [N], each with C corners, into rows."""
+    sizes = lengths + C
+    longest = max(ROW, sizes.max())
+    R = -(-longest // 8) * 8  # a GPU's attention wants a mask of a multiple of 8
+    row, first, nth, counts = best_fit(sizes.tolist(), R)
+    start = row * R + first
+
+    whose = np.repeat(np.arange(len(sizes)), sizes)
+    places = np.arange(len(whose)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    where = start[whose] + places
+    text = np.full(len(counts) * R, -1)
+    text[where] = whose
+    place = np.zeros_like(text)
+    place[where] = places
+
+    # A text's summary tokens: the last before the corners (causal) or the first, and the corners.
+    tokens = lengths[:, None] - 1 + np.arange(1 + C)
+    if not causal:
+        tokens[:, 0] = 0
+    K = max(counts) * (1 + C)
+    of_text = (row * K + nth * (1 + C))[:, None] + np.arange(1 + C)
+    summaries = np.zeros(len(counts) * K, int)
+    summaries[of_text] = first[:, None] + tokens
+
+    arrays = text.reshape(-1, R), place.reshape(-1, R), start, summaries.reshape(-1, K), of_text
+    tensors = map(torch.from_numpy, arrays)
+    if device.type == "cuda":
+        tensors = map(Tensor.pin_memory, tensors)  # so that the host does not wait for the copies
+    return Rows(*[tensor.to(device, non_blocking=True) for tensor in tensors])
+
+
+def text_mask(rows: Rows, end: Tensor, C: int, causal: bool, blind: bool) -> Tensor:
+    """Who sees whom in rows of texts, end [B,R] the end of each place's text -> [B,R,R], True where row may look at
+    column: only within a text.
 
     Summary tokens are the end-of-text token (causal) or the first one, [CLS] (bidirectional), and the corners. In a
     causal encoder the corners come between the text and its end. `blind` (LoTLIP, section 3.2): no summary token sees
     another, no ordinary token sees a corner.
     """
-    place = torch.arange(L + C, device=end.device)
-    end = end[:, None]
-    corner = place >= L
+    text, place = rows.text, rows.place
+    corner = place > end
+    mask = text[:, None, :] == text[:, :, None]
     if causal:
-        # Each place's turn, [N, L+C]: the text, the corners, its end, the padding. Everyone sees whose turn was before.
-        turn = torch.where(corner, end + place - L, torch.where(place < end, place, place + C))
-        mask = turn[:, None, :] <= turn[:, :, None]
-    else:
-        mask = (corner | (place <= end))[:, None, :]  # everyone sees everything but padding
+        # Each place's turn: the text, the corners, its end. Everyone sees whose turn was before.
+        turn = torch.where(corner, place - 1, torch.where(place == end, place + C, place))
+        mask = mask & (turn[:, None, :] <= turn[:, :, None])
     if blind:
         summary = corner | (place == (end if causal else 0))
-        row, column = summary[..., :, None], summary[..., None, :]
-        mask = mask & ~(row & column) & (row | ~corner)
-    return mask | torch.eye(L + C, dtype=torch.bool, device=end.device)  # each sees itself, padding too: no empty row
+        row, column = summary[:, :, None], summary[:, None, :]
+        mask = mask & ~(row & column) & (row | ~corner[:, None, :])
+    return mask | torch.eye(text.shape[1], dtype=torch.bool, device=text.device)  # each sees itself: no empty row
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
-MOST_PACKED = 65_535  # texts in one call of FlashAttention: a CUDA grid's second side has no more
-
-
 class CLIP(nn.Module):
-    # How encode_texts computes: "packed" without padding (on GPUs, see `packing_trouble`), or in "buckets" of like
-    # length with little of it.
-    layout = "buckets"
-
     def __init__(self, config: CLIPConfig):
         """Draws the weights. Raises UserError where settings cannot go together."""
         super().__init__()
@@ -449,43 +457,17 @@ class CLIP(nn.Module):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
         return self.visual(images)
 
-    def encode_text(self, tokens):
-        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D], unit-norm float32."""
-        return self.text(tokens)
-
-    def encode_texts(self, tokens, with_tokens=False, lengths=None):
-        """encode_text for texts of mixed length, computed without most of the padding (`layout`).
-
-        tokens [N,L] -> summaries [N,1+C,D], and if asked for token_embeddings [N,L,D] (behind a text's end they are
-        zeros or those of padding). `lengths` of N numbers, a NumPy array, are the texts' lengths: given, the device
-        need not be asked for them. Buckets hold the texts of up to 16, 32, 64 ... tokens, cut to the bucket's longest;
-        so do more texts than can be packed.
-        """
-        if lengths is None:
-            lengths = (tokens.argmax(-1) + 1).cpu().numpy()
-        lengths = lengths.reshape(-1)
-        if self.layout == "packed" and len(tokens) <= MOST_PACKED:
-            return self.text.packed(tokens, int(lengths.sum()), with_tokens)
-
-        order = lengths.argsort(kind="stable")
-        bucket = np.ceil(np.log2(lengths[order])).clip(4)
-        summaries, embeddings = [], []
-        for rows in np.split(order, np.flatnonzero(np.diff(bucket)) + 1):
-            longest = lengths[rows[-1]]
-            some = tokens[torch.from_numpy(rows).to(tokens.device), :longest]
-            summary, words = self.text(some, with_tokens)
-            summaries.append(summary)
-            if with_tokens:
-                embeddings.append(F.pad(words, (0, 0, 0, tokens.shape[1] - longest)))
-        back = torch.from_numpy(order.argsort()).to(tokens.device)
-        return torch.cat(summaries)[back], torch.cat(embeddings)[back] if with_tokens else None
+    def encode_text(self, tokens, lengths=None, with_tokens=True):
+        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D] or, unless asked for, None;
+        unit-norm float32. `lengths` [N], a NumPy array, if the host knows them."""
+        return self.text(tokens, lengths, with_tokens)
 
     def forward(self, images, tokens, with_tokens=False, lengths=None):
         """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
         for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
         branches, patches = self.encode_image(images)
         texts = tokens.flatten(0, 1)  # [B·T, L]
-        summaries, embeddings = self.encode_texts(texts, with_tokens, lengths)
+        summaries, embeddings = self.encode_text(texts, lengths, with_tokens)
         return {
             "branches": branches,  # [B, H, D]
             "patches": patches,  # [B, P, D]
@@ -494,21 +476,6 @@ class CLIP(nn.Module):
             "ends": texts.argmax(-1),  # [B·T], place of the end-of-text token
             "logit_scale": self.logit_scale.exp(),
         }
-
-
-@torch.no_grad()
-def packing_trouble(model: CLIP) -> str:
-    """What keeps the model from packing its texts where it is, in bfloat16, or "". It is tried out on two texts."""
-    if model.config.corner_tokens and not model.config.corner_mask:
-        return "corner tokens that see one another are not packed"
-    device = model.logit_scale.device
-    ends = torch.full((2, 1), model.config.vocab - 1, device=device)
-    try:
-        with torch.autocast(device.type, torch.bfloat16):
-            model.text.packed(ends, total=2)
-    except Exception as error:  # no such kernel for this device, PyTorch or width: of many kinds
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
 
 
 # ---- checkpoints: ours -----------------------------------------------------------------------------------------------

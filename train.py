@@ -41,7 +41,7 @@ from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenize
                   training_loader)
 from losses import distributed, method_loss
 from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
-                   newest_whole, packing_trouble, start_from, write_whole)
+                   newest_whole, start_from, write_whole)
 
 MOMENTUM = 0.9  # Muon's
 EPOCHS = 100  # at most, unless --images is given: Holistic CLIP's, the most of all the papers
@@ -277,7 +277,7 @@ def set_machine(s: Settings):
     """What PyTorch and the fused op keep for the whole process."""
     if s.device.startswith("cuda"):
         torch.cuda.set_device(s.device)  # streams and kernels of our own go where the tensors are
-        # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and buckets of texts have many.
+        # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and the texts' rows have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
@@ -476,7 +476,6 @@ def build(s: Settings, weights=None) -> CLIP:
 def prepare(model: CLIP, s: Settings):
     """-> the State a run begins with, and the model as a step calls it, wrapped for several processes."""
     network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
-    model.layout = text_layout(model, s)
     model.visual.requires_grad_(not s.lock_image)
     compiles = s.compile and can_compile(s.device)
     if compiles:
@@ -501,16 +500,6 @@ def can_compile(device: str) -> bool:
     except Exception as error:  # no compiler, no Triton, an old device: of many kinds
         say(f"WARNING: not compiled, which is slower: {type(error).__name__}: {error}".splitlines()[0])
         return False
-
-
-def text_layout(model: CLIP, s: Settings) -> str:
-    """How the texts are embedded: packed where the device can, which is tried out, else in buckets."""
-    if s.device.startswith("cuda") and s.precision == "bf16":
-        trouble = packing_trouble(model)
-        if not trouble:
-            return "packed"
-        say(f"WARNING: texts are not packed, which is slower: {trouble}")
-    return "buckets"
 
 
 class Muon(torch.optim.AdamW):
@@ -975,7 +964,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
     usage = counter.get_total_flops() / seconds / (2 * n ** 3 / product.mean)
-    say(f"""{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}, texts {state.model.layout}: \
+    say(f"""{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}: \
 {s.batch / seconds:.0f} images/s
     waiting for data      {data:10.2f} ms
     forward and backward  {gradients:10.2f} ms

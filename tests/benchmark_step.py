@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
@@ -63,11 +64,14 @@ def our_step(s):
 
 
 def padded(step, model):
-    def encode_texts(tokens, with_tokens=False, lengths=None):
-        return model.encode_text(tokens)
+    """The step with every text as long as the context, and so in a row of its own."""
+    encode = model.encode_text
+
+    def encode_padded(tokens, lengths, with_tokens):
+        return encode(tokens, np.full_like(lengths, tokens.shape[-1]), with_tokens)
 
     def padded_step(batch):
-        with mock.patch.object(model, "encode_texts", encode_texts):
+        with mock.patch.object(model, "encode_text", encode_padded):
             step(batch)
     return padded_step
 
@@ -110,7 +114,7 @@ def text_tower(s, model):
     """The text tower of our model alone, forward and backward."""
     def step(batch):
         with half(s):
-            summaries, _ = model.encode_texts(batch.tokens.flatten(0, 1), False, batch.lengths.flatten())
+            summaries, _ = model.encode_text(batch.tokens.flatten(0, 1), batch.lengths, with_tokens=False)
         summaries.sum().backward()
         model.zero_grad()
     return step
@@ -167,8 +171,7 @@ def main():
     if s.compile:
         steps["ours, compiled"] = our_step(s)[0]
         steps["open_clip, compiled"] = their_step(s)
-    print(f"{s.size}, K = {s.sub_captions}, batch {s.batch}, {s.device}, {s.precision}, texts {model.layout}, "
-          f"torch {torch.__version__}")
+    print(f"{s.size}, K = {s.sub_captions}, batch {s.batch}, {s.device}, {s.precision}, torch {torch.__version__}")
     times = alternate(steps, s, options.rounds, warm=5 if s.compile else 2)
     for name, seconds in times.items():
         middle = statistics.median(seconds)

@@ -8,12 +8,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, strategies as st
 from open_clip.model import CLIP as OpenCLIP
 
-import model as model_module
 import train
 from data import UserError
-from model import CLIP, CLIPConfig, from_state_dict, packing_trouble, to_open_clip
+from model import CLIP, CLIPConfig, from_state_dict, pack, to_open_clip
+from test_data import examples
 
 SMALL = dict(
     image_size=16,
@@ -117,10 +118,10 @@ def may_see(q, k, end, L, C, causal, blind):
 
     corners, padding = range(L, L + C), range(end + 1, L)
     summaries = [end if causal else 0, *corners]
-    if q == k:
-        return True
     if q in padding:
         return None
+    if q == k:
+        return True
     if k in padding:
         return False  # "Padding is invisible."
     if blind and q in summaries and k in summaries:
@@ -168,21 +169,7 @@ KINDS_OF_TEXT = [
     dict(corner_tokens=2, corner_mask=False),
     CLS | dict(corner_tokens=2, corner_mask=False),
 ]
-PACKED = KINDS_OF_TEXT[:4]  # corners that see one another are not
 MIXED = (33, 3, 64, 16, 70, 17, 32, 65, 15, 31, 63, 2)
-
-
-def varlen_reference(q, k, v, q_starts, k_starts, q_longest, k_longest, causal=False):
-    """model.varlen_attention, sequence by sequence; what lies outside of all is NaN, as on a GPU it may be anything."""
-    out = torch.full_like(q, torch.nan)
-    assert q_starts.dtype == k_starts.dtype == torch.int32
-    assert q_starts.diff().max() <= q_longest and k_starts.diff().max() <= k_longest
-    for n in range(len(q_starts) - 1):
-        rows = slice(q_starts[n], q_starts[n + 1])
-        keys = slice(k_starts[n], k_starts[n + 1])
-        heads = [x.transpose(0, 1) for x in (q[rows], k[keys], v[keys])]
-        out[rows] = F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(0, 1)
-    return out
 
 
 def loss_of(summaries, words):
@@ -196,9 +183,7 @@ def loss_of(summaries, words):
 
 @pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)
 @pytest.mark.parametrize("width, lengths", [(70, MIXED), (12, (9, 3)), (1, (1,))])
-def test_a_text_is_embedded_as_alone_in_whatever_layout(width, lengths, settings, monkeypatch):
-    """Neither padding nor batch mates change embeddings and gradients, computed padded, in buckets or packed."""
-    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
+def test_a_text_is_embedded_as_alone_whatever_lies_in_its_row(width, lengths, settings):
     model = small(context=70, **settings)
     tokens = texts(*lengths, width=width)
     weights = list(model.text.parameters())
@@ -209,19 +194,37 @@ def test_a_text_is_embedded_as_alone_in_whatever_layout(width, lengths, settings
     assert same(expected[1].norm(dim=-1), torch.ones(sum(lengths)))
     gradients = torch.autograd.grad(loss_of(*expected), weights)
 
-    embedded = [model.encode_text(tokens)]
-    for model.layout in ("buckets", "packed") if settings in PACKED else ("buckets",):
-        for known in (None, np.array(lengths)):
-            embedded.append(model.encode_texts(tokens, True, known))
-            assert same(model.encode_texts(tokens, False, known)[0], embedded[-1][0])
-    monkeypatch.setattr(model_module, "MOST_PACKED", 0)
-    monkeypatch.setattr(model_module, "varlen_attention", None)
-    embedded.append(model.encode_texts(tokens, True))  # too many to be packed
-    for summaries, words in embedded:
+    for known in (None, np.array(lengths)):
+        summaries, words = model.encode_text(tokens, known)
+        assert same(model.encode_text(tokens, known, with_tokens=False)[0], summaries)
         found = [summaries, torch.cat([row[:n] for row, n in zip(words, lengths)])]
         assert all(map(same, found, expected))
         for gradient, wanted in zip(torch.autograd.grad(loss_of(*found), weights), gradients):
             assert same(gradient, wanted, 1e-5 + 1e-5 * wanted.abs().max())
+
+
+@examples(60)
+@given(lengths=st.lists(st.integers(1, 130), min_size=1, max_size=60), corners=st.integers(0, 3), causal=st.booleans())
+def test_texts_are_laid_side_by_side_into_rows(lengths, corners, causal):
+    rows = pack(np.array(lengths), corners, causal, torch.device("cpu"))
+    texts_in, places = rows.text.flatten(), rows.place.flatten()
+    summary = rows.summaries + rows.text.shape[1] * torch.arange(len(rows.text))[:, None]
+    taken = 0
+    for text, n in enumerate(lengths):
+        n_places = n + corners
+        own = slice(rows.start[text], rows.start[text] + n_places)
+        assert (texts_in[own] == text).all() and places[own].tolist() == list(range(n_places))
+        assert len(rows.text[(rows.text == text).any(1)]) == 1  # in one row
+        wanted = [n - 1 if causal else 0, *range(n, n_places)]
+        assert places[summary.flatten()[rows.of_text[text]]].tolist() == wanted
+        taken += n_places
+    assert (texts_in >= 0).sum() == taken
+
+
+def test_rows_of_texts_are_full():
+    lengths = 24 * np.exp(0.395 * np.random.default_rng(0).standard_normal(2048))  # as of real captions' sentences
+    text = pack(lengths.round().clip(4, 77).astype(int), 0, True, torch.device("cpu")).text
+    assert text.shape[1] == 80 and (text >= 0).float().mean() > 0.95
 
 
 def test_under_autocast_embeddings_are_float32_and_nearly_the_same():
@@ -235,24 +238,19 @@ def test_under_autocast_embeddings_are_float32_and_nearly_the_same():
         assert F.cosine_similarity(found[name], expected[name], dim=-1).min() > 0.999
 
 
-@pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)
-def test_packing_is_tried_before_it_is_used(settings, monkeypatch):
-    model = small(context=70, **settings)
-    assert packing_trouble(model)  # there is no such kernel
-    monkeypatch.setattr(model_module, "varlen_attention", varlen_reference)
-    assert (packing_trouble(model) == "") == (settings in PACKED)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", PACKED, ids=str)
-def test_on_a_gpu_packed_texts_have_the_gradients_of_padded_ones(settings):
-    model = small(context=70, **settings).cuda()
-    tokens = texts(*MIXED, width=70).cuda()
-    weight = model.text.blocks[0].attn.qkv.weight  # its gradient depends on all of the tower
-    with torch.autocast("cuda", torch.bfloat16):
-        summaries = model.encode_text(tokens)[0], model.text.packed(tokens, sum(MIXED))[0]
-    padded, packed = [torch.autograd.grad(x.sum(), weight)[0] for x in summaries]
-    assert (packed - padded).norm() < 0.1 * padded.norm()
+@pytest.mark.parametrize("settings", KINDS_OF_TEXT, ids=str)
+def test_on_a_gpu_texts_have_the_gradients_that_they_have_on_the_cpu(settings):
+    model = small(context=70, **settings)
+    tokens = texts(*MIXED, width=70)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            summaries, words = model.encode_text(tokens.to(device))
+        weight = model.text.blocks[0].attn.qkv.weight  # its gradient depends on all of the tower
+        gradients.append(torch.autograd.grad(summaries.sum(), weight)[0].cpu())
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ FAKE = FakeTensorMode()  # one for all tests, since `normalize` keeps its consta
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where a GPU's numbers go to the host or the host's to a GPU."""
+    """Raises where a GPU's numbers go to the host, or the host waits for its own to go to a GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -221,7 +221,7 @@ class NoWaiting(TorchDispatchMode):
         for x in tree_leaves([args, kwargs, out]):
             if isinstance(x, torch.Tensor) and (x.dim() or x.is_cuda or x is out):  # other numbers go along with a call
                 places.add(x.device.type)
-        assert len(places) < 2, (function, places)
+        assert len(places) < 2 or out.is_cuda and kwargs.get("non_blocking"), (function, places)
         return out
 
 
@@ -232,8 +232,9 @@ class NoWaiting(TorchDispatchMode):
     "--method holistic",
     "--method sparc",
 ])
-def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words):
+def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words, monkeypatch):
     """On tensors of a device that is not there: what needs their numbers on the host raises by itself."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)  # such tensors have none
     s = settings(words)
     s.vocab = 100
     T = len(text_slots(s))
@@ -243,7 +244,6 @@ def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words):
             model = train.build(s)
             images = torch.zeros(16, 3, s.image_size, s.image_size, dtype=torch.uint8)
             tokens = torch.zeros(16, T, 20, dtype=torch.long)
-        model.layout = "packed"
         normalize(images)  # the first time it sends its constants
         with NoWaiting():
             out = model(normalize(images), tokens, s.grouping == "token", lengths)
@@ -251,22 +251,6 @@ def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words):
         with pytest.raises(AssertionError), NoWaiting():
             loss.cpu()
     assert loss.device.type == "cuda"
-
-
-@pytest.mark.parametrize("device, precision, trouble, layout", [
-    ("cpu", "bf16", "", "buckets"),
-    ("cuda", "fp32", "", "buckets"),
-    ("cuda", "bf16", "", "packed"),
-    ("cuda", "bf16", "no kernel", "buckets"),
-])
-def test_texts_are_packed_on_a_gpu_in_half_precision_where_that_works(
-        device, precision, trouble, layout, monkeypatch, capsys):
-    monkeypatch.setattr(train, "packing_trouble", lambda model: trouble)
-    s = settings("--method clip", precision=precision)
-    s.device = device
-    assert train.text_layout(None, s) == layout
-    warned = "WARNING: texts are not packed, which is slower: no kernel" in capsys.readouterr().out
-    assert warned == bool(trouble)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

@@ -292,14 +292,14 @@ def claims_text(values: dict, seeds: int, minutes: float) -> str:
         cells = [f"{of_row[measure].mean():.1f} ± {deviation(of_row[measure]):.1f}" for measure in MEASURES]
         lines.append([row, *cells])
     text = f"{len(values) - 1} rows × {seeds} seeds, {minutes:.0f} minutes of training in all.\n\n{markdown(lines)}\n\n"
-    lines = [["paper", "claim", "judged by", "difference", "verdict", "smallest effect seen", "time"]]
+    lines = [["paper", "claim", "judged by", "difference", "± 95%", "verdict", "time"]]
     for claim in CLAIMS:
         judged = judge(claim, values)
         if judged:
             mean, half, verdict = judged
             time = values[claim.better]["minutes"].mean() / values[claim.than]["minutes"].mean()
             rows = f"{claim.what}: *{claim.better}* over *{claim.than}*"
-            found = [f"{mean:+.1f}", f"**{verdict}**", f"{half:.1f}", f"{time:.2f} ×"]
+            found = [f"{mean:+.1f}", f"{half:.1f}", f"**{verdict}**", f"{time:.2f} ×"]
             lines.append([claim.paper, rows, claim.measure, *found])
     return text + markdown(lines) + "\n"
 

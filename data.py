@@ -33,6 +33,7 @@ import sys
 import tarfile
 import urllib.parse
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -524,13 +525,11 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     listed = []
     for column in fields["caption"]:
         listed = listed or clean_field(row.get(column), name)
-    perspectives = []
-    for kind in PERSPECTIVES[1:]:  # without "raw"
-        perspectives += found[kind][:1]
+    perspectives = ["".join(found[kind][:1]) for kind in PERSPECTIVES[1:]]  # "" where one is missing; without "raw"
     candidates = [*found["raw"], *listed[:1], *found["short"], *found["long"], *perspectives]
-    if not candidates:
+    raw = next(filter(None, candidates), None)
+    if not raw:
         raise BadSample("no caption", name)
-    raw = candidates[0]
 
     placed = []
     for column in fields["long"]:
@@ -544,7 +543,9 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
             long.append(sentence)
             boxes.append(box)
             models.append(model)
-    return Captions(raw, found["short"], long or [raw], [raw, *(perspectives or listed[1:])], boxes, models)
+    if not any(perspectives):
+        perspectives = listed[1:]
+    return Captions(raw, found["short"], long or [raw], [raw, *perspectives], boxes, models)
 
 
 def clean_field(value, name="") -> list[str]:
@@ -569,7 +570,7 @@ def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
 
 
 def read_box(box, name) -> tuple[float, ...]:
-    with suppress(TypeError, ValueError):  # raised by what is not four numbers
+    with suppress(TypeError, ValueError, OverflowError):  # raised by what is not four numbers
         left, top, right, bottom = map(float, box)
         if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return left, top, right, bottom
@@ -578,11 +579,7 @@ def read_box(box, name) -> tuple[float, ...]:
 
 def text_slots(s) -> list[str]:
     """The kind of text in each of the T slots, from the settings: "raw", "sub" (sub-caption), "long", "perspective"."""
-    slots = ["raw"] * s.raw_caption
-    if s.sampling == "whole":
-        slots += ["long"] * min(s.sub_captions, 1)
-    else:
-        slots += ["sub"] * s.sub_captions
+    slots = ["raw"] * s.raw_caption + ["sub"] * s.sub_captions
     return slots + ["long"] * s.long_texts + ["perspective"] * s.perspectives
 
 
@@ -612,9 +609,10 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
         n = s.long_sentences or len(sentences)
         start = rng.randrange(max(len(sentences) - n, 0) + 1)
         texts.append((" ".join(sentences[start:start + n]), None))
-    texts += [(text, None) for text in c.perspectives[:slots.count("perspective")]]
-    lacking = len(slots) - len(texts)
-    return texts + draw_sub_captions(pool, lacking, s.sampling, rng)
+    M = slots.count("perspective")
+    perspectives = (c.perspectives + [""] * M)[:M]
+    spare = iter(draw_sub_captions(pool, perspectives.count(""), s.sampling, rng))
+    return texts + [(text, None) if text else next(spare) for text in perspectives]
 
 
 def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> list:
@@ -642,7 +640,7 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 # one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV,
 # Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there, and so is
 # the list of a folder's pictures.
-INDEX_VERSION = 6  # of the indices kept: raise it when a scan_ function changes
+INDEX_VERSION = 7  # of the indices kept: raise it when a scan_ function changes
 
 
 class BadCount:
@@ -675,7 +673,8 @@ class BadCount:
 
     def report(self) -> str:
         """"2 × image missing: a.jpg", and so on for each reason."""
-        return "; ".join(f"{n} × {reason}: {self.details[reason]}" for reason, n in self.counts.items()) or "none"
+        parts = [f"{n} × {reason}: {self.details[reason]}" for reason, n in self.counts.items()]
+        return "; ".join(parts).encode(errors="backslashreplace").decode() or "none"  # a file's name may be no Unicode
 
     def over(self, share: float, total: int, seen: int) -> bool:
         """Whether more than this share is bad, of at least 200 seen; total and seen may be those of all ranks."""
@@ -730,7 +729,7 @@ def parse_json(content: bytes, name: str) -> dict:
     return row
 
 
-IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "image_file", "path", "url",
+IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "filename", "image_file", "path", "url",
                 "image_url", "image/key", "key")
 
 
@@ -765,6 +764,7 @@ def tar_members(file):
     expected = 0
     with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
         for member in tar:
+            tar.members = []  # it would keep all
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             stem, _, extension = base.partition(".")
             if member.isreg() and stem:  # no stem: a system's own file, like .DS_Store
@@ -834,11 +834,16 @@ def parse_lines(content, path):
 def folder_rows(folder):
     """A row for every picture below a folder."""
     names = []
-    for path in folder.rglob("*.*"):
-        if path.suffix[1:].lower() in SUFFIXES and not path.name.startswith("."):
-            names.append(str(path.relative_to(folder)))
-    for name in sorted(names, key=os.fsencode):
-        yield {"key": name.rpartition(".")[0], "image": os.path.abspath(folder / name)}
+    for inner, _, files in os.walk(folder, followlinks=True):
+        for name in files:
+            stem, _, suffix = name.rpartition(".")
+            if stem and suffix.lower() in SUFFIXES and not name.startswith("."):
+                names.append(os.path.relpath(os.path.join(inner, name), folder))
+    stems = [name.rpartition(".")[0] for name in names]
+    often = Counter(stems)
+    for name, stem in sorted(zip(names, stems), key=lambda pair: os.fsencode(pair[0])):
+        key = stem if often[stem] == 1 else name  # 1.jpg and 1.png are two samples
+        yield {"key": key, "image": os.path.abspath(folder / name)}
 
 
 def parse_folder(content, folder):
@@ -857,13 +862,13 @@ def csv_rows(path):
     """The rows of a CSV or TSV, with a BadSample for each that does not parse. Where a quote is never closed, that row
     and those up to the next quote are one bad row."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         while True:
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except csv.Error:  # a cell longer than any caption
+            except csv.Error:  # a cell longer than any caption, or text behind a closing quote
                 row = {None: None}
             if None in row or None in row.values():  # too many cells, or too few
                 yield BadSample("row does not parse", f"line {rows.line_num}")
@@ -932,8 +937,8 @@ def copy_table(path, copy):
                 else:
                     file.write(json.dumps(row, default=str).encode() + b"\n")  # str: of Parquet's dates and decimals
     except OSError as error:
-        raise UserError(f"{copy.parent}, for a copy of {path} as JSON lines, cannot be written ({error.strerror}): set "
-                        "MINILIP_CACHE to a folder with room") from None
+        raise UserError(f"{path} cannot be copied as JSON lines into {copy.parent} ({error.strerror}: {error.filename}): "
+                        "set MINILIP_CACHE to a folder with room, or make it readable") from None
 
 
 @contextmanager
@@ -962,10 +967,11 @@ def expand(pattern: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces:
         return [pattern]
-    first, last = braces.groups()
+    width = len(braces[1])
+    first, last = sorted(map(int, braces.groups()))
     texts = []
-    for number in range(int(first), int(last) + 1):
-        texts += expand(pattern.replace(braces[0], str(number).zfill(len(first)), 1))
+    for number in range(first, last + 1):
+        texts += expand(pattern.replace(braces[0], str(number).zfill(width), 1))
     return texts
 
 
@@ -976,7 +982,8 @@ def find_files(pattern: str) -> list[Path]:
         return sorted(folder.glob("*.tar")) or sorted(folder.glob("metadata.jsonl")) or [folder]
     files = []
     for text in expand(pattern):
-        names = [name for name in glob.glob(text) if not name.endswith(".captions.jsonl")]  # those are joined by key
+        names = glob.glob(text, recursive=True)
+        names = [name for name in names if not name.endswith(".captions.jsonl")]  # those are joined by key
         files += map(Path, sorted(names) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
@@ -999,12 +1006,15 @@ class Index:
     spans: np.ndarray  # uint64 [N, 3]: a sample's first byte, its length, the hash of its key
     bad: BadCount  # what had to be left out
 
+    def __post_init__(self):
+        self.made = self.source.stat().st_mtime_ns  # another run may write a new copy of a table
+
     def __len__(self):
         return len(self.spans)
 
     def read(self, start: int, length: int) -> bytes:
         """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
-        file = opened(self.source)  # held, for another thread may open so many that this one is forgotten
+        file = opened(self.source, self.made)  # held, for another thread may open so many that this one is forgotten
         content = os.pread(file.fileno(), length, start)
         if len(content) < length:
             raise BadSample("file cut off", f"{self.source} at byte {start}")
@@ -1012,7 +1022,7 @@ class Index:
 
 
 @functools.lru_cache(maxsize=512)
-def opened(file):
+def opened(file, made):
     return open(file, "rb", buffering=0)
 
 
@@ -1037,7 +1047,8 @@ def index_of(file: Path) -> Index:
 
 @contextmanager
 def locked(path: Path):
-    """One process at a time, so that of the ranks of a machine one looks through a file and the others read its index.
+    """One process at a time, so that of the ranks of a machine one looks through a file and the others read its index
+    (a folder's each makes anew).
     Where no lock can be had, each does it for itself."""
     with ExitStack() as files:
         with suppress(OSError):
@@ -1049,7 +1060,7 @@ def locked(path: Path):
 
 def scan(file: Path, source: Path) -> Index:
     """Looks through a file, of a table through the copy made here. A sidecar's spans are sorted by key."""
-    spans = []
+    spans = array("Q")
     bad = BadCount()
     scan_format, _ = READERS[suffix_of(file)]
     copying = copy_table(file, source) if source != file else []
@@ -1060,10 +1071,9 @@ def scan(file: Path, source: Path) -> Index:
                 bad.add(BadSample(found.reason, f"{file.name} {found.detail}"))
             else:
                 start, length, key = found
-                spans.append((start, length, hashed(key)))
+                spans.extend((start, length, hashed(key)))
     except OSError as error:
         bad.add(BadSample("file cannot be read", f"{file}: {error.strerror}"))
-    opened.cache_clear()  # it may hold a file that is now another
     spans = np.array(spans, np.uint64).reshape(-1, 3)
     if file.name.endswith(".captions.jsonl"):
         spans = spans[spans[:, 2].argsort(kind="stable")]
@@ -1074,9 +1084,14 @@ def read_indices(files: list[Path]) -> list[Index]:
     """index_of every file; of many files made in parallel, in processes that give back the memory that scanning takes."""
     if len(files) > 8:
         with ProcessPoolExecutor(8) as pool:
-            for _ in tqdm(pool.map(index_of, files), "indexing", len(files), delay=2):
+            for _ in tqdm(pool.map(make_index, files), "indexing", len(files), delay=2):
                 pass
     return [index_of(file) for file in files]
+
+
+def make_index(file: Path):
+    """index_of, which is kept, without a result that would have to be sent."""
+    index_of(file)
 
 
 class Records(Joined):
@@ -1095,7 +1110,7 @@ class Records(Joined):
         super().__init__(read_indices(self.files))
         for index in self.parts:
             if index.source not in self.files:
-                opened(index.source)  # so that forked workers read this copy, though another run may make a new one
+                opened(index.source, index.made)  # so that forked workers read this copy, whatever another run makes
         self.sidecars = {}  # file: the index of its new captions
         for file in self.files:
             if captions_path(file).is_file():
@@ -1114,8 +1129,11 @@ class Records(Joined):
         start, length, key = index.spans[number].tolist()
         try:
             record = self.parse(index.read(start, length), file)
-            if file in self.sidecars:
-                record.row["captions"] = recaptioned(record.row) | new_captions(self.sidecars[file], key)
+            if hashed(record.key) != key:
+                raise BadSample("file has changed", f"{file}: begin anew, so that it is looked through again")
+            found = new_captions(self.sidecars[file], key) if file in self.sidecars else {}
+            if found:
+                record.row["captions"] = recaptioned(record.row) | found
         except OSError as error:
             raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         if isinstance(record.image, str):
@@ -1148,10 +1166,10 @@ def new_captions(sidecar: Index, key: int) -> dict:
 # ---- captions joined to shards, and shards made of Parquet -----------------------------------------------------------
 
 def identity(record: Record, by_url: bool) -> str:
-    """What a picture is known by: the URL in its row, or its key's last part up to the first dot. Raises BadSample."""
+    """What a picture is known by: the URL in its row, or its key's last part. Raises BadSample."""
     if by_url:
         return image_field(record.row, "://")
-    return last_part(record.key).partition(".")[0]
+    return os.path.splitext(last_part(record.key))[0]
 
 
 def texts_to_join(row: dict, fields: dict) -> dict:
@@ -1316,7 +1334,9 @@ class Pictures:
                 failed.add(bad)
         failed.merge(self.bad)
         remedy = "check --image-root and --caption-fields, or look at it with python data.py --look"
-        if not len(self):
+        if not len(self.records):
+            remedy = "its rows name their pictures under one of " + ", ".join(IMAGE_FIELDS)
+        elif not len(self):
             remedy = "take more samples, or --eval-images 0, for validation holds out a tenth by chance"
         raise UserError(f"--data {self.records.path} has no usable sample for {self.part} (bad: {failed.report()}): "
                         + remedy)
@@ -1372,8 +1392,8 @@ class Sets(Joined):
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
                  caption_fields: str = "", dense: bool = False, augment: str = "crop"):
-    """--data, one path or several -> dataset. part: train, validation or test; n: how many scenes; dense: the crops'
-    sentences are among the long captions. Raises UserError."""
+    """--data, one path or several -> dataset. part: train, validation, test (of pictures validation, too) or all (of
+    scenes test); n: how many scenes; dense: the crops' sentences are among the long captions. Raises UserError."""
     fields = read_fields(caption_fields, dense)
     sets = []
     for path in [data] if isinstance(data, str) else data:
@@ -1382,7 +1402,7 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
             sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
             continue
         try:
-            sets.append(SceneImages(part, n, size, kinds))
+            sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
         except ValueError as error:
             raise UserError(f"--kinds: {error}") from None
     return sets[0] if len(sets) == 1 else Sets(sets)
@@ -1501,10 +1521,11 @@ def collate(samples) -> Batch:
 
 
 def begin_worker(_number):
-    """Ctrl-C is for the main process, which saves and ends; a worker dies of SIGTERM as usual, though its parent does
-    not. Its garbage collector leaves alone what was there before the fork, or it would copy all that memory."""
+    """Ctrl-C and SIGTERM, which torchrun sends to the whole group, are for the main process, which saves and ends, and
+    its workers with it. The garbage collector leaves alone what was there before the fork, or it would copy all that
+    memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.freeze()
 
 
@@ -1562,7 +1583,7 @@ def look(path, image_root, fields, tokenizer, n, sheet):
         names.update(list(all_fields(record.row)))
         lines = [record.key]
         for kind, texts in zip(tokens, ([captions.raw], captions.short, captions.long)):
-            tokens[kind] += [len(tokenizer.encode(text)) + 2 for text in texts]
+            tokens[kind] += [int(tokenizer([text], 4096).argmax()) + 1 for text in texts]  # the end has the greatest id
             lines.append(f"{kind}: {' | '.join(texts)}")
         if len(shown) < 24:
             shown.append((picture, lines))

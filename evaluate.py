@@ -13,6 +13,7 @@ A run's standard evaluation is written into its folder; any other (--images, --d
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -32,7 +33,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
-from torchvision.models import ResNet50_Weights
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
@@ -123,9 +123,12 @@ class Model:
         return torch.cat(parts)
 
     def embed(self, pictures):
-        """N pictures, paths or PIL images -> [N,D], unit-norm; beside `texts`, for use from Python."""
+        """N pictures, paths or PIL images -> [N,D]; beside `texts`, for use from Python. It has unit norm where it is
+        one branch's; the products with the mean of several are their mean similarities. Raises UserError."""
+        if self.branch == "max":
+            raise UserError("the branches' greatest similarity is no product of embeddings: take another --branch")
         images, _ = self.images(pictures, lambda picture: (self.prepare(picture), None))
-        return F.normalize(images[:, 0], dim=-1)
+        return images[:, 0]
 
     def prepare(self, picture, squeezed=False):
         """A picture, path or PIL image -> uint8 [3,S,S], as CLIP does it: the shorter side becomes S (bicubic), and the
@@ -274,8 +277,9 @@ SCENE_PROMPTS = (
 
 
 def held_out_metrics(model, dataset, n):
-    """Retrieval among n samples, spread over a dataset, and, if it draws scenes, all metrics of scenes -> metrics, the
-    images [N,h,D], their captions {number: data.Captions}."""
+    """Retrieval among n samples, spread over a dataset, by those kinds of text that all of them have (scenes: the short
+    and the long one), and, if it draws scenes, all metrics of scenes -> metrics, the images [N,h,D], their captions
+    {number: data.Captions}."""
     def load(number):
         image, captions = dataset[number]
         return image, (number, captions)
@@ -294,12 +298,19 @@ def held_out_metrics(model, dataset, n):
             others.extend(cells.roll(1, 0))
     branches = torch.cat(branches)
     images = model.merge(branches)
-    short = [c.short[0] if scenes else c.raw for c in captions.values()]
     sentences = [c.long for c in captions.values()]
     long = [" ".join(said) for said in sentences]
-    rows = prefixed("short", caption_retrieval(images, short, model.texts(short)))
-    if long != short:
-        rows |= prefixed("long", caption_retrieval(images, long, model.texts(long)))
+    kinds = {
+        "raw": [c.raw for c in captions.values()],
+        "short": ["".join(c.short[:1]) for c in captions.values()],
+        "long": long,
+    }
+    if scenes:
+        del kinds["raw"]
+    rows = {}
+    for kind, texts in kinds.items():
+        if all(texts) and (kind == "raw" or texts != kinds.get("raw")):
+            rows |= prefixed(kind, caption_retrieval(images, texts, model.texts(texts)))
     if scenes:
         facts = [scenes.scene(number) for number in captions]
         texts = model.texts(sum(sentences, [])).cpu()
@@ -309,7 +320,7 @@ def held_out_metrics(model, dataset, n):
         rows |= prefixed("perspectives", perspective_retrieval(model, branches, captions.values()))
         rows |= scene_classification(model, images, scenes.kinds, facts)
         rows |= patch_metrics(model, scenes, facts, patches, others, texts)
-    return rows, images, captions
+    return rows, captions
 
 
 def perspective_retrieval(model, branches, captions):
@@ -400,22 +411,6 @@ def patches_on(pixels, P):
     return covered.flatten() >= 1 / 16
 
 
-def reading(model, images, captions, n=500):
-    """How far into a long caption does the model read? images [N,h,D], captions: N data.Captions -> length:
-    [sentences, R@1 to image, to text, chance], where only the first sentences are given."""
-    captions = captions[:n]
-    longest = max(len(c.long) for c in captions)
-    length = []
-    for sentences in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, longest}):
-        if sentences <= longest:
-            texts = [" ".join(c.long[:sentences]) for c in captions]
-            rows = caption_retrieval(images[:n], texts, model.texts(texts))
-            to_image, chance = rows["T2I R@1"]
-            to_text, _ = rows["I2T R@1"]
-            length.append([sentences, to_image, to_text, chance])
-    return dict(length=length)
-
-
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 # CLIP's templates: 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository, those of
@@ -455,15 +450,28 @@ def open_set(kind, path, **options):
                         "nothing is downloaded here") from None
 
 
-def zero_shot(model, path, kind, names=None, templates="imagenet", **options):
+def imagenet_names():
+    """CLIP's names of ImageNet's 1,000 classes, which open_clip has. (Two of them are two classes' name: such ties count
+    against the model.) Raises UserError."""
+    try:
+        from open_clip import IMAGENET_CLASSNAMES
+    except ImportError:
+        raise UserError("ImageNet's classes are scored by CLIP's names for them, which open_clip has: pip install "
+                        "open_clip_torch, or write classnames.txt") from None
+    return IMAGENET_CLASSNAMES
+
+
+def zero_shot(model, path, kind, known=None, templates="imagenet", **options):
     """`classification` of a set that has (PIL image or its path, class). Names come from classnames.txt in `path`, a
-    line for each class in the order of their numbers, if it is there, else from `names`, else from the set."""
+    line for each class in the order of their numbers, if it is there, else from `known()`, else from the set."""
     dataset = open_set(kind, path, **options)
     classes = getattr(dataset, "classes", None) or dataset.categories
     file = path / "classnames.txt"
     if file.is_file():
         names = file.read_text().splitlines()
-    if not names:
+    elif known:
+        names = known()
+    else:
         names = [re.sub("[_/]", " ", name) for name in classes]
     if re.fullmatch(r"n\d{8}", names[0]):
         raise UserError(f"the class folders of {path} are ids of synsets, not names: write {file}, a line with a name "
@@ -549,13 +557,19 @@ LAYOUTS = {
 }
 
 
+@functools.cache
+def files_in(root):
+    """{bare name: file} of all files in the root and its folders."""
+    return {file.name: file for file in root.rglob("*")}
+
+
 def find_picture(root, picture):
     """root/picture, or, by its bare name, in any folder of the root."""
     file = root / picture
     if not file.is_file():
-        file = next(root.glob(f"*/{file.name}"), None)
+        file = files_in(root).get(file.name)
     if not file:
-        raise UserError(f"no picture {picture} in {root} or a folder in it")
+        raise UserError(f"no picture {picture} in {root} or its folders")
     return file
 
 
@@ -576,8 +590,8 @@ def retrieval_set(name, model, path):
             number = numbers.setdefault(find_picture(root, picture), len(numbers))
             captions += texts
             owners += [number] * len(texts)
-        if len(set(owners)) < len(numbers):
-            raise LookupError("pictures without captions")
+        if not numbers or len(set(owners)) < len(numbers):
+            raise LookupError("pictures without captions" if numbers else "no pictures")
     except (LookupError, TypeError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
     if model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl"):
@@ -587,14 +601,11 @@ def retrieval_set(name, model, path):
 
 
 # A benchmark is a function (model, path) -> {metric: (value, chance)}.
-IMAGENET = ResNet50_Weights.DEFAULT.meta["categories"]  # of the 1,000 synsets in their sorted order
 class_folders = partial(zero_shot, kind=ClassFolders, loader=Path)  # paths: Model.prepare opens them
 BENCHMARKS = {
     "imagefolder": class_folders,
-    "imagenet": partial(class_folders, names=IMAGENET),
-    "imagenet-v2": partial(class_folders, names=IMAGENET),
-    "imagenet-r": class_folders,  # of 200 of the synsets, as is imagenet-a
-    "imagenet-a": class_folders,
+    "imagenet": partial(class_folders, known=imagenet_names),
+    "imagenet-v2": partial(class_folders, known=imagenet_names),
     "voc": voc,
 }
 for name, (kind, options) in TORCHVISION.items():
@@ -663,6 +674,8 @@ def draw_curves(model, path):
         for name in ("contrastive", "grouping", "held_out_loss", "logit_scale"):
             if name in line:
                 curves[name].append((line["images"], line[name]))
+    if not curves:  # the run was stopped before its first line
+        return
     figure = new_figure(4 * len(curves), 3)
     for axis, (name, points) in zip(figure.subplots(1, len(curves)), curves.items()):
         axis.plot(*zip(*points), ".-")
@@ -671,20 +684,7 @@ def draw_curves(model, path):
     figure.savefig(path)
 
 
-def draw_reading(model, found, path):
-    """What `reading` found: R@1 against the sentences given."""
-    figure = new_figure(7, 4.2)
-    axis = figure.subplots()
-    sentences, to_image, to_text, chance = np.transpose(found["length"])
-    axis.plot(sentences, to_image, "o-", label="text to image")
-    axis.plot(sentences, to_text, "s--", label="image to text")
-    axis.plot(sentences, chance, ":", color="grey", label="chance")
-    axis.set(title=f"{model.name}: does more text help?", ylabel="R@1, %", xlabel="sentences of the long caption given")
-    axis.legend()
-    figure.savefig(path)
-
-
-def draw_run(model, dataset, captions, report, folder):
+def draw_run(model, dataset, captions, folder):
     """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
     pictures = []
     for number in list(captions)[:4]:
@@ -694,41 +694,38 @@ def draw_run(model, dataset, captions, report, folder):
     draw_groups(model, pictures, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
         draw_curves(model, folder / "curves.png")
-    draw_reading(model, report["reading"], folder / "reading.png")
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None, **options):
     """Evaluates a model on its held-out data, or on benchmarks instead, prints and writes the report -> a dict of name,
-    settings, metrics {name: {value, chance}}, on (what data) and reading. Into a run's folder goes its standard
-    evaluation, anything else only into `out`. options: Model's. Raises UserError."""
+    settings, metrics {name: {value, chance}} and on (what data). Into a run's folder goes its standard
+    evaluation, anything else only into `out`. data: settings of train.py about the data, to use instead of the run's;
+    options: Model's. Raises UserError."""
     path = Path(path)
     model = Model(path, **options)
     s = model.settings
+    data = data or {}
     size = model.config.image_size
     report = dict(name=model.name, branch=model.branch, image_size=size, settings=s)
     if benchmarks:
         rows = run_benchmarks(model, benchmarks)
         report["on"] = " ".join(benchmarks)
-    elif data or model.folder:
+    elif model.folder or "data" in data:
         count = n or s.get("eval_images") or 1000
-        if data:
-            s = dict(caption_fields="") | s | dict(data=data, image_root=None)
-        dataset = open_dataset(
-            s["data"],
-            "test",
-            count,
-            size,
-            s["kinds"],
-            image_root=s["image_root"],
-            caption_fields=s["caption_fields"],
-        )
-        rows, images, captions = held_out_metrics(model, dataset, count)
+        part = "test"
+        own = list(s.get("data", ()))
+        if list(data.get("data", own)) != own:
+            s = dict(caption_fields="") | s | dict(image_root=None)
+            part = "all"
+        s = s | data
+        dataset = open_dataset(s["data"], part, count, size, s["kinds"], image_root=s["image_root"],
+                               caption_fields=s["caption_fields"])
+        rows, captions = held_out_metrics(model, dataset, count)
         names = " ".join(np.atleast_1d(s["data"]))
         report["images"] = len(captions)
-        report["on"] = f"{len(captions)} images of {names}, {s['kinds']} kinds of object"
-        report["reading"] = reading(model, images, list(captions.values()))
+        report["on"] = f"{len(captions)} images of {names}"
     else:
         raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
     report["metrics"] = {}
@@ -753,7 +750,7 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
     else:
         write_json(folder / "evaluation.json", report)
         if figures:
-            draw_run(model, dataset, captions, report, folder)
+            draw_run(model, dataset, captions, folder)
     print(f"written to {folder}")
     return report
 
@@ -837,22 +834,25 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders of runs, or files of weights, ours or released ones")
-    add("--benchmark", nargs="+", metavar="NAME:PATH", help=f"of {', '.join(BENCHMARKS)}")
-    add("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
-    add("--images", type=int, help="held-out images to use")
+    task = parser.add_mutually_exclusive_group().add_argument
+    task("--benchmark", nargs="+", metavar="NAME:PATH", help=f"of {', '.join(BENCHMARKS)}")
+    task("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
+    add("--image-root", help="of --data, as in train.py")
+    add("--caption-fields", help="of --data, as in train.py; the run's own")
+    add("--images", type=int, help="images to use of the data [1000]")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
     add("--image-size", type=int, help="another resolution: position embeddings are interpolated")
     add("--activation", choices=("gelu", "quickgelu"), help="of a released checkpoint")
     add("--tokenizer", help="instead of the model's own")
     add("--device", help="cpu, cuda or mps; the fastest there is")
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
-    add("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
+    task("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
     add("--texts", nargs="+", help="of --picture")
-    add("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder most similar to a text")
+    task("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
-    add("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
-        help="write the weights instead: open_clip FILE, or transformers FOLDER")
+    task("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
+         help="write the weights instead: open_clip FILE, or transformers FOLDER")
     return parser.parse_args(argv)
 
 
@@ -871,18 +871,17 @@ def main(argv=None):
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
-    if flags.images is not None and flags.images < 1:
-        raise UserError("--images must be at least 1")
+    for name in ("images", "image_size"):
+        number = getattr(flags, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
-
-    options = dict(
-        device=flags.device,
-        branch=flags.branch,
-        image_size=flags.image_size,
-        activation=flags.activation,
-        tokenizer=flags.tokenizer,
-    )
+    if len(runs) > 1 and (kind or flags.picture or flags.search):
+        raise UserError(f"--export, --picture and --search take one run, and here are {len(runs)}")
+    data = {name: getattr(flags, name) for name in ("data", "image_root", "caption_fields")}
+    data = {name: value for name, value in data.items() if value is not None}
+    options = {name: getattr(flags, name) for name in ("device", "branch", "image_size", "activation", "tokenizer")}
     if kind:
         export(Model(runs[0], **options | {"device": "cpu"}), kind, Path(weights))
     elif flags.picture or flags.search:
@@ -899,7 +898,7 @@ def main(argv=None):
         failed = []
         for run in runs:
             try:
-                report = evaluate_run(run, flags.images, flags.data, flags.figures, flags.benchmark, flags.out, **options)
+                report = evaluate_run(run, flags.images, data, flags.figures, flags.benchmark, flags.out, **options)
                 reports.append(report)
             except (UserError, OSError) as error:
                 failed.append(f"{run}: {error}")

@@ -209,10 +209,11 @@ def regrouping_loss(
     if distributed():
         images = Gather.apply(patches.flatten(1)).unflatten(1, patches.shape[1:])
         first = dist.get_rank() * B
+    n = min(REGROUPED, len(images))
+    ring = torch.cat([images, images[:n - 1]])[first:first + B + n - 1].clone()  # this rank's, and the n - 1 behind them
     logits = []
-    for shift in range(min(REGROUPED, len(images))):
-        others = images.roll(-shift, 0)[first:first + B]
-        grouped, _ = group_patches(others, texts, threshold, allowed)  # [B, K, D]
+    for shift in range(n):
+        grouped, _ = group_patches(ring[shift:shift + B], texts, threshold, allowed)  # [B, K, D]
         logits.append(logit_scale * (grouped * texts).sum(-1))
     logits = torch.stack(logits)  # [images, B, K], the text's own image first
     return (logits.logsumexp(0) - logits[0]).mean()

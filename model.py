@@ -564,6 +564,8 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     content = read_checkpoint(path)
     try:
         if "settings" in content:
+            if activation:
+                raise UserError("a run of train.py knows its activation: leave --activation away")
             config = config_from(SimpleNamespace(**content["settings"]))
             return with_weights(config, content["model"]), content["settings"]
         told = config_beside(path)
@@ -937,7 +939,7 @@ def best_device() -> str:
 
 def check_device(device: str):
     """Raises UserError if the device is none that PyTorch has here."""
-    kind = device.split(":")[0]
-    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    kind, _, index = device.partition(":")
+    available = dict(cpu=True, cuda=int(index or 0) < torch.cuda.device_count(), mps=torch.backends.mps.is_available())
     if not available.get(kind):
         raise UserError(f"--device {device}: PyTorch has no such device here; leave --device away or use cpu")

@@ -2,7 +2,7 @@
 
     python train.py --method dreamlip                                embedded scenes, minutes on a laptop or one GPU
     python train.py --method lotlip --data pictures/captions.jsonl   your own pictures
-    torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl
+    torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl --out runs/a
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
 all, each with the value that it has where no row sets another; `--profile` says where the time of a step goes. A run that
@@ -52,7 +52,7 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient, each skipped, that
 class Settings(CLIPConfig):
     # what to train on
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
-    size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: tiny on a CPU, else small
+    size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: small on a GPU, else tiny
     data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
     image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
     caption_fields: str = ""  # "raw=title,long=a+b": names of the fields that hold each kind of text
@@ -70,7 +70,7 @@ class Settings(CLIPConfig):
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
     sub_captions: int = 0  # K slots for sub-captions
-    sampling: str = "random"  # sub-captions: "random" anew each time, the "first" K always, "whole": all as one text
+    sampling: str = "random"  # sub-captions: "random" anew each time, or the "first" K always
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
     whole_caption: float = 0.0  # share of the draws in which the whole long caption, as one text, is among them, too
     long_texts: int = 0  # J slots for long texts
@@ -162,7 +162,7 @@ SIZES = {
                         "text_heads": 12, "embed": 768, "lr": 4e-4, "weight_decay": 0.2}, patch=14),
 }
 CHOICES = models.CHOICES | dict(
-    method=METHODS, size=("auto", *SIZES), sampling=("random", "first", "whole"),
+    method=METHODS, size=("auto", *SIZES), sampling=("random", "first"),
     grouping=("none", "sub-caption", "token"), negatives=("image", "batch", "slot", "regrouped"),
     augment=("crop", "strong"), matching=("image", "text"), optimizer=("adamw", "muon"), schedule=("cosine", "linear"),
     fused=("auto", "on", "off"), precision=("auto", "fp32", "bf16"), pool=("auto", "class", "average"))
@@ -202,7 +202,7 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     if s.device == "auto":
         s.device = best_device()
     if s.size == "auto":
-        s.size = "tiny" if s.device == "cpu" else "small"
+        s.size = "small" if s.device.startswith("cuda") else "tiny"
     small = s.size in ("nano", "tiny", "small")
     rows = {"pool": "auto", **SIZES[s.size], **dict(started), **METHODS[s.method]}
     if not small:
@@ -241,6 +241,8 @@ SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
 def check(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
+    if s.context < 3:
+        raise UserError(f"--context {s.context} leaves a text no word between its ends: give at least 3")
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
             most = 1 if name in SHARES else 2 ** 62
@@ -276,7 +278,7 @@ def check(s: Settings, world: int = 1):
 def set_machine(s: Settings):
     """What PyTorch and the fused op keep for the whole process."""
     if s.device.startswith("cuda"):
-        torch.cuda.set_device(s.device)  # streams and kernels of our own go where the tensors are
+        torch.cuda.set_device(torch.device(s.device).index or 0)  # streams and kernels of our own go where the tensors are
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and the texts' rows have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
@@ -480,6 +482,7 @@ def prepare(model: CLIP, s: Settings):
     compiles = s.compile and can_compile(s.device)
     if compiles:
         torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks into pieces, and they are small as it is
     for tower in (model.visual, model.text):
         for block in tower.blocks:  # by their forward, so names stay as they are
             if compiles:  # the number of words changes from step to step, that of patches does not
@@ -631,6 +634,9 @@ def run_folder(s: Settings) -> Path:
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
     goes_on = s.resume == "auto" or restarts() > 0
+    if s.out == "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError("torchrun --max-restarts goes on in this run's folder: name it with --out, or other runs' could be "
+                        "taken for it")
     if s.out != "auto":
         if checkpoints(Path(s.out)) and not goes_on:
             raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
@@ -793,9 +799,15 @@ def open_run(flags: dict, writes: bool = True) -> Run:
         else:
             started, weights = start_of(s, flags)
         s = resolve({**before, **flags, "device": s.device}, world, started)
+        if s.lock_image and started and s.branches > started.get("branches", 1):
+            raise UserError("--lock-image would keep new branches as the copies that they begin as: leave it away")
         set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)
+    with together():
+        sizes = of_each_process(len(dataset))
+        if min(sizes) < max(sizes):
+            raise UserError(f"the processes find {min(sizes)} to {max(sizes)} training images: give all machines the same files")
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:
@@ -958,18 +970,19 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     seconds = parts.sum()
     data, gradients, optimizer = 1000 * parts
 
-    with FlopCounterMode(display=False) as counter:
-        backward(run.network, batch, s)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        embed(state.model, batch, s)
+    operations = 3 * counter.get_total_flops()  # the backward pass has twice the forward's; what is done again is no use
     n = 8192 if s.device.startswith("cuda") else 1024
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
-    usage = counter.get_total_flops() / seconds / (2 * n ** 3 / product.mean)
+    usage = operations / seconds / (2 * n ** 3 / product.mean)
     say(f"""{s.method} {s.size}, batch {s.batch}, {s.device}, {s.precision}: \
 {s.batch / seconds:.0f} images/s
     waiting for data      {data:10.2f} ms
     forward and backward  {gradients:10.2f} ms
     optimizer             {optimizer:10.2f} ms
-{usage:.1%} (MFU) of the operations a second that its matrix products reach, padding counted
+{usage:.1%} (MFU) of the operations a second that its matrix products reach, a CPU's attention not counted
 GPU memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most
 the run's {s.images:,} images would take {s.images / s.batch * seconds / 3600:.2f} hours""")
     leave_group(run)

@@ -442,12 +442,12 @@ LAYOUTS = """
 {"caption": ["only"]} = only |  | only | only
 {"caption": ["raw", "", null, " b "]} = raw |  | b | raw / b
 {"raw": "r", "short": "s", "long": "One. Two."} = r | s | One. / Two. | r
-{"raw": "r", "long": ["One.", "Two. Three."], "details": "d", "style": "y"} = r |  | One. / Two. / Three. | r / d / y
+{"raw": "r", "long": ["One.", "Two. Three."], "details": "d", "style": "y"} = r |  | One. / Two. / Three. | r / d /  /  /  / y
 {"raw_caption": "r", "shortIB_captions": "I.", "shortSV_captions": "S.", "shortLLA_captions": ""} = r | S. / I. | r | r
 {"raw_caption": "r", "longIB_captions": "One. Two.", "longSV_captions": "SV."} = r |  | SV. / One. / Two. | r
 {"caption": "alt", "shortIB_captions": ["Short", "caption."], "width": 24} = alt | Short caption. | alt | alt
 {"short": "s"} = s | s | s | s
-{"key": "0", "captions": {"raw": "r", "long": "One. Two.", "main_object": "m"}} = r |  | One. / Two. | r / m
+{"key": "0", "captions": {"raw": "r", "long": "One. Two.", "main_object": "m"}} = r |  | One. / Two. | r /  /  /  / m / 
 {"raw": "r", "short": "old", "captions": {"short": "new"}} = r | new | r | r
 {"url": "u", "org_caption": "r", "re_caption": "One. Two."} = r |  | One. / Two. | r
 {"url": "u", "original_caption": "r", "vlm_caption": "One. Two."} = r |  | One. / Two. | r
@@ -480,7 +480,7 @@ def test_a_row_without_any_text_is_a_bad_sample(row):
 def test_a_flag_names_the_fields_that_captions_are_taken_from():
     row = {"caption": "alt", "title": "title", "longSV_captions": ["One.", "Two. Three."], "extra": "Extra one."}
     captions = read_captions(row, read_fields("raw=title, long=extra+longSV_captions,details=extra"))
-    expected = Captions("title", [], ["Extra one.", "One.", "Two.", "Three."], ["title", "Extra one."])
+    expected = Captions("title", [], ["Extra one.", "One.", "Two.", "Three."], ["title", "Extra one.", "", "", "", ""])
     assert replace(captions, models=[]) == expected
     for wrong in ("rwa=title", "raw=", "raw"):
         with pytest.raises(UserError, match="--caption-fields"):
@@ -510,6 +510,8 @@ def test_each_method_draws_its_texts_for_each_slot(method, texts):
 def test_holistic_fills_in_what_an_image_lacks():
     for texts in drawn(settings("holistic"), Captions("raw", [], ["s0.", "s1."], ["raw", "p1"])):
         assert texts[:2] == ["raw", "p1"] and set(texts[2:]) == {"s0.", "s1.", "raw"}
+    for texts in drawn(settings("holistic"), Captions("raw", [], ["s0."], ["raw", "", "p2", "", "p4"])):
+        assert texts[::2] == ["raw", "p2", "p4"] and set(texts[1::2]) <= {"s0.", "raw"}  # each branch keeps its text
 
 
 def test_dreamlip_draws_sub_captions_uniformly_and_without_replacement():
@@ -539,12 +541,9 @@ def test_the_whole_caption_is_in_the_pool_of_the_given_share_of_the_images():
     assert 0.15 < np.mean([WHOLE in row for row in rows]) < 0.35
 
 
-def test_sampling_first_takes_the_same_k_every_time_and_whole_the_long_caption_as_one_text():
+def test_sampling_first_takes_the_same_k_every_time():
     for row in drawn(settings(sub_captions=3, sampling="first")):
         assert row == ["raw", "s0.", "s1.", "s2."]
-    s = settings(sub_captions=3, sampling="whole", negatives="batch")
-    assert text_slots(s) == ["raw", "long"]
-    assert all(row == ["raw", WHOLE] for row in drawn(s))
 
 
 def test_a_long_text_joins_consecutive_sentences():

@@ -162,6 +162,8 @@ def test_a_locked_image_tower_keeps_its_bits_and_a_resumed_run_needs_no_file(acc
     (dict(init_image="half.pt", init_text="bert.pt"), "not whole: they have no visual.blocks.1.attn.qkv.bias"),
     (dict(init="run", init_text="bert.pt"), "--init brings both towers"),
     (dict(lock_image=True), "--lock-image keeps an image tower"),
+    (dict(init="run", lock_image=True, branches=3), "--lock-image would keep new branches"),
+    (dict(context=2), "--context 2 leaves a text no word"),
 ], ids=str)
 def test_a_mistake_ends_in_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -140,9 +140,9 @@ def test_imagenet_v2s_numbers_are_in_numeric_order(tmp_path):
 def test_synsets_want_their_names(tmp_path):
     picture(tmp_path / "n01443537/x.png", 3)
     with pytest.raises(UserError, match="ids of synsets, not names: write .*classnames.txt"):
-        BENCHMARKS["imagenet-r"](Grey(), tmp_path)
+        BENCHMARKS["imagefolder"](Grey(), tmp_path)
     (tmp_path / "classnames.txt").write_text("thing 3")
-    assert BENCHMARKS["imagenet-r"](Grey(), tmp_path)["top-1"][0] == 100
+    assert BENCHMARKS["imagefolder"](Grey(), tmp_path)["top-1"][0] == 100
 
 
 @pytest.mark.parametrize("name, said", [

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import tarfile
@@ -304,7 +305,7 @@ def test_new_captions_in_a_sidecar_are_joined_by_key(tmp_path, data, sidecar):
         {"key": two, "captions": 5},
         '{"key": "torn'], sidecar)
     records = Records(tmp_path / data)
-    found = [record.row["captions"] for record in records]
+    found = [record.row.get("captions", {}) for record in records]
     assert found == [{"short": "s"}, {"short": "later", "long": "L."}, {}]
     assert records.bad.report() == f"1 × JSON does not parse: {Path(sidecar).name} line 6"
 
@@ -391,7 +392,36 @@ def test_a_csv_row_with_a_quote_that_never_closes_costs_the_rows_up_to_the_next_
     lines[900] = f'900.jpg,"{"x" * 200_000}"'
     records = Records(write(tmp_path, ["image,caption", *lines], "a.csv"))
     assert keys(records) == [f"{i}.jpg" for i in range(2000) if i not in (5, 6, 700, 900)]
-    assert records.bad.report() == "3 × row does not parse: a.csv line 8"
+    assert records.bad.report() == "3 × row does not parse: a.csv line 6"
+
+
+def test_stray_quotes_in_a_table_cost_rows_and_give_none_anothers_caption(tmp_path):
+    lines = ["caption\timage", '"Love is all\t0.jpg', "plain\t1.jpg", '"quoted start\t2.jpg', "last\t3.jpg"]
+    records = Records(write(tmp_path, lines, "a.tsv"))
+    assert keys(records) == ["3.jpg"]
+    assert "row does not parse" in records.bad.report()
+
+
+def test_pictures_of_one_name_keep_their_captions_apart(tmp_path):
+    folder = pictures(tmp_path / "set", 3)
+    shutil.copy(folder / "0.jpg", folder / "1.png")
+    assert keys(Records(folder)) == ["0", "1.jpg", "1.png", "2"]
+
+
+def test_a_linked_folder_of_pictures_is_looked_into(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/cats").symlink_to(pictures(tmp_path / "real", 1))
+    assert keys(Records(tmp_path / "set")) == ["cats/0"]
+
+
+def test_a_file_that_changes_under_way_gives_no_sample_anothers_caption(tmp_path):
+    path = Path(write(tmp_path, rows(20)))
+    records = Records(path)
+    records[3]
+    content = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(content[9::-1] + content[10:]))
+    with pytest.raises(BadSample, match="file has changed"):
+        records[3]
 
 
 def damaged(content, n):
@@ -487,7 +517,7 @@ def test_an_index_is_kept_whole_or_not_at_all_and_none_is_no_error_but_for_a_tab
     monkeypatch.setattr(os, "replace", fail)
     assert len(Records(folder)) == 60
     assert not list(cache.glob("*.pt*"))
-    with pytest.raises(UserError, match="rows.csv as JSON lines.*set MINILIP_CACHE"):
+    with pytest.raises(UserError, match="rows.csv cannot be copied as JSON lines.*set MINILIP_CACHE"):
         Records(write(tmp_path, [], "rows.csv"))
     monkeypatch.setenv("MINILIP_CACHE", str(folder / "00000.tar"))
     assert len(Records(folder)) == 60
@@ -643,6 +673,16 @@ def test_the_death_of_a_worker_ends_in_one_sentence():
     with pytest.raises(UserError, match="a data-loading process died") as caught:
         list(training_loader(dataset, die, settings("clip", batch=4, workers=2), 0, 20))
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_leaves_sigterm_to_the_main_process():
+    """torchrun sends it to the whole group; the main process then still wants its batch, and saves."""
+    texts = open_dataset("scenes", "train", 40, 32, 12)
+    batches = training_loader(texts, TOKENIZER, settings("clip", batch=4, workers=1), 0, 20)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+    assert len(list(batches)) == 19
 
 
 # ---- from the command line -------------------------------------------------------------------------------------------

@@ -320,6 +320,12 @@ def test_under_torchrun_a_run_outlives_kills_by_itself(start, tmp_path):
     assert_as_undisturbed(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_that_may_be_restarted_wants_a_folder_of_its_own(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(train.UserError, match="name it with --out"):
+        train.train(dict(size="nano"))
+
+
 if __name__ == "__main__":
     if int(os.environ["RANK"]) == train.restarts():
         train.backward = at_call(7, signal.raise_signal, SIGKILL)

@@ -80,7 +80,6 @@ ABLATIONS = [
     # DreamLIP: sampling, grouping, its negatives, threshold and places
     "--method dreamlip",
     "--method dreamlip --sampling first",
-    "--method dreamlip --sampling whole --grouping none",
     "--method dreamlip --no-short-caption --no-raw-caption",
     "--method dreamlip --grouping none --clip-grad 0",
     "--method dreamlip --grouping token",
@@ -251,6 +250,14 @@ def test_on_a_gpu_the_host_waits_for_nothing_until_the_loss_is_there(words, monk
         with pytest.raises(AssertionError), NoWaiting():
             loss.cpu()
     assert loss.device.type == "cuda"
+
+
+@pytest.mark.parametrize("device, number", [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_made_the_current_one(device, number, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append, raising=False)
+    train.set_machine(train.Settings(device=device))
+    assert made == [number]
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

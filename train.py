@@ -195,7 +195,7 @@ def parse_flags(argv=None) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def resolve(flags: dict, world: int = 1, started=()) -> Settings:
+def resolve(flags: dict, world: int = 1, started=None) -> Settings:
     """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
     is chosen from the machine. Raises UserError."""
     s = Settings(**flags)
@@ -204,7 +204,7 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     if s.size == "auto":
         s.size = "small" if s.device.startswith("cuda") else "tiny"
     small = s.size in ("nano", "tiny", "small")
-    rows = {"pool": "auto", **SIZES[s.size], **dict(started), **METHODS[s.method]}
+    rows = {"pool": "auto", **SIZES[s.size], **(started or {}), **METHODS[s.method]}
     if not small:
         rows |= RECIPES.get(s.method, {})
         rows["compile"] = s.device.startswith("cuda")
@@ -222,6 +222,8 @@ def resolve(flags: dict, world: int = 1, started=()) -> Settings:
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
     check(s, world)
+    if s.lock_image and started and s.branches > started.get("branches", 1):
+        raise UserError("--lock-image would keep new branches as the copies that they begin as: leave it away")
     return s
 
 
@@ -799,8 +801,6 @@ def open_run(flags: dict, writes: bool = True) -> Run:
         else:
             started, weights = start_of(s, flags)
         s = resolve({**before, **flags, "device": s.device}, world, started)
-        if s.lock_image and started and s.branches > started.get("branches", 1):
-            raise UserError("--lock-image would keep new branches as the copies that they begin as: leave it away")
         set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)

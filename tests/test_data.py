@@ -22,7 +22,7 @@ from torch.nn.functional import max_pool2d
 import data
 import train
 from data import (BadSample, Captions, TrainingTexts, UserError, collate, crop_box, draw_texts, load_image,
-                  load_tokenizer, open_dataset, patches_of, read_captions, read_fields, split_sentences, text_slots)
+                  load_tokenizer, open_dataset, patches_of, read_captions, read_fields, split_sentences)
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------------------------------
 

@@ -834,7 +834,13 @@ def parse_lines(content, path):
 def folder_rows(folder):
     """A row for every picture below a folder."""
     names = []
-    for inner, _, files in os.walk(folder, followlinks=True):
+    visited = set()
+    for inner, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(inner)
+        if real in visited:  # a link leads back here
+            folders.clear()
+            continue
+        visited.add(real)
         for name in files:
             stem, _, suffix = name.rpartition(".")
             if stem and suffix.lower() in SUFFIXES and not name.startswith("."):
@@ -1131,9 +1137,9 @@ class Records(Joined):
             record = self.parse(index.read(start, length), file)
             if hashed(record.key) != key:
                 raise BadSample("file has changed", f"{file}: begin anew, so that it is looked through again")
-            found = new_captions(self.sidecars[file], key) if file in self.sidecars else {}
-            if found:
-                record.row["captions"] = recaptioned(record.row) | found
+            new = new_captions(self.sidecars[file], key) if file in self.sidecars else {}
+            if new:
+                record.row["captions"] = recaptioned(record.row) | new
         except OSError as error:
             raise BadSample("file cannot be read", f"{file}: {error.strerror}") from None
         if isinstance(record.image, str):

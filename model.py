@@ -344,7 +344,7 @@ def best_fit(sizes: list[int], R: int):
     """Lays texts of these sizes into rows of R places: the longest first, each where the least room is left that is
     enough -> row, first, nth [N]: each text's row, its first place there, how many came into that row before it; and how
     many are in each row."""
-    found = [None] * len(sizes)
+    result = [None] * len(sizes)
     rooms = []  # (places left, row), in order
     counts = []
     for text in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
@@ -355,10 +355,11 @@ def best_fit(sizes: list[int], R: int):
         else:
             room, row = R, len(counts)
             counts.append(0)
-        found[text] = row, R - room, counts[row]
+        result[text] = row, R - room, counts[row]
         counts[row] += 1
         insort(rooms, (room - size, row))
-    return *np.array(found).T, counts
+    row, first, nth = np.array(result).T
+    return row, first, nth, counts
 
 
 def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Rows:

@@ -2,7 +2,7 @@
 
     python train.py --method dreamlip                                embedded scenes, minutes on a laptop or one GPU
     python train.py --method lotlip --data pictures/captions.jsonl   your own pictures
-    torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data captions.jsonl --out runs/a
+    torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data x.jsonl --out runs/a
 
 A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
 all, each with the value that it has where no row sets another; `--profile` says where the time of a step goes. A run that

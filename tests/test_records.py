@@ -411,6 +411,7 @@ def test_pictures_of_one_name_keep_their_captions_apart(tmp_path):
 def test_a_linked_folder_of_pictures_is_looked_into(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/cats").symlink_to(pictures(tmp_path / "real", 1))
+    (tmp_path / "real/back").symlink_to(tmp_path / "real")
     assert keys(Records(tmp_path / "set")) == ["cats/0"]
 
 

@@ -101,10 +101,6 @@ def _use_extension(device):
     return not trouble
 
 
-# What torch.compiler.assume_constant_result sets: Dynamo, which that imports, takes two seconds.
-_use_extension._dynamo_marked_constant = True
-
-
 @cache
 def _trouble(device):
     """Why the extension cannot be used: the compiler's first complaint, or the exception. Says so once in mode auto."""
@@ -122,18 +118,8 @@ def _trouble(device):
 
 @cache
 def _load():
-    """The extension, with its shapes for torch.compile and its derivative."""
+    """The extension, with its derivative."""
     torch.ops.load_library(build(cuda=torch.cuda.is_available()))
-
-    @torch.library.register_fake("similarity::logsumexp")
-    def _(image, text, logit_scale, rows=True, cols=True):
-        logits = (image @ text.mT).float()
-        nothing = logits.new_empty(0)
-        return logits.sum(-1) if rows else nothing, logits.sum(-2) if cols else nothing
-
-    @torch.library.register_fake("similarity::logsumexp_backward")
-    def _(d_per_image, d_per_text, image, text, logit_scale, *rest):
-        return image.new_empty(image.shape), text.new_empty(text.shape), torch.empty_like(logit_scale)
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output)
@@ -153,13 +139,12 @@ def _try(device):
     """Raises RuntimeError unless the extension gives `reference`'s gradients, which depend on its outputs, too: a
     processor or GPU that it does not suit shows here, and not in the losses of a run. Draws no random numbers."""
     wave = torch.arange(8 * 261, device=device).sin().view(261, 8)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = wave.to(dtype), wave[:131].to(dtype), wave[0, 1] * 3
-        found = _gradients(torch.ops.similarity.logsumexp, inputs)
-        wanted = _gradients(reference, [x.double() for x in inputs])
-        for f, w in zip(found, wanted):
-            if not (f - w).norm() < 0.03 * w.norm():  # a NaN neither
-                raise RuntimeError(f"it gives wrong numbers for {dtype} on {device}")
+    inputs = wave, wave[:131], wave[0, 1] * 3
+    found = _gradients(torch.ops.similarity.logsumexp, inputs)
+    wanted = _gradients(reference, [x.double() for x in inputs])
+    for f, w in zip(found, wanted):
+        if not (f - w).norm() < 0.03 * w.norm():  # TF32 is allowed, a NaN is not
+            raise RuntimeError(f"it gives wrong numbers on {device}")
 
 
 def _gradients(function, inputs):

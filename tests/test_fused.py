@@ -145,13 +145,6 @@ def test_chunked_stores_no_more_than_a_block_of_logits(monkeypatch):
     assert 0 < max(saved) <= image.numel()  # of 15000 logits
 
 
-@devices
-@pytest.mark.parametrize("sides", SIDES)
-def test_torch_finds_the_op_well_registered(sides, device):
-    x = embeddings((7, 5), (3, 9, 5), device=device)
-    torch.library.opcheck(torch.ops.similarity.logsumexp.default, (*x, *sides))
-
-
 def test_inputs_that_do_not_fit_are_named():
     with pytest.raises(RuntimeError, match=r"\[2, 4, 3\].*\[3, 5, 3\]"):
         fused.similarity_logsumexp(torch.ones(2, 4, 3), torch.ones(3, 5, 3), 1.0)
@@ -232,14 +225,13 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
     """Each finds the extension; one line says that it was built. Neither a lock file nor half a library that a killed
-    build left is an obstacle. The first call may be one that torch.compile traces."""
+    build left is an obstacle."""
     killed = "from unittest import mock\nwith mock.patch('torch.utils.cpp_extension.load'): fused.build(False)"
     python(killed).communicate()
     done = next(empty_cache.glob("*/done"))
     done.with_name(f"{done.parent.name}.so").write_bytes(b"half")
     done.rename(done.with_name("lock"))
-    compiled = f"torch.compile(lambda: {CALL}, backend='eager', fullgraph=True)()"
-    processes = [python(f"fused.set_mode('on')\nprint({call})") for call in (CALL, CALL, compiled)]
+    processes = [python(f"fused.set_mode('on')\nprint({CALL})") for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
     assert all(o.endswith(ANSWER + "\n") for o in outputs), outputs
     assert "".join(outputs).count("building the fused similarity op") == 1
@@ -260,7 +252,7 @@ def test_an_extension_that_gives_other_numbers_is_not_used(monkeypatch):
     monkeypatch.setattr(fused, "_trouble", fused._trouble.__wrapped__)
     plain = fused.reference
     monkeypatch.setattr(fused, "reference", lambda *x: [1.1 * o for o in plain(*x)])
-    with pytest.raises(RuntimeError, match="--fused on, but .*it gives wrong numbers for torch.float32 on cpu"):
+    with pytest.raises(RuntimeError, match="--fused on, but .*it gives wrong numbers on cpu"):
         fused.similarity_logsumexp(*x)
 
 

@@ -9,6 +9,8 @@
     python data.py --look DATA --sheet sheet.html        counts, bad samples, lengths of captions, pictures
     python data.py --join captions.csv 'cc3m/*.tar'      captions of a table -> NAME.captions.jsonl beside shards
     python data.py --shards 'recap/*.parquet' FOLDER     Parquet with the pictures inside -> tar shards
+
+First reading: `Captions`, `text_slots`, `draw_texts`, `Batch`, `TrainingSamples`. The rest reads tokens and files.
 """
 
 import argparse
@@ -55,21 +57,22 @@ from scenes import PERSPECTIVES, Scenes
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence naming the thing and the remedy. Scripts print it and exit 1."""
+    """A mistake that the user can correct: one sentence that names it and the remedy. Scripts print it and exit 1."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, without the list of all flags."""
+    """argparse whose errors are UserErrors: one line, without the list of all flags."""
 
     def error(self, message):
         raise UserError(f"{message} (--help lists what there is)")
 
 
 class BadSample(Exception):
-    """A sample to skip and count. `reason` is one of a few short strings to count by, `detail` says which and why."""
+    """A sample to skip and count. `reason`, one of a few short strings, is what they are counted by; `detail` says
+    which sample and why."""
 
     def __init__(self, reason, detail=""):
-        super().__init__(reason, detail)  # both, so that a pickled one is built again whole
+        super().__init__(reason, detail)  # unpickling calls __init__ with these
         self.reason = reason
         self.detail = detail
 
@@ -83,7 +86,7 @@ def say_once(message):
 
 
 def check_target(path):
-    """Finds out before the work what could not be written after it. Raises UserError."""
+    """Raises UserError if the path cannot be written: called before the work, not after it."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
@@ -91,7 +94,7 @@ def check_target(path):
 
 
 def read_json(path: Path):
-    """A JSON file's content, or of JSON lines a list. Raises UserError."""
+    """The content of a JSON file, for JSON lines a list. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if "jsonl" not in path.suffix:
@@ -99,6 +102,21 @@ def read_json(path: Path):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error})") from None
+
+
+def write_json(path: Path, content):
+    path.write_text(json.dumps(content, indent=1))
+
+
+def at_least(least: int):
+    """A type for argparse: a whole number that is not below `least`."""
+    def number(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return number
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -158,8 +176,8 @@ class Tokenizer:
 
 
 def load_tokenizer(name_or_path="auto"):
-    """"clip" (CLIP's ids, exactly), "scenes" (our own, small), "auto" (clip where it is to be had, else scenes, said
-    aloud), or the path of a CLIP-style .txt.gz or of a .tiktoken file. Raises UserError."""
+    """"clip" (CLIP's ids, exactly), "scenes" (our own, small), "auto" (clip if its vocabulary is found, else scenes,
+    and a line says so), or the path of a CLIP-style .txt.gz or of a .tiktoken file. Raises UserError."""
     name = str(name_or_path)
     if name == "auto":
         try:
@@ -182,8 +200,8 @@ def load_tokenizer(name_or_path="auto"):
 
 
 class WordPieces:
-    """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences parted by [SEP], and at
-    the end a [SEP] with an id of its own, the greatest."""
+    """BERT's tokenizer as LoTLIP uses it, from bert-base-uncased's vocab.txt: [CLS], sentences separated by [SEP], and
+    at the end a [SEP] with an id of its own, the greatest."""
 
     name = "vocab.txt"
 
@@ -197,11 +215,11 @@ class WordPieces:
         self.pieces = BertWordPieceTokenizer(str(path), lowercase=True)
         self.vocab_size = self.pieces.get_vocab_size() + 1
 
-    def __call__(self, texts, context):
-        tokens = torch.zeros(len(texts), context, dtype=torch.long)
+    def __call__(self, texts, context_length):
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
             *ids, _ = self.pieces.encode(text.replace(". ", "[SEP]")).ids
-            ids = [*ids[:context - 1], self.vocab_size - 1]
+            ids = [*ids[:context_length - 1], self.vocab_size - 1]
             row[:len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -221,13 +239,13 @@ def find_clip_vocabulary():
     if package and not cached.is_file():
         path = Path(package.origin).with_name(CLIP_VOCABULARY)
     if not path.is_file():
-        raise UserError(f"CLIP's vocabulary is not here: pip install open_clip_torch, or put {CLIP_VOCABULARY} of OpenAI's "
-                        f"CLIP at {cached}, or choose --tokenizer scenes")
+        raise UserError(f"CLIP's vocabulary is not here: pip install open_clip_torch, or put {CLIP_VOCABULARY} of "
+                        f"OpenAI's CLIP at {cached}, or choose --tokenizer scenes")
     return path
 
 
 def printable_bytes() -> dict[str, int]:
-    """GPT-2's table {printable character: the byte that it stands for}; its order is the order of the first ids."""
+    """GPT-2's table {printable character: the byte that it stands for}, in the order of the first ids."""
     printable = [byte for byte in range(33, 256) if chr(byte).isprintable()]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable}
@@ -238,7 +256,7 @@ def printable_bytes() -> dict[str, int]:
 
 def read_vocabulary(path) -> tuple[list[str], list[str]]:
     """CLIP's merges, each two symbols with a space between, and its symbols in the order of the ids: 256 bytes, the
-    same 256 ending a word, and one for each merge. Raises UserError."""
+    same 256 at the end of a word, and one for each merge. Raises UserError."""
     try:
         lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
@@ -253,8 +271,8 @@ def read_vocabulary(path) -> tuple[list[str], list[str]]:
 def read_clip_ranks(path):
     """CLIP's merges file -> {token: rank}. Raises UserError.
 
-    The file writes bytes as printable characters. The bytes that end a word rank before every merge, so tiktoken joins
-    a word's last byte and its space first of all, as CLIP's merging starts out.
+    The file writes bytes as printable characters. Bytes at the end of a word rank before every merge, so tiktoken first
+    joins a word's last byte and its space, which is how CLIP's merging starts.
     """
     byte_of = printable_bytes()
     _, symbols = read_vocabulary(path)
@@ -273,9 +291,9 @@ def write_clip_tokenizer(folder: Path, context: int):
     vocabulary = {symbol: number for number, symbol in enumerate([*symbols, SOT, EOT])}
     config = dict(tokenizer_class="CLIPTokenizer", do_lower_case=True, model_max_length=context,
                   bos_token=SOT, eos_token=EOT, unk_token=EOT, pad_token=EOT)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def read_tiktoken(path):
@@ -297,17 +315,17 @@ NEVER_LAST = set("""dr mr mrs ms mx messrs prof rev hon gen sgt capt lt gov sen 
 BEFORE_NUMBER = set("no nos nr fig figs vol p pp ch sec eq jan feb mar apr jun jul aug sep sept oct nov dec".split())
 MAYBE_LAST = set("""etc al inc ltd co corp jr sr st ave blvd rd ft lb lbs oz cm mm km kg mi hr hrs min sq dept ph.d a.m
     p.m""".split())  # last in the sentence only if a word that opens sentences comes next
-INITIALS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")  # J, U.S, after the last stop is off
+INITIALS = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")  # J, U.S, without the last stop
 FIRST_WORDS = set("""A An The This That These Those There Here It Its He She His Her They Their We You In On At To From
     With Behind Below Beside Above Under Near Next Over Around Between Both Two Three Some Several Many One Another
     Each And But As While Overall""".split())
 
 
 def split_sentences(text):
-    """A caption -> its sentences, spaces tidied, none empty, no word lost (list marks and end markers go).
+    """A caption -> its sentences with single spaces, none empty, no word lost (list marks and end markers are dropped).
 
-    Linear in the length of the text. A line break always ends a sentence; a stop does, unless what is before it is an
-    abbreviation or what is after it goes on in lower case within a quotation or after an ellipsis.
+    Linear in the length of the text. A line break always ends a sentence. A stop does, unless it belongs to an
+    abbreviation, or the text continues in lower case after a quotation or an ellipsis.
     """
     text = WIDE_STOP.sub(r"\g<0>\n", END_MARKERS.sub("\n", text))
     sentences = []
@@ -343,7 +361,7 @@ def is_abbreviation(name, following):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format for which Pillow starts another program, as it does for EPS
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # none for which Pillow starts another program, such as EPS
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own
 
@@ -351,7 +369,7 @@ Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own
 def load_image(source, size=None, max_pixels=64_000_000, name=None):
     """A path, bytes or a binary file -> PIL image: RGB, turned upright by its EXIF tag, transparent parts on white.
 
-    `size`: the shorter side wanted in the end; a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, where that leaves it.
+    `size`: the shorter side that is needed; a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, if that is large enough.
     Raises BadSample with the reason "image missing", "image too large" (over max_pixels: a small file can fill the
     memory) or "image will not decode", and `name` (else the path) in its detail.
     """
@@ -371,14 +389,14 @@ def load_image(source, size=None, max_pixels=64_000_000, name=None):
         raise
     except Exception as error:  # decoders raise nearly anything on broken files: OSError, SyntaxError, struct.error ...
         reason = "image missing" if isinstance(error, FileNotFoundError) else "image will not decode"
-        detail = re.sub(r" <_io.*", "", str(error))  # the address of bytes in memory is another in every process
+        detail = re.sub(r" <_io.*", "", str(error))  # an address in memory, different in every process
         raise BadSample(reason, f"{name}, {detail}") from None
 
 
 def upright(image):
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block is common on the web and no reason to lose the picture
+    except Exception:  # a broken EXIF block is common on the web, and the picture is still good
         return image
 
 
@@ -392,7 +410,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-ASPECTS = (3 / 4, 4 / 3)  # least and greatest width of a random crop, by its height
+ASPECTS = (3 / 4, 4 / 3)  # least and greatest width / height of a random crop
 
 
 def crop_box(picture, least: float | None):
@@ -410,8 +428,8 @@ def crop_box(picture, least: float | None):
 
 
 def change_colours(image: torch.Tensor) -> torch.Tensor:
-    """The rest of DreamLIP's strong recipe (its transform.py): jitter, grey and blur. Its flips and RandAugment are left
-    out: they move what boxes and words like "left" tell of. uint8 [3,S,S] -> the same."""
+    """The rest of DreamLIP's strong recipe (its transform.py): jitter, grey and blur. Its flips and RandAugment are
+    missing: they move things away from their boxes, and from words like "left". uint8 [3,S,S] -> the same."""
     from torchvision.transforms import v2
     change = v2.Compose([
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
@@ -423,11 +441,11 @@ def change_colours(image: torch.Tensor) -> torch.Tensor:
 
 # ---- captions and the texts drawn from them --------------------------------------------------------------------------
 
-# Where each kind of text is found, by the names that published files use: DreamLIP's columns (SV ShareGPT4V, IB
+# The fields that hold each kind of text, by the names that published files use: DreamLIP's columns (SV ShareGPT4V, IB
 # InstructBLIP, LLA LLaVA-1.5), img2dataset's and Holistic CLIP's "caption", re-captioning's own; Hugging Face's "text",
 # Recap-DataComp (org_, re_caption), PixelProse (original_, vlm_caption), CaptionEmporium (caption_llava), DOCCI
 # ("description"), DCI (short_, extra_caption), IIW, and "conversations", whose answer is a long caption (ShareGPT4V,
-# LLaVA-ReCap). Of "raw" and "caption" the first name found counts; short and long captions are taken from all.
+# LLaVA-ReCap). For "raw" and "caption" the first field found counts; short and long captions come from all of them.
 # `--caption-fields` names others.
 FIELDS = {
     "caption": ("caption",),  # a string, or a list of M texts, the raw caption first
@@ -438,19 +456,19 @@ FIELDS = {
              "re_caption", "vlm_caption", "caption_llava", "extra_caption", "IIW", "conversations"),
     **{name: (name,) for name in PERSPECTIVES[1:]},
 }
-DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # with --region-grouping, of "long", too
+DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # "long", too, with --region-grouping
 
 
 @dataclass
 class Captions:
-    """The texts of one image. A method never finds one missing: what the data lacks is made of what it has."""
+    """The texts of one image. No kind is ever missing: what the data lacks is filled in from what it has."""
 
     raw: str  # the caption found with the image
-    short: list[str]  # one-sentence captions, one a model
+    short: list[str]  # one-sentence captions, one of each captioning model
     long: list[str]  # the sentences of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
-    boxes: Sequence[tuple | None] = ()  # of each sentence of `long`; None, as by default: no place
-    models: Sequence[str] = ()  # whose caption each sentence of `long` is of; by default one's
+    boxes: Sequence[tuple | None] = ()  # of each sentence of `long`; None (the default): not known
+    models: Sequence[str] = ()  # the captioning model of each sentence of `long`; by default a single one
 
     def __post_init__(self):
         self.boxes = self.boxes or [None] * len(self.long)
@@ -464,8 +482,8 @@ class Captions:
         return list(captions.values())
 
     def within(self, crop: tuple) -> "Captions":
-        """The captions of what a crop leaves of the image: their boxes as shares of it. A sentence whose box has its
-        middle outside tells of what is hardly to be seen, and goes; all stay, without places, if none would be left.
+        """The captions of a crop of the image: their boxes become shares of the crop. A sentence is dropped if the
+        centre of its box is outside; if none would be left, all stay, without boxes.
 
         crop and boxes: (left, top, right, bottom) as shares of the image.
         """
@@ -487,7 +505,7 @@ class Captions:
 
 
 def read_fields(text: str, dense: bool = False) -> dict:
-    """"raw=title,long=a+b" -> FIELDS with these names instead; `dense`: else the crops' sentences are among the long
+    """"raw=title,long=a+b" -> FIELDS with these names instead; `dense`: the default "long" includes the crops'
     captions. Raises UserError."""
     fields = FIELDS | {"long": FIELDS["long"] + DENSE * dense}
     for part in filter(None, text.split(",")):
@@ -500,13 +518,13 @@ def read_fields(text: str, dense: bool = False) -> dict:
 
 
 def recaptioned(row: dict) -> dict:
-    """What is under "captions", as in re-captioning's records."""
+    """The object under "captions", where re-captioning puts its texts."""
     captions = row.get("captions")
     return captions if isinstance(captions, dict) else {}
 
 
 def all_fields(row: dict) -> dict:
-    """With what is under "captions", which wins over the same names outside."""
+    """The row's fields with those under "captions", which override fields of the same name."""
     return row | recaptioned(row)
 
 
@@ -515,36 +533,39 @@ LONGEST_TEXT = 100_000  # characters; a longer one is no caption but a damaged f
 
 def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
     """A row of a data file -> its texts, found by the names in `fields`. A text may be a string or a list of its
-    sentences, and of a long caption a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}.
-    Raises BadSample, with `name` in its detail, if there is no text or a box is none."""
+    sentences; a long caption also a list of {"box": [x0, y0, x1, y1] as shares of the image, "text": sentences}. Raises
+    BadSample, with `name` in its detail, if there is no text or a box is not valid."""
     row = all_fields(row)
     found = {}  # kind: the texts of all its fields
     for kind, names in fields.items():
         texts = [" ".join(clean_field(row.get(column), name)) for column in names]
         found[kind] = list(filter(None, texts))
-    listed = []
+    caption_list = []
     for column in fields["caption"]:
-        listed = listed or clean_field(row.get(column), name)
+        caption_list = caption_list or clean_field(row.get(column), name)
     perspectives = ["".join(found[kind][:1]) for kind in PERSPECTIVES[1:]]  # "" where one is missing; without "raw"
-    candidates = [*found["raw"], *listed[:1], *found["short"], *found["long"], *perspectives]
+    # raw: the first text there is
+    candidates = [*found["raw"], *caption_list[:1], *found["short"], *found["long"], *perspectives]
     raw = next(filter(None, candidates), None)
     if not raw:
         raise BadSample("no caption", name)
 
-    placed = []
+    # long: the sentences of the long captions, else of the rest of "caption", else of raw
+    long_texts = []
     for column in fields["long"]:
-        model = column.removeprefix("long").removeprefix("dense")  # longSV and denseSV are of one
-        placed += [(text, box, model) for text, box in placed_texts(row.get(column), name)]
-    if not placed:
-        placed = [(text, None, "") for text in listed[1:] or [raw]]
+        model = column.removeprefix("long").removeprefix("dense")  # longSV and denseSV are one model's
+        long_texts += [(text, box, model) for text, box in placed_texts(row.get(column), name)]
+    if not long_texts:
+        long_texts = [(text, None, "") for text in caption_list[1:] or [raw]]
     long, boxes, models = [], [], []
-    for text, box, model in placed:
+    for text, box, model in long_texts:
         for sentence in split_sentences(text):
             long.append(sentence)
             boxes.append(box)
             models.append(model)
+    # perspectives: from fields with their names, else the rest of "caption"
     if not any(perspectives):
-        perspectives = listed[1:]
+        perspectives = caption_list[1:]
     return Captions(raw, found["short"], long or [raw], [raw, *perspectives], boxes, models)
 
 
@@ -554,14 +575,14 @@ def clean_field(value, name="") -> list[str]:
 
 
 def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
-    """The texts of a field, a string or a list, stripped, each with its box or None; what is no text goes. Raises
+    """The texts of a field, a string or a list, stripped, each with its box or None; anything else is dropped. Raises
     BadSample."""
     placed = []
     for part in value if isinstance(value, list) else [value]:
         box = None
         if isinstance(part, dict):
             box = part.get("box")
-            part = part.get("value" if part.get("from") == "gpt" else "text")  # the first: an answer in a conversation
+            part = part.get("value" if part.get("from") == "gpt" else "text")  # "value": an answer in a conversation
         if box is not None:
             box = read_box(box, name)
         if isinstance(part, str) and part.strip():
@@ -570,7 +591,7 @@ def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
 
 
 def read_box(box, name) -> tuple[float, ...]:
-    with suppress(TypeError, ValueError, OverflowError):  # raised by what is not four numbers
+    with suppress(TypeError, ValueError, OverflowError):  # raised if it is not four numbers
         left, top, right, bottom = map(float, box)
         if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return left, top, right, bottom
@@ -584,16 +605,17 @@ def text_slots(s) -> list[str]:
 
 
 def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | None]]:
-    """The T texts of one image for one step, in the order of text_slots, each with its box, if it has one.
+    """The T texts of one image for one step, in the order of text_slots, each with its box or None.
 
-    Sub-captions (DreamLIP, section 3.2) are drawn from the sentences, the short captions, the raw one unless it has a
-    slot of its own, and, in the share `whole_caption` of the draws, a whole long caption as one text: without
-    replacement while they last. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all)
-    of one model's caption, each text of another model's while they last.
+    Sub-captions (DreamLIP, section 3.2) are drawn, without replacement while they last, from a pool: the sentences, the
+    short captions, the raw one unless it has a slot of its own, and, with probability `whole_caption`, a whole long
+    caption as one text. Long texts (LoTLIP, section 3.1) join `long_sentences` consecutive sentences (0: all) of one
+    model's caption; each comes from another model while they last. A perspective that is missing is drawn like a
+    sub-caption.
     """
     slots = text_slots(s)
     captions = c.long_captions()
-    rng.shuffle(captions)  # of one caption this draws no random number
+    rng.shuffle(captions)  # a single caption uses up no random number
     pool = list(zip(c.long, c.boxes))
     if s.short_caption:
         pool += [(text, None) for text in c.short]
@@ -622,8 +644,8 @@ def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> 
     return drawn + rng.choices(pool, k=k - len(drawn))
 
 
-def patches_of(boxes, side: int) -> torch.Tensor:
-    """Which of side · side patches, row by row, each box overlaps; of None all: T boxes -> bool [T, side²]."""
+def boxes_to_patches(boxes, side: int) -> torch.Tensor:
+    """Which of side · side patches, row by row, each box overlaps; None: all. T boxes -> bool [T, side²]."""
     overlaps = torch.ones(len(boxes), side, side, dtype=torch.bool)
     for of_box, box in zip(overlaps, boxes):
         if box:
@@ -635,16 +657,16 @@ def patches_of(boxes, side: int) -> torch.Tensor:
 
 # ---- records: where the samples are in the files ---------------------------------------------------------------------
 
-# A sample is a span of bytes in a file: of a tar the members with its key, of JSON lines its line. All that stays in
-# memory are three numbers a sample, mapped from an index under ~/.cache, so that the workers and the ranks of a machine share
-# one copy. The span is read and parsed when the sample is wanted, so any sample is reached at once. A table (CSV,
-# Parquet, a JSON array, compressed JSON lines) is copied as JSON lines beside its index, and read from there, and so is
-# the list of a folder's pictures.
+# A sample is a span of bytes in a file: in a tar the members with its key, in JSON lines its line. An index under
+# ~/.cache has three numbers for each sample; it is mapped, so the workers and ranks of a machine share one copy.
+# (Beside it a process keeps each sample's row number and its place in the order.) A span is read and parsed when the
+# sample is wanted, so any sample is reached at once. A table (CSV, Parquet, a JSON array, compressed JSON lines) is
+# copied as JSON lines beside its index and read from there, and so is the list of a folder's pictures.
 INDEX_VERSION = 7  # of the indices kept: raise it when a scan_ function changes
 
 
 class BadCount:
-    """Bad samples by reason: the detail of the first one, and how many; `seen` counts all samples met."""
+    """Bad samples by reason: the detail of the first one, and how many; `seen` counts all samples, good and bad."""
 
     def __init__(self, details=(), counts=(), seen=0):
         self.details = dict(details)
@@ -664,7 +686,7 @@ class BadCount:
         self.seen += other.seen
 
     def plain(self) -> tuple[dict, dict, int]:
-        """For a file; BadCount(*plain) is the same again."""
+        """To be saved: BadCount(*plain) is an equal one."""
         return self.details, dict(self.counts), self.seen
 
     @property
@@ -677,28 +699,28 @@ class BadCount:
         return "; ".join(parts).encode(errors="backslashreplace").decode() or "none"  # a file's name may be no Unicode
 
     def over(self, share: float, total: int, seen: int) -> bool:
-        """Whether more than this share is bad, of at least 200 seen; total and seen may be those of all ranks."""
+        """Whether more than this share is bad, of at least 200 seen; total and seen may be sums over ranks."""
         return seen >= 200 and total > share * seen
 
     def check(self, share: float):
-        """Raises UserError where that is so."""
+        """Raises UserError if too many are bad."""
         if self.over(share, self.total, self.seen):
             raise UserError(f"{self.total} of {self.seen} samples are bad, over --max-bad {share:g}: mend the data or "
                             f"raise the limit ({self.report()})")
 
 
-class Joined:
-    """Several parts as one: their samples numbered through, and what is bad in them counted together."""
+class Concatenated:
+    """Several parts as one: their samples are numbered consecutively, their bad samples counted together."""
 
     def __init__(self, parts: list):
         self.parts = parts
-        self.first = np.cumsum([0, *map(len, parts)])  # the number of each part's first sample, and that of all
+        self.first = np.cumsum([0, *map(len, parts)])  # each part's first number; last: the length
         self.bad = BadCount()
         for part in parts:
             self.bad.merge(part.bad)
 
     def __len__(self):
-        return int(self.first[-1])
+        return self.first[-1]
 
     def part_of(self, i: int) -> tuple[int, int]:
         """The number of a sample's part, and the sample's number in it."""
@@ -709,9 +731,9 @@ class Joined:
 @dataclass
 class Record:
     key: str
-    image: bytes | Path | str  # content, path, or what a row calls its path or URL
+    image: bytes | Path | str  # content, path, or the path or URL that a row names
     row: dict  # its texts, as read_captions takes them
-    file: Path | None = None  # that it is of
+    file: Path | None = None  # the file that holds it
 
 
 def hashed(key: str) -> int:
@@ -734,7 +756,7 @@ IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "f
 
 
 def image_field(row: dict, part: str = "") -> str:
-    """The path or URL of a row's image, under the first of the usual names whose text has this part. Raises BadSample."""
+    """The path or URL of a row's image: of the usual fields, the first that contains `part`. Raises BadSample."""
     for wanted in IMAGE_FIELDS:
         for name, image in row.items():
             if name.lower() == wanted and isinstance(image, str) and image.strip() and part in image:
@@ -759,12 +781,12 @@ def row_key(row: dict) -> str:
 
 def tar_members(file):
     """(key, extension, TarInfo, whether its header is not where it should begin) of every file in a tar. The key of
-    "a/b.seg.JSON" is "a/b": it ends at the first dot of the file's name. `ignore_zeros` goes on behind a damaged
+    "a/b.seg.JSON" is "a/b": it ends at the first dot of the file's name. `ignore_zeros` reads on after a damaged
     header."""
     expected = 0
     with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
         for member in tar:
-            tar.members = []  # it would keep all
+            tar.members = []  # tarfile would keep them all
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             stem, _, extension = base.partition(".")
             if member.isreg() and stem:  # no stem: a system's own file, like .DS_Store
@@ -803,7 +825,7 @@ def parse_tar(content, path):
 
 
 def texts_beside(files: dict[str, bytes], name: str) -> dict:
-    """The row of a picture: what is in its .txt, as "caption", and in its .json."""
+    """The row of a picture: its .txt as "caption", and the fields of its .json."""
     row = {}
     if "txt" in files:
         row["caption"] = files["txt"].decode("utf-8-sig", errors="replace")
@@ -853,7 +875,7 @@ def folder_rows(folder):
 
 
 def parse_folder(content, folder):
-    """A row of `folder_rows` with the texts that lie beside its picture."""
+    """A row of `folder_rows`, with the texts from the .txt and .json beside its picture."""
     record = parse_lines(content, folder)
     files = {}
     for extension in ("txt", "json"):
@@ -865,8 +887,8 @@ def parse_folder(content, folder):
 
 
 def csv_rows(path):
-    """The rows of a CSV or TSV, with a BadSample for each that does not parse. Where a quote is never closed, that row
-    and those up to the next quote are one bad row."""
+    """The rows of a CSV or TSV, with a BadSample for each that does not parse. If a quote is never closed, that row and
+    those up to the next quote are one bad row."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         while True:
@@ -874,7 +896,7 @@ def csv_rows(path):
                 row = next(rows)
             except StopIteration:
                 return
-            except csv.Error:  # a cell longer than any caption, or text behind a closing quote
+            except csv.Error:  # a cell longer than any caption, or text after a closing quote
                 row = {None: None}
             if None in row or None in row.values():  # too many cells, or too few
                 yield BadSample("row does not parse", f"line {rows.line_num}")
@@ -884,11 +906,11 @@ def csv_rows(path):
 
 def json_rows(path):
     """The objects of a JSON file, in an array or one after another, with a BadSample where one does not parse: nothing
-    behind it is read."""
+    after it is read."""
     text = path.read_text("utf-8-sig", errors="replace")
     decoder = json.JSONDecoder()
     end = 0
-    with suppress(ValueError, RecursionError):  # raised behind the last one, too
+    with suppress(ValueError, RecursionError):  # also raised after the last one
         while True:
             row, end = decoder.raw_decode(text, text.index("{", end))
             yield row
@@ -897,7 +919,7 @@ def json_rows(path):
 
 
 def gzip_rows(path):
-    """The lines of compressed JSON lines, as they are."""
+    """The lines of a compressed JSON lines file, as bytes."""
     try:
         with gzip.open(path) as file:
             yield from file
@@ -906,7 +928,7 @@ def gzip_rows(path):
 
 
 def parquet_batches(path):
-    """The rows of a Parquet file as they are, in lists of up to 1,000. Raises UserError."""
+    """The rows of a Parquet file, in lists of up to 1,000. Raises UserError."""
     try:
         from pyarrow.parquet import ParquetFile  # here, because no other format needs it
     except ImportError:
@@ -915,12 +937,12 @@ def parquet_batches(path):
         with ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
                 yield batch.to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses
         raise UserError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
 def parquet_rows(path):
-    """The rows of a Parquet file of captions. Raises UserError where the pictures are in it, too."""
+    """The rows of a Parquet file of captions. Raises UserError if it has pictures inside."""
     for row in chain.from_iterable(parquet_batches(path)):
         if isinstance(row.get("image"), dict):
             raise UserError(f"{path} has its pictures inside: python data.py --shards {path} FOLDER writes tar shards")
@@ -934,7 +956,7 @@ TABLES = {".csv": csv_rows, ".tsv": csv_rows, ".gz": gzip_rows, ".json": json_ro
 def copy_table(path, copy):
     """Writes a table as JSON lines. Yields a BadSample for each row that cannot be read. Raises UserError."""
     try:
-        with written_whole(copy) as temporary, open(temporary, "wb") as file:
+        with atomic_path(copy) as temporary, open(temporary, "wb") as file:
             for row in TABLES[suffix_of(path)](path):
                 if isinstance(row, BadSample):
                     yield row
@@ -943,13 +965,13 @@ def copy_table(path, copy):
                 else:
                     file.write(json.dumps(row, default=str).encode() + b"\n")  # str: of Parquet's dates and decimals
     except OSError as error:
-        raise UserError(f"{path} cannot be copied as JSON lines into {copy.parent} ({error.strerror}: {error.filename}): "
-                        "set MINILIP_CACHE to a folder with room, or make it readable") from None
+        raise UserError(f"{path} cannot be copied as JSON lines into {copy.parent} ({error.strerror}: {error.filename})"
+                        ": set MINILIP_CACHE to a folder with room, or make it readable") from None
 
 
 @contextmanager
-def written_whole(path: Path):
-    """-> another path, which takes this one's place once its file is written."""
+def atomic_path(path: Path):
+    """-> a temporary path, which replaces this one when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
@@ -964,7 +986,7 @@ READERS = {**dict.fromkeys((".jsonl", ".jsonlines", *TABLES), (scan_lines, parse
 
 
 def captions_path(file: Path) -> Path:
-    """Where the new captions of a file or folder lie: 00000.tar -> 00000.captions.jsonl, set -> set.captions.jsonl."""
+    """The sidecar with new captions: of 00000.tar 00000.captions.jsonl, of the folder set set.captions.jsonl."""
     return Path(f"{file.resolve()}.captions.jsonl") if file.is_dir() else file.with_suffix(".captions.jsonl")
 
 
@@ -982,10 +1004,11 @@ def expand(pattern: str) -> list[str]:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files, all of one format, that one path of --data stands for. Raises UserError."""
+    """The files, all of one format, that one path of --data means. Raises UserError."""
     if os.path.isdir(pattern):
         folder = Path(pattern)
-        return sorted(folder.glob("*.tar")) or sorted(folder.glob("metadata.jsonl")) or [folder]
+        tables = [*folder.glob("metadata.jsonl"), *folder.glob("captions.jsonl")]
+        return sorted(folder.glob("*.tar")) or tables[:1] or [folder]
     files = []
     for text in expand(pattern):
         names = glob.glob(text, recursive=True)
@@ -993,14 +1016,14 @@ def find_files(pattern: str) -> list[Path]:
         files += map(Path, sorted(names) or [text])
     for file in files:
         if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
-            raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, .csv, "
-                            ".parquet or a folder, one pattern for files of one format, and train.py takes 'scenes', too, "
-                            "which python scenes.py --write FOLDER writes")
+            raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, "
+                            ".csv, .parquet or a folder, one pattern for files of one format, and train.py takes "
+                            "'scenes', too, which python scenes.py --write FOLDER writes")
     return files
 
 
 def suffix_of(file: Path) -> str:
-    """What tells a file's format: its suffix; of a folder nothing."""
+    """The key of READERS: a file's suffix, "" for a folder."""
     return file.suffix if file.is_file() else ""
 
 
@@ -1010,7 +1033,7 @@ class Index:
 
     source: Path  # the file itself, or a table's copy
     spans: np.ndarray  # uint64 [N, 3]: a sample's first byte, its length, the hash of its key
-    bad: BadCount  # what had to be left out
+    bad: BadCount  # what was left out
 
     def __post_init__(self):
         self.made = self.source.stat().st_mtime_ns  # another run may write a new copy of a table
@@ -1020,7 +1043,7 @@ class Index:
 
     def read(self, start: int, length: int) -> bytes:
         """Reads with pread, which moves no position, so processes forked from this one may share an open file."""
-        file = opened(self.source, self.made)  # held, for another thread may open so many that this one is forgotten
+        file = open_cached(self.source, self.made)  # the reference keeps it open, even if the cache drops it
         content = os.pread(file.fileno(), length, start)
         if len(content) < length:
             raise BadSample("file cut off", f"{self.source} at byte {start}")
@@ -1028,44 +1051,43 @@ class Index:
 
 
 @functools.lru_cache(maxsize=512)
-def opened(file, made):
+def open_cached(file, made):
     return open(file, "rb", buffering=0)
 
 
 def index_of(file: Path) -> Index:
-    """The index kept under ~/.cache, or a new one where the file has changed. A folder's is always new, for its time
-    does not tell what has changed below it."""
+    """The index kept under ~/.cache, or a new one if the file has changed. A folder's is always new, because its time
+    does not tell whether something below it has changed."""
     cache = Path(os.environ.get("MINILIP_CACHE") or Path.home() / ".cache" / "minilip")
     name = f"{hashed(str(file.resolve())):x}"
     kept = cache / f"{name}.pt"
     source = cache / f"{name}.jsonl" if suffix_of(file) in TABLES else file
     stamp = [INDEX_VERSION, file.stat().st_size, file.stat().st_mtime_ns]
     with locked(cache / f"{name}.lock"):
-        with suppress(Exception):  # where there is none or it is damaged, it is made anew
+        with suppress(Exception):  # if there is none, or a damaged one, a new one is made
             found, spans, *bad = torch.load(kept, mmap=True)
             if found == stamp and file.is_file() and source.is_file():
                 return Index(source, spans.numpy(), BadCount(*bad))
         index = scan(file, source)
-        with suppress(OSError, RuntimeError), written_whole(kept) as temporary:  # where it cannot be written, it is not kept
+        with suppress(OSError, RuntimeError), atomic_path(kept) as temporary:  # if that fails, it is not kept
             torch.save([stamp, torch.from_numpy(index.spans), *index.bad.plain()], temporary)
         return index
 
 
 @contextmanager
 def locked(path: Path):
-    """One process at a time, so that of the ranks of a machine one looks through a file and the others read its index
-    (a folder's each makes anew).
-    Where no lock can be had, each does it for itself."""
+    """One process at a time, so one of a machine's ranks scans a file and the others read its index (a folder's they
+    make themselves). If no lock can be had, each rank scans."""
     with ExitStack() as files:
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = files.enter_context(open(path, "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # it goes with the file
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends when the file is closed
         yield
 
 
 def scan(file: Path, source: Path) -> Index:
-    """Looks through a file, of a table through the copy made here. A sidecar's spans are sorted by key."""
+    """Scans a file; a table is copied first, and the copy scanned. A sidecar's spans are sorted by key."""
     spans = array("Q")
     bad = BadCount()
     scan_format, _ = READERS[suffix_of(file)]
@@ -1087,7 +1109,7 @@ def scan(file: Path, source: Path) -> Index:
 
 
 def read_indices(files: list[Path]) -> list[Index]:
-    """index_of every file; of many files made in parallel, in processes that give back the memory that scanning takes."""
+    """index_of every file. Many files are scanned in parallel, by processes that give back the memory that it takes."""
     if len(files) > 8:
         with ProcessPoolExecutor(8) as pool:
             for _ in tqdm(pool.map(make_index, files), "indexing", len(files), delay=2):
@@ -1096,16 +1118,16 @@ def read_indices(files: list[Path]) -> list[Index]:
 
 
 def make_index(file: Path):
-    """index_of, which is kept, without a result that would have to be sent."""
+    """index_of without its result, which would have to be sent to the main process."""
     index_of(file)
 
 
-class Records(Joined):
+class Records(Concatenated):
     """All samples of one path of --data: a file, {00000..00331}.tar, *.tar, a folder of shards or of pictures.
 
-    records[i] -> Record, read from its file and joined with the sidecar of new captions, where there is one; raises
-    BadSample. `bad`: what the index had to leave out. `image_root`: where the images of CSV and JSON lines lie, else
-    beside the file.
+    records[i] -> Record, read from its file and joined with the sidecar of new captions, if there is one; raises
+    BadSample. `bad`: what the index left out. `image_root`: the folder of the images of CSV and JSON lines; default:
+    the file's.
     """
 
     def __init__(self, path: str, image_root: str | None = None):
@@ -1116,12 +1138,12 @@ class Records(Joined):
         super().__init__(read_indices(self.files))
         for index in self.parts:
             if index.source not in self.files:
-                opened(index.source, index.made)  # so that forked workers read this copy, whatever another run makes
+                open_cached(index.source, index.made)  # forked workers read this copy, even if another run replaces it
         self.sidecars = {}  # file: the index of its new captions
         for file in self.files:
             if captions_path(file).is_file():
                 sidecar = index_of(captions_path(file))
-                sidecar.bad.seen = 0  # no samples, but what is said of them
+                sidecar.bad.seen = 0  # its lines are not samples
                 self.bad.merge(sidecar.bad)
                 self.sidecars[file] = sidecar
 
@@ -1136,7 +1158,7 @@ class Records(Joined):
         try:
             record = self.parse(index.read(start, length), file)
             if hashed(record.key) != key:
-                raise BadSample("file has changed", f"{file}: begin anew, so that it is looked through again")
+                raise BadSample("file has changed", f"{file}: start again, so that it is scanned again")
             new = new_captions(self.sidecars[file], key) if file in self.sidecars else {}
             if new:
                 record.row["captions"] = recaptioned(record.row) | new
@@ -1149,22 +1171,22 @@ class Records(Joined):
 
 
 def file_named(image: str) -> str:
-    """The file that a row means by a path, a URL, whose last part counts, or a key, as IIW's."""
+    """The file that a row names: by a path, a URL (its last part), or a key, as IIW does."""
     if "://" in image:
         return last_part(image)
     return image if "." in image else f"{image}.jpg"
 
 
-def equal(hashes: np.ndarray, wanted) -> slice:
-    """Where a hash stands among sorted ones."""
+def equal_range(hashes: np.ndarray, wanted) -> slice:
+    """The slice of sorted hashes that are equal to one."""
     wanted = np.uint64(wanted)
     return slice(np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right"))
 
 
 def new_captions(sidecar: Index, key: int) -> dict:
-    """What the lines of a sidecar say of a key, given by its hash; of two that name a field the later."""
+    """The captions in a sidecar's lines for a key, given by its hash; later lines override earlier ones."""
     found = {}
-    for start, length, _ in sidecar.spans[equal(sidecar.spans[:, 2], key)].tolist():
+    for start, length, _ in sidecar.spans[equal_range(sidecar.spans[:, 2], key)].tolist():
         found |= recaptioned(parse_json(sidecar.read(start, length), sidecar.source.name))
     return found
 
@@ -1172,15 +1194,15 @@ def new_captions(sidecar: Index, key: int) -> dict:
 # ---- captions joined to shards, and shards made of Parquet -----------------------------------------------------------
 
 def identity(record: Record, by_url: bool) -> str:
-    """What a picture is known by: the URL in its row, or its key's last part. Raises BadSample."""
+    """What identifies a picture: the URL in its row, or the last part of its key. Raises BadSample."""
     if by_url:
         return image_field(record.row, "://")
     return os.path.splitext(last_part(record.key))[0]
 
 
 def texts_to_join(row: dict, fields: dict) -> dict:
-    """{field: text} for a sidecar. A field "caption" would hide the picture's own: it goes under the kind that
-    --caption-fields gives it, or stays behind."""
+    """{field: text} for a sidecar. A field "caption" would hide the picture's own: it gets the name of the kind that
+    --caption-fields gives it, or is dropped."""
     row = all_fields(row)
     texts = {}
     for kind, names in fields.items():
@@ -1193,15 +1215,17 @@ def texts_to_join(row: dict, fields: dict) -> dict:
 def join(captions: str, pattern: str, fields: dict):
     """Writes the texts of a table's rows into a sidecar beside each file of samples. Raises UserError.
 
-    Rows are known by their URL. Only where the first has none, their key counts, or else the file's name: img2dataset
-    numbers keys anew in each download. In memory are hashes of these alone.
+    A row is identified by its URL, or, if the first row has none, by its key or else its file's name, since img2dataset
+    numbers keys differently in each download. Only hashes of these are in memory.
     """
     samples = Records(pattern)
     for sidecar in map(captions_path, samples.files):
         if sidecar.exists():
-            raise UserError(f"{sidecar} exists: move it away, for --join writes it anew")
+            raise UserError(f"{sidecar} exists: move it away, because --join writes a new one")
     table = Records(captions)
-    by_url = len(table) > 0 and "://" in str(table[0].row)
+    by_url = False
+    with suppress(BadSample, IndexError):  # the latter: no rows
+        by_url = bool(image_field(table[0].row, "://"))
     hashes = np.zeros(len(table), np.uint64)
     for i in tqdm(range(len(table)), "reading captions"):
         with suppress(BadSample):
@@ -1216,13 +1240,13 @@ def join(captions: str, pattern: str, fields: dict):
         for i in range(*samples.first[n:n + 2]):
             with suppress(BadSample):
                 sample = samples[i]
-                for row in rows[equal(hashes, hashed(identity(sample, by_url)))]:
+                for row in rows[equal_range(hashes, hashed(identity(sample, by_url)))]:
                     texts = texts_to_join(table[row].row, fields)
                     if texts:
                         lines.append(json.dumps({"key": sample.key, "captions": texts}) + "\n")
         matched += len(lines)
         if lines:
-            with written_whole(captions_path(file)) as temporary:
+            with atomic_path(captions_path(file)) as temporary:
                 temporary.write_text("".join(lines))
     if not matched:
         raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by "
@@ -1232,17 +1256,17 @@ def join(captions: str, pattern: str, fields: dict):
 
 
 def write_shards(pattern: str, folder: str):
-    """Parquet files with the pictures inside -> tars of up to 1,000 samples: KEY.jpg as its bytes are, KEY.json the
-    other columns. Raises UserError."""
-    if os.path.exists(folder):
-        raise UserError(f"--shards {folder} exists: name a new folder")
+    """Parquet files with the pictures inside -> tars of up to 1,000 samples: KEY.jpg has the picture's bytes, KEY.json
+    the other columns. Raises UserError."""
+    if any(Path(folder).glob("*")):
+        raise UserError(f"--shards {folder} is not empty: name a new folder")
     batches = chain.from_iterable(map(parquet_batches, find_files(pattern)))
     for shard, rows in enumerate(batches):
-        with written_whole(Path(folder, f"{shard:05}.tar")) as temporary, tarfile.open(temporary, "w") as tar:
+        with atomic_path(Path(folder, f"{shard:05}.tar")) as temporary, tarfile.open(temporary, "w") as tar:
             for number, row in enumerate(rows):
                 picture = row.pop("image", None)
-                if not isinstance(picture, dict):
-                    raise UserError(f"--shards {pattern} has no pictures: a column image with bytes is wanted")
+                if not isinstance(picture, dict) or "bytes" not in picture:
+                    raise UserError(f"--shards {pattern} has no pictures: it needs a column image with bytes")
                 add_member(tar, f"{shard:05}{number:04}.jpg", picture["bytes"] or b"")
                 add_member(tar, f"{shard:05}{number:04}.json", json.dumps(row, default=str).encode())
 
@@ -1259,17 +1283,17 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [B,3,S,S] -> float32, with CLIP's mean and deviation; on the device, so that bytes are what travels."""
-    return images.float().sub_(of_channels(MEAN, images.device)).div_(of_channels(STD, images.device))
+    """uint8 [B,3,S,S] -> float32 with CLIP's mean and deviation; on the device, so that bytes are copied to it."""
+    return images.float().sub_(per_channel(MEAN, images.device)).div_(per_channel(STD, images.device))
 
 
-@functools.cache  # to bring numbers to a GPU anew at every step would be to wait for it
-def of_channels(numbers, device):
+@functools.cache  # copying them to a GPU at every step would wait for it
+def per_channel(numbers, device):
     return 255 * torch.tensor(numbers, device=device)[:, None, None]
 
 
-# A dataset: len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8
-# [3,S,S], Captions), or BadSample raised; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
+# A dataset has len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8 [3,S,S], Captions), raises
+# BadSample; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
 
 class SceneImages:
     """Embedded scenes. Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
@@ -1302,7 +1326,7 @@ class SceneImages:
         return rng.permutation(len(self))
 
 
-HELD_OUT = 5000  # samples held out for validation, or a tenth where that is less
+HELD_OUT = 5000  # samples held out for validation, or a tenth if that is less
 
 
 def spread(n: int, k: int) -> list[int]:
@@ -1312,7 +1336,7 @@ def spread(n: int, k: int) -> list[int]:
 
 @dataclass
 class Pictures:
-    """Records with their pictures decoded. `part`: "train", "validation" (by the hash of the key), or "all"."""
+    """Records with their pictures decoded. `part`: "train", "validation" (chosen by the hash of the key), or "all"."""
 
     records: Records
     size: int
@@ -1330,7 +1354,7 @@ class Pictures:
         self.try_a_few()
 
     def try_a_few(self):
-        """Raises UserError where none of a few samples can be used: the image root or a field's name is wrong."""
+        """Raises UserError if none of a few samples can be used: the image root or a field's name is wrong."""
         failed = BadCount()
         for i in spread(len(self), 8):
             try:
@@ -1359,7 +1383,7 @@ class Pictures:
             enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
         picture = load_image(record.image, enough, name=name)
         augmented = rng and self.part == "train"
-        with torch.random.fork_rng(devices=()):  # torchvision draws from PyTorch's generator, which stays as it is
+        with torch.random.fork_rng(devices=()):  # torchvision uses PyTorch's generator, which is restored
             if rng:
                 torch.manual_seed(rng.getrandbits(63))
             box = crop_box(picture, self.crop if augmented else None)
@@ -1370,14 +1394,14 @@ class Pictures:
         return image, captions.within(np.divide(box, 2 * picture.size))
 
     def order(self, rng, window):
-        """Single samples in any order, where each is a file of its own or all are in one; shards so that what is read
-        before long lies together."""
+        """Any order if each sample is a file of its own or all are in one file; in shards, an order that reads nearby
+        samples soon after one another."""
         if len(self.records.files) == 1 or self.records.parse is not parse_tar:
             return rng.permutation(len(self))
         return shard_order(np.diff(np.searchsorted(self.rows, self.records.first)), rng, window)
 
 
-class Sets(Joined):
+class ConcatenatedSets(Concatenated):
     """Several datasets as one."""
 
     @property
@@ -1393,13 +1417,14 @@ class Sets(Joined):
         orders = []
         for part, first in zip(self.parts, self.first):
             orders.append(part.order(rng, window) + first)
-        return in_turn(orders, rng.random(len(orders)))
+        return interleave(orders, rng.random(len(orders)))
 
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
                  caption_fields: str = "", dense: bool = False, augment: str = "crop"):
-    """--data, one path or several -> dataset. part: train, validation, test (of pictures validation, too) or all (of
-    scenes test); n: how many scenes; dense: the crops' sentences are among the long captions. Raises UserError."""
+    """--data, one path or several -> dataset. part: train, validation, test (for pictures the same as validation) or
+    all (for scenes the same as test); n: how many scenes; dense: crops' captions count as long ones. Raises
+    UserError."""
     fields = read_fields(caption_fields, dense)
     sets = []
     for path in [data] if isinstance(data, str) else data:
@@ -1411,17 +1436,17 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
             sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
         except ValueError as error:
             raise UserError(f"--kinds: {error}") from None
-    return sets[0] if len(sets) == 1 else Sets(sets)
+    return sets[0] if len(sets) == 1 else ConcatenatedSets(sets)
 
 
 def check_boxes(dataset, n: int = 200):
-    """Raises UserError if of n samples, spread over the data, not one has a sentence with a place."""
+    """Raises UserError if none of n samples, spread over the data, has a sentence with a box."""
     for i in spread(len(dataset), n):
         with suppress(BadSample):
             _, captions = dataset[i]
             if any(captions.boxes):
                 return
-    raise UserError(f"--region-grouping: none of {n} samples looked at has a sentence with a place; caption crops with "
+    raise UserError(f"--region-grouping: none of {n} samples looked at has a sentence with a box; caption crops with "
                     "recaption.py --dense 2, or name their field, as in --caption-fields long=long+denseX_captions")
 
 
@@ -1431,20 +1456,20 @@ TOGETHER = 8  # shards read at a time
 
 
 def shard_order(counts, rng, window: int) -> np.ndarray:
-    """Numbers of the samples of shards with these counts, in the order they are read: shards in random order, some of
-    them together and in turn, then all shuffled within windows of so many samples."""
+    """The order in which the samples of shards with these counts are read: shards in random order, TOGETHER of them
+    interleaved, then all samples shuffled within windows of so many."""
     numbers = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])  # of each shard
     files = rng.permutation(len(counts))
     order = []
     for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
-        order.append(in_turn([numbers[file] for file in some], rng.random(len(some))))
+        order.append(interleave([numbers[file] for file in some], rng.random(len(some))))
     order = np.concatenate(order)
     for start in range(0, len(order), window):
         rng.shuffle(order[start:start + window])
     return order
 
 
-def in_turn(parts: list, shifts) -> np.ndarray:
+def interleave(parts: list, shifts) -> np.ndarray:
     """The numbers of all parts, each part spread evenly; a part's shift, from 0 to 1, moves it by less than a place."""
     turns = []
     for numbers, shift in zip(parts, shifts):
@@ -1453,8 +1478,8 @@ def in_turn(parts: list, shifts) -> np.ndarray:
 
 
 def local_batches(dataset, s, first: int, last: int, rank: int = 0, world: int = 1):
-    """The (epoch, index) pairs of each step's local batch: the endless stream of epochs, each with every sample once in
-    an order that the seed gives, is cut into global batches, of which this rank takes its share. Starts at any step."""
+    """The (epoch, index) pairs of each step's local batch. The stream of epochs, each with every sample once in an
+    order that the seed determines, is cut into global batches, and this rank takes its share. Starts at any step."""
     local = s.batch // world
     known = None
     for step in range(first, last):
@@ -1473,9 +1498,9 @@ def local_batches(dataset, s, first: int, last: int, rank: int = 0, world: int =
 class Batch:
     images: torch.Tensor  # uint8 [B,3,S,S]
     tokens: torch.Tensor  # int64 [B,T,L], cut to the batch's longest text
-    lengths: np.ndarray  # int64 [B,T]: tokens of each text, both end tokens counted; on the host, so no device is asked
+    lengths: np.ndarray  # int64 [B,T]: tokens of each text, start and end counted; stays on the host
     allowed: torch.Tensor | None = None  # bool [B,T,P], with --region-grouping: the patches in each text's box
-    bad: Sequence[BadSample] = ()  # met on the way to these samples
+    bad: Sequence[BadSample] = ()  # those that these samples replaced
 
     def pin_memory(self):
         allowed = None if self.allowed is None else self.allowed.pin_memory()
@@ -1486,12 +1511,12 @@ ATTEMPTS = 100  # samples tried in the place of a bad one
 
 
 @dataclass
-class TrainingTexts:
+class TrainingSamples:
     """dataset[(epoch, index)] -> image uint8 [3,S,S], tokens [T,L], with --region-grouping the patches in each text's
-    box [T,P] (bool), else None, and the BadSamples met: in the place of a bad sample stands another, at random.
+    box [T,P] (bool), else None, and the BadSamples: a bad sample is replaced by another one, chosen at random.
 
-    All randomness comes from (seed, epoch, index), so a sample is the same whichever worker or rank draws it, and after
-    a restart.
+    All randomness comes from (seed, epoch, index), so a sample is the same in every worker and rank, and after a
+    restart.
     """
 
     dataset: object
@@ -1508,7 +1533,7 @@ class TrainingTexts:
             try:
                 image, captions = self.dataset.__getitem__(index, rng)
                 texts, boxes = zip(*draw_texts(captions, s, rng))
-                allowed = patches_of(boxes, s.image_size // s.patch) if s.region_grouping else None
+                allowed = boxes_to_patches(boxes, s.image_size // s.patch) if s.region_grouping else None
                 return image, self.tokenizer(texts, s.context), allowed, bad
             except BadSample as problem:
                 bad.append(problem)
@@ -1527,9 +1552,8 @@ def collate(samples) -> Batch:
 
 
 def begin_worker(_number):
-    """Ctrl-C and SIGTERM, which torchrun sends to the whole group, are for the main process, which saves and ends, and
-    its workers with it. The garbage collector leaves alone what was there before the fork, or it would copy all that
-    memory."""
+    """Ignores Ctrl-C and SIGTERM, which torchrun sends to the whole group: the main process handles them and ends its
+    workers. Exempts all objects from before the fork from garbage collection, which would copy their memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.freeze()
@@ -1537,8 +1561,8 @@ def begin_worker(_number):
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
     """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
-    samples = TrainingTexts(dataset, tokenizer, settings)
-    # Forked workers share the mapped indices; to those started otherwise, as from Python 3.14 on, all would be sent.
+    samples = TrainingSamples(dataset, tokenizer, settings)
+    # Forked workers share the mapped indices; other workers, the default from Python 3.14 on, would get copies.
     context = "fork" if settings.workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=local_batches(dataset, settings, first, last, rank, world), collate_fn=collate,
@@ -1548,30 +1572,30 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
 
 
 def watched(loader):
-    """The loader's batches; what goes wrong in a worker, even its death, becomes one sentence."""
+    """The loader's batches; an error in a worker, even its death, becomes one sentence."""
     batches = iter(loader)
-    if loader.num_workers:  # else PyTorch raises from a signal handler, anywhere in the main program
+    if loader.num_workers:  # PyTorch's handler would raise anywhere in the main program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
     except UserError as error:
         raise one_sentence(error) from None
-    except (RuntimeError, OSError, EOFError) as error:  # the last two: a dead worker was about to hand over a batch
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker died while it sent a batch
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
-        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}): if memory ran out, lower --workers; "
-                        "else look at the data with python data.py --look") from None
+        raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}): if memory ran out, lower "
+                        "--workers; else look at the data with python data.py --look") from None
 
 
 def one_sentence(error: UserError) -> UserError:
-    """From a worker an error arrives with a page of traceback, whose last line it is."""
+    """An error from a worker, which arrives as the last line of a traceback."""
     return UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: "))
 
 
 # ---- a look at data --------------------------------------------------------------------------------------------------
 
 def look(path, image_root, fields, tokenizer, n, sheet):
-    """Prints what one path of --data holds and what n samples, drawn at random, are like; shows some on a page."""
+    """Prints what one path of --data holds and statistics of n random samples; writes a page with some of them."""
     records = Records(path, image_root)
     print(f"{path}: files {len(records.files)}, samples {len(records):,}; left out: {records.bad.report()}")
     bad = BadCount()
@@ -1603,7 +1627,7 @@ def look(path, image_root, fields, tokenizer, n, sheet):
 
 
 def data_url(picture: Image.Image) -> str:
-    """A PIL picture as a JPEG in an address, which pages and servers take in the place of a file's."""
+    """A PIL picture as a JPEG in a data URL."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -1626,7 +1650,8 @@ def main():
     command.add_argument("--join", nargs=2, metavar=("CAPTIONS", "SHARDS"),
                          help="write captions beside shards, found by the picture's URL, key or file name")
     command.add_argument("--shards", nargs=2, metavar=("PARQUET", "FOLDER"), help="write pictures as tar shards")
-    parser.add_argument("--look-images", type=int, default=1000, metavar="N", help="samples to read (default 1000)")
+    parser.add_argument("--look-images", type=int, default=1000, metavar="N",
+                        help="samples to read (default 1000)")
     parser.add_argument("--sheet", metavar="FILE.html", help="write a page of pictures with their captions")
     parser.add_argument("--image-root", help="where the image paths in tables and JSON lines begin")
     parser.add_argument("--caption-fields", default="", help='names of fields, like "raw=title,long=a+b"')

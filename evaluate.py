@@ -15,7 +15,6 @@ A run's standard evaluation is written into its folder; any other (--images, --d
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -36,17 +35,18 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-from data import (BadSample, Parser, Records, UserError, check_target, clean_field, contact_sheet, image_field, load_image,
-                  load_tokenizer, normalize, open_dataset, read_captions, read_json, spread, write_clip_tokenizer)
+from data import (BadSample, Parser, Records, UserError, at_least, check_target, clean_field, contact_sheet,
+                  image_field, load_image, load_tokenizer, normalize, open_dataset, read_captions, read_json, spread,
+                  write_clip_tokenizer, write_json)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
-from scenes import BACKGROUNDS, COLOURS, KINDS, article, held_out
+from scenes import BACKGROUNDS, COLOURS, KINDS, article, is_unseen
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 
 class Model:
     """A run of this project (its folder, checkpoint.pt or best.pt) or somebody else's checkpoint, with its tokenizer.
-    settings: a run's own, else those of the shapes; folder: the run's, else None; branch: "mean", "max" or a number.
+    settings: the run's, else what the shapes tell; folder: the run's, else None; branch: "mean", "max" or a number.
     Raises UserError."""
 
     batch = 256  # images embedded at once
@@ -83,8 +83,8 @@ class Model:
 
     def batches(self, items, load):
         """load(item) -> (image uint8 [3,S,S], a label of any kind). Yields batch by batch branches [b,H,D],
-        patches [b,P,D] and a tuple of b labels. Items of which `load` raises BadSample are passed over and reported.
-        Raises UserError if all are."""
+        patches [b,P,D] and a tuple of b labels. Items for which `load` raises BadSample are skipped and reported.
+        Raises UserError if all are bad."""
         bad = []
 
         def try_load(number):
@@ -101,9 +101,9 @@ class Model:
                     images, labels = zip(*samples)
                     yield *self.encode(images), labels
         if len(bad) == len(items):
-            raise UserError("there is no picture that can be read")
+            raise UserError("no picture can be read")
         if bad:
-            print(f"passed over: {len(bad)}, the first: {bad[0]}")
+            print(f"skipped: {len(bad)}, the first: {bad[0]}")
 
     def images(self, items, load):
         """As `batches`, all at once: images [N,h,D] (as from `merge`), and a list of N labels."""
@@ -123,28 +123,28 @@ class Model:
         return torch.cat(parts)
 
     def embed(self, pictures):
-        """N pictures, paths or PIL images -> [N,D]; beside `texts`, for use from Python. It has unit norm where it is
-        one branch's; the products with the mean of several are their mean similarities. Raises UserError."""
+        """N pictures, paths or PIL images -> [N,D]; like `texts`, for use from Python. One branch has unit norm;
+        products with the mean of several branches are their mean similarities. Raises UserError."""
         if self.branch == "max":
-            raise UserError("the branches' greatest similarity is no product of embeddings: take another --branch")
+            raise UserError("the branches' greatest similarity is not a product of embeddings: take another --branch")
         images, _ = self.images(pictures, lambda picture: (self.prepare(picture), None))
         return images[:, 0]
 
     def prepare(self, picture, squeezed=False):
-        """A picture, path or PIL image -> uint8 [3,S,S], as CLIP does it: the shorter side becomes S (bicubic), and the
-        centre is cut out. Squeezed: both sides become S. Raises UserError."""
+        """A picture, path or PIL image -> uint8 [3,S,S], as CLIP does it: the shorter side is resized to S (bicubic),
+        then the centre cropped. Squeezed: both sides are resized to S. Raises UserError."""
         if not isinstance(picture, Image.Image):
             try:
                 picture = load_image(picture)
             except BadSample as bad:
-                raise UserError(f"{bad}: mend it, for no picture is left out here") from None
+                raise UserError(f"{bad}: mend it, because no picture is left out here") from None
         S = self.config.image_size
         size = (S, S) if squeezed else S
         picture = resize(picture.convert("RGB"), size, Image.Resampling.BICUBIC)
         return pil_to_tensor(center_crop(picture, S))
 
     def merge(self, branches):
-        """[N,H,D] -> [N,1,D]: the branches' mean (its similarities are the mean ones) or one of them; all for max."""
+        """[N,H,D] -> [N,1,D]: the branches' mean (its similarities are their mean) or one branch; for "max" [N,H,D]."""
         if self.branch == "max":
             return branches
         if self.branch == "mean":
@@ -153,7 +153,7 @@ class Model:
 
 
 def class_embeddings(model, names, templates):
-    """C names -> [C,D]: the mean over templates ({0}: the name, {1}: with its article), of unit norm again."""
+    """C names -> [C,D]: the mean over templates ({0}: the name, {1}: with its article), normalised again."""
     prompts = []
     for name in names:
         prompts += [template.format(name, article(name)) for template in templates]
@@ -164,19 +164,19 @@ def class_embeddings(model, names, templates):
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 # A metric is a pair (value, chance). Functions that count several return {name: (value, chance)}.
-BLOCK = 100  # queries that are compared at once
+BLOCK = 100  # queries compared at once
 
 
 def ranks(queries, candidates, query_of, candidate_of):
     """How many wrong candidates are at least as similar as a query's best right one: 0 is best, ties count against it.
     queries [Q,H,D], candidates [C,K,D]: the similarity is the greatest over H and K; a candidate is right if its group
-    is the query's: query_of [Q], candidate_of [C] (int). 100,000 × 500,000 similarities fit, BLOCK rows at a time."""
+    is the query's: query_of [Q], candidate_of [C] (int). BLOCK queries at a time, so 100,000 × 500,000 fit."""
     found = []
     for some, groups in zip(queries.split(BLOCK), query_of.split(BLOCK)):
         scores = torch.einsum("qhd,ckd->qchk", some, candidates).amax((2, 3))
         right = (groups[:, None] == candidate_of).to(scores.device)
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        ahead = ~right & ~(scores < best)  # nothing is less than a NaN, which so counts against the model, too
+        ahead = ~right & ~(scores < best)  # so a NaN counts against the model, too
         found.append(ahead.sum(1).cpu())
     return torch.cat(found)
 
@@ -192,7 +192,7 @@ def recall(queries, candidates, query_of, candidate_of):
     right = candidate_of.bincount()[query_of].tolist()  # how many candidates are right for each query
     rows = {}
     for k in (1, 5, 10):
-        # In a random order none of m candidates is among the first k with the chance (C-m choose k) / (C choose k).
+        # In a random order none of m candidates is among the first k with probability (C-m choose k) / (C choose k).
         first = min(k, C)
         orders = math.comb(C, first)
         missed = [math.comb(C - m, first) / orders for m in right]
@@ -203,7 +203,7 @@ def recall(queries, candidates, query_of, candidate_of):
 
 def retrieval(images, texts, image_of, text_of):
     """Recall both ways. images [N,H,D], texts [M,D]; a pair is right if its groups image_of [N] and text_of [M] are
-    equal. A query counts if one of its right answers is among the k best, as in all CLIP papers and CLIP_benchmark."""
+    equal. A query is a hit if one of its right answers is among the k best, as in CLIP's paper and CLIP_benchmark."""
     texts = texts[:, None]
     to_image = prefixed("T2I", recall(texts, images, text_of, image_of))
     return to_image | prefixed("I2T", recall(images, texts, image_of, text_of))
@@ -232,14 +232,14 @@ def classification(images, classes, target):
 
 
 def confusion(truth, guess, C):
-    """Pixels by true and guessed class [C,C]; int tensors of one shape. A truth outside 0..C-1 is left out."""
+    """Pixels by true and guessed class [C,C]; int tensors of one shape. A truth outside 0..C-1 is ignored."""
     known = (truth >= 0) & (truth < C)
     pairs = truth[known] * C + guess[known]
     return pairs.bincount(minlength=C * C).view(C, C).double()
 
 
 def miou(counts):
-    """`confusion` -> mean intersection over union of the classes that occur; its chance is a uniform guess's."""
+    """`confusion` -> mean intersection over union of the classes that occur, and that of a uniform guess."""
     truth = counts.sum(1)
     guessed = counts.sum(0)
     hit = counts.diag()
@@ -277,9 +277,8 @@ SCENE_PROMPTS = (
 
 
 def held_out_metrics(model, dataset, n):
-    """Retrieval among n samples, spread over a dataset, by those kinds of text that all of them have (scenes: the short
-    and the long one), and, if it draws scenes, all metrics of scenes -> metrics, the images [N,h,D], their captions
-    {number: data.Captions}."""
+    """Retrieval among n samples, spread over a dataset, by the kinds of text that all of them have (scenes: short and
+    long), and, for scenes, all their metrics -> metrics, captions {number in the dataset: data.Captions}."""
     def load(number):
         image, captions = dataset[number]
         return image, (number, captions)
@@ -324,8 +323,8 @@ def held_out_metrics(model, dataset, n):
 
 
 def perspective_retrieval(model, branches, captions):
-    """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over them. Where every perspective has
-    trained a branch of its own (M2M), that one stands for the images; else what `merge` makes of branches [N,H,D]."""
+    """Retrieval by the texts of each of Holistic CLIP's perspectives, the mean over them. If every perspective has
+    trained its own branch (M2M), that branch represents the images; else `merge` of branches [N,H,D]."""
     trained = model.settings.get("perspectives")
     M = trained or 5  # the paper's number
     found = defaultdict(list)
@@ -337,12 +336,12 @@ def perspective_retrieval(model, branches, captions):
 
 
 def scene_classification(model, images, kinds, facts):
-    """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and kept out of it."""
+    """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and held out of it."""
     names = [name for name, _ in KINDS[:kinds]]
     pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
     main = [scene.objects[0] for scene in facts]
     target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
-    unseen = torch.tensor([held_out(o.kind, o.colour) for o in main])
+    unseen = torch.tensor([is_unseen(o.kind, o.colour) for o in main])
     classes = class_embeddings(model, names, SCENE_PROMPTS)
     rows = prefixed("zero-shot", classification(images, classes, target // len(COLOURS)))
     classes = class_embeddings(model, pairs, SCENE_PROMPTS[:1])
@@ -360,12 +359,13 @@ def ground_and_kinds(model, kinds):
 
 
 def patch_metrics(model, scenes, facts, patches, others, sentences):
-    """What patches are similar to. Of each scene come its facts, its patches [P,D], those of another scene in its batch,
-    and its sentences [K,D].
+    """Metrics of patches, from each scene's facts, its patches [P,D], those of another scene in its batch, and its
+    sentences [K,D].
 
-    patches grouped, group finds its sentence: see `group_metrics`; wrong image: by the patches of the other scene, of
-    which the sentences are not true. Pointing: is the patch most similar to a sentence about one object (or to the
-    object's name) on the object? mIoU: every pixel gets the class whose name its upsampled patches resemble most."""
+    patches grouped, group finds its sentence: see `group_metrics`; wrong image: with the patches of the other scene,
+    which the sentences do not describe. Pointing: is the patch most similar to a sentence about one object (or to the
+    object's name) on the object? mIoU: every pixel gets the class whose name is most similar to its upsampled
+    patches."""
     found = defaultdict(list)  # metric: (value, chance) as shares, of every scene or of every sentence
     counts = 0
     classes = ground_and_kinds(model, scenes.kinds)
@@ -380,7 +380,7 @@ def patch_metrics(model, scenes, facts, patches, others, sentences):
         mask = torch.from_numpy(scenes.draw(scene)[1]).long()  # [S,S]: 0 or 1 + object
         numbers = torch.tensor([0] + [1 + o.kind for o in scene.objects])  # of the classes in the mask
         for about, text in zip(scene.about, texts):
-            if about >= 0:  # else it is about no single object
+            if about >= 0:  # -1: not about a single object
                 on = patches_on(mask == about + 1, len(cells))
                 name = classes[numbers[about + 1]]
                 chance = on.double().mean()
@@ -397,9 +397,9 @@ def patch_metrics(model, scenes, facts, patches, others, sentences):
 
 
 def group_metrics(patches, texts, threshold):
-    """patches [P,D] and sentences [K,D] of an image -> the share of patches whose grouping weight (DreamLIP, section
-    3.3) is not 0 (1: the weights are dense), and the share of sentences that find their group: what a sentence groups
-    is more similar to it than to the caption's other sentences."""
+    """patches [P,D] and sentences [K,D] of an image -> the share of patches with a grouping weight (DreamLIP, section
+    3.3) above 0 (1: dense weights), and the share of sentences whose group is more similar to them than to the
+    caption's other sentences."""
     groups, weights = group_patches(patches[None], texts[None], threshold)
     finds = (groups[0] @ texts.T).argmax(1) == torch.arange(len(texts))
     return (weights > 0).double().mean(), finds.double().mean()
@@ -413,8 +413,8 @@ def patches_on(pixels, P):
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
 
-# CLIP's templates: 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb in its repository, those of
-# other sets, from its data/prompts.md. "voc": VOC's 20 classes, and 12 names of our own for what else is there.
+# CLIP's templates, from its repository: 80 for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb, those of
+# other sets from data/prompts.md. "voc": VOC's 20 classes, and 12 names of our own for the background.
 TEMPLATES = read_json(Path(__file__).parent / "assets" / "templates.json")
 TEST = {"split": "test"}
 TORCHVISION = {  # name: class in torchvision.datasets, its test part (as far as torchvision knows one)
@@ -451,8 +451,8 @@ def open_set(kind, path, **options):
 
 
 def imagenet_names():
-    """CLIP's names of ImageNet's 1,000 classes, which open_clip has. (Two of them are two classes' name: such ties count
-    against the model.) Raises UserError."""
+    """CLIP's names of ImageNet's 1,000 classes, which open_clip has. (Two of them are two classes' name: such ties
+    count against the model.) Raises UserError."""
     try:
         from open_clip import IMAGENET_CLASSNAMES
     except ImportError:
@@ -462,8 +462,8 @@ def imagenet_names():
 
 
 def zero_shot(model, path, kind, known=None, templates="imagenet", **options):
-    """`classification` of a set that has (PIL image or its path, class). Names come from classnames.txt in `path`, a
-    line for each class in the order of their numbers, if it is there, else from `known()`, else from the set."""
+    """`classification` of a set of (PIL image or its path, class). The names come from classnames.txt in `path`, if it
+    is there, a line for each class in the order of their numbers, else from `known()`, else from the set."""
     dataset = open_set(kind, path, **options)
     classes = getattr(dataset, "classes", None) or dataset.categories
     file = path / "classnames.txt"
@@ -491,7 +491,7 @@ def zero_shot(model, path, kind, known=None, templates="imagenet", **options):
 
 def voc(model, path):
     """Pascal VOC 2012's validation part, pictures squeezed into the model's square. mIoU: 20 classes and background,
-    which is what resembles one of the other names more; mIoU of objects: among the 20, on their pixels alone."""
+    which is where one of the other names is more similar; mIoU of objects: among the 20, on their pixels alone."""
     dataset = open_set(datasets.VOCSegmentation, path, image_set="val")
     classes = class_embeddings(model, TEMPLATES["voc"], TEMPLATES["imagenet"]).cpu()
     def load(sample):
@@ -508,7 +508,7 @@ def voc(model, path):
     return {"mIoU": miou(everything), "mIoU of objects": miou(objects)}
 
 
-# A layout is a generator: path -> (picture's path, captions) again and again, as the data set was published.
+# A layout is a generator, path -> (picture's path, captions) of each picture, for a data set as it was published.
 
 def karpathy(path):  # COCO and Flickr30k: dataset_coco.json beside val2014/, dataset_flickr30k.json
     for row in read_json(path)["images"]:
@@ -531,7 +531,7 @@ def dci(path):  # splits.json, annotations/, photos/. All splits, texts as LoTLI
 
 
 def json_rows(path, field="caption", split=None, first=None):
-    """JSON or JSON lines, a row a picture or several rows of one; all texts of the field count, else as for --data."""
+    """JSON or JSON lines, one or several rows a picture; the texts are all those in the field, else as for --data."""
     for row in read_json(path)[:first]:
         if split in (None, row.get("split")):
             captions = clean_field(row.get(field)) or [read_captions(row).raw]
@@ -642,13 +642,13 @@ matplotlib.rcParams.update({
 
 
 def new_figure(width, height):
-    """A figure of so many inches. It is not pyplot's: it needs no screen and no closing."""
+    """A figure of so many inches. It is not pyplot's, so it needs no screen and no closing."""
     return Figure((width, height), layout="constrained")
 
 
 def draw_groups(model, pictures, path):
-    """pictures: pairs of an image uint8 [3,S,S] and texts. Draws, a row each, the patches that each text groups: a heat
-    map over the image in grey."""
+    """pictures: pairs of an image uint8 [3,S,S] and texts. Draws a row for each: the image, then for every text the
+    patches that it groups, as a heat map over the grey image."""
     columns = 1 + max(len(texts) for _, texts in pictures)
     figure = new_figure(2.2 * columns, 2.7 * len(pictures))
     axes = figure.subplots(len(pictures), columns, squeeze=False)
@@ -668,7 +668,7 @@ def draw_groups(model, pictures, path):
 
 
 def draw_curves(model, path):
-    """Every loss against images seen, and the learned multiplier."""
+    """Draws every loss and the logit scale against images seen."""
     curves = defaultdict(list)
     for line in read_json(model.folder / "metrics.jsonl"):
         for name in ("contrastive", "grouping", "held_out_loss", "logit_scale"):
@@ -685,7 +685,7 @@ def draw_curves(model, path):
 
 
 def draw_run(model, dataset, captions, folder):
-    """Every figure that a run has something to show in. captions: {number in the dataset: data.Captions}."""
+    """Draws all figures of a run. captions: {number in the dataset: data.Captions}."""
     pictures = []
     for number in list(captions)[:4]:
         image, c = dataset[number]
@@ -700,9 +700,9 @@ def draw_run(model, dataset, captions, folder):
 
 def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None, **options):
     """Evaluates a model on its held-out data, or on benchmarks instead, prints and writes the report -> a dict of name,
-    settings, metrics {name: {value, chance}} and on (what data). Into a run's folder goes its standard
-    evaluation, anything else only into `out`. data: settings of train.py about the data, to use instead of the run's;
-    options: Model's. Raises UserError."""
+    settings, metrics {name: {value, chance}} and on (what data). A run's standard evaluation is written into its
+    folder, anything else only into `out`. data: settings of train.py about the data that replace the run's; options:
+    Model's. Raises UserError."""
     path = Path(path)
     model = Model(path, **options)
     s = model.settings
@@ -741,7 +741,7 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
     elif standard and not (n or data or options.get("image_size")):
         folder = model.folder
     else:
-        print("not written, for this is no run's standard evaluation: add --out FOLDER")
+        print("not written, because it is not a run's standard evaluation: add --out FOLDER")
         return report
     folder.mkdir(parents=True, exist_ok=True)
     if benchmarks:
@@ -755,22 +755,20 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
     return report
 
 
-def write_json(file, content):
-    file.write_text(json.dumps(content, indent=1))
-
-
-# A table of several runs shows the metrics whose names end in these.
+# The table of several runs shows the metrics whose names end in these.
 HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "mIoU")
 
 
 def table(reports):
-    """Markdown: a row a run, the headline metrics that the first has; chance last."""
+    """Markdown: a row for each run with the headline metrics that the first one has; the last row is its chance."""
     first = reports[0]["metrics"]
     names = [name for name in first if name.endswith(HEADLINE)]
     chances = [f"{first[name]['chance']:.1f}" for name in names]
     lines = [["%", *names]]
     for report in reports:
         cells = [report["name"]]
+        if report["on"] != reports[0]["on"]:  # its chance is not the last row's
+            cells = [f"{report['name']}, {report['on']}"]
         for name in names:
             metric = report["metrics"].get(name)
             cells.append(f"{metric['value']:.1f}" if metric else "")
@@ -779,7 +777,7 @@ def table(reports):
 
 
 def markdown(lines):
-    """Lists of cells, the head first -> a table."""
+    """Lists of cells, the head first -> a Markdown table."""
     numbers = len(lines[0]) - 1
     lines.insert(1, ["---"] + ["---:"] * numbers)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -797,7 +795,7 @@ def show_picture(model, file, texts, folder):
 
 
 def search(model, pictures, text, folder):
-    """Prints the 24 pictures of what data.Records reads that are most similar to a text, and writes search.html."""
+    """Prints the 24 pictures, of those that data.Records reads, most similar to a text, and writes search.html."""
     records = Records(pictures)
     def load(number):
         record = records[number]
@@ -814,7 +812,7 @@ def search(model, pictures, text, folder):
 
 
 def export(model, kind, file):
-    """--export: the weights as open_clip (a file) or transformers (a folder) reads them. Raises UserError."""
+    """Writes the weights as open_clip (a file) or transformers (a folder) reads them. Raises UserError."""
     name = model.tokenizer.name
     if kind == "open_clip":
         export_open_clip(model.clip, file)
@@ -839,9 +837,9 @@ def parse(argv):
     task("--data", nargs="+", help="evaluate on this instead of the run's own data (as in train.py)")
     add("--image-root", help="of --data, as in train.py")
     add("--caption-fields", help="of --data, as in train.py; the run's own")
-    add("--images", type=int, help="images to use of the data [1000]")
+    add("--images", type=at_least(1), help="images to use of the data [1000]")
     add("--branch", default="mean", help="mean, max, or the number of a branch")
-    add("--image-size", type=int, help="another resolution: position embeddings are interpolated")
+    add("--image-size", type=at_least(1), help="another resolution: position embeddings are interpolated")
     add("--activation", choices=("gelu", "quickgelu"), help="of a released checkpoint")
     add("--tokenizer", help="instead of the model's own")
     add("--device", help="cpu, cuda or mps; the fastest there is")
@@ -866,15 +864,11 @@ def main(argv=None):
         if checkpoints(path) or path.suffix in WEIGHTS:  # of all in runs/*
             runs.append(path)
     if not runs:
-        raise UserError(f"no run among {' '.join(map(str, flags.runs))}: name folders with a checkpoint.pt, or files of "
-                        "weights")
+        raise UserError(f"no run among {' '.join(map(str, flags.runs))}: name folders with a checkpoint.pt, or files "
+                        "of weights")
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
-    for name in ("images", "image_size"):
-        number = getattr(flags, name)
-        if number is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if bool(flags.picture) != bool(flags.texts):
         raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
     if len(runs) > 1 and (kind or flags.picture or flags.search):

@@ -1,10 +1,11 @@
 """The papers' losses: pure functions of unit-norm embeddings, most of them made of one sum, InfoNCE.
 
-Symbols: B images, T texts an image, K of them sub-captions, P patches, H branches, M texts for the branches, D embedding
-width. `logit_scale` is the multiplier s itself, exp of the learned parameter.
+Symbols: B images, T texts of an image, each in a fixed slot, K texts that a loss takes (in `method_loss` all T), P
+patches, H branches, M texts for the branches, D embedding width. `logit_scale` is the multiplier s itself, exp of the
+learned parameter.
 
-Under torchrun every rank calls them with its own images and texts. They gather what the other ranks hold, so that the
-mean over ranks is the loss of the global batch, with its gradients.
+Under torchrun every rank calls them with its own images and texts. They gather the embeddings of the other ranks, so
+the mean over ranks is the loss of the global batch, with its gradients.
 """
 
 import math
@@ -18,29 +19,28 @@ from csrc import fused
 from data import text_slots
 
 EPS = 1e-6
-REGROUPED = 8  # images in which a text groups patches with --negatives regrouped
-# A similarity matrix of more entries is streamed by the fused op instead of stored: it saves memory, on CPUs time, too.
-# The similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at s = 100 the 8
-# bits of bfloat16 round a logit by up to 0.2, and the product is less than a hundredth of a step's work.
-STORED = 1 << 22
+REGROUPED_IMAGES = 8  # images in which a text groups patches with --negatives regrouped
+# Similarity matrices with more entries go to the fused op, which does not store them: this saves memory, on CPUs also
+# time. The similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at
+# s = 100 the 8 bits of bfloat16 round a logit by up to 0.2, and the product is less than a hundredth of a step's work.
+MAX_STORED = 1 << 22
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, across_ranks: bool = True) -> Tensor:
-    """InfoNCE, CLIP's loss (2103.00020, figure 3): mean over i of ½·[CE(s·v_i·tᵀ, i) + CE(s·t_i·vᵀ, i)].
+    """InfoNCE, CLIP's loss (2103.00020, figure 3): mean over i of ½·[CE(s·v_i·tᵀ, i) + CE(s·t_i·vᵀ, i)]. Plainly:
+
+        logits = s * image @ text.mT
+        ((logits.logsumexp(-1) + logits.logsumexp(-2)) / 2 - logits.diagonal()).mean()
 
     image [(G,)N,D], text [(G,)N,D] -> scalar. With groups, the mean of G separate losses: negatives stay within their
-    group. An operand without the dimension G is shared by all groups. `across_ranks`: the negatives are those of all
-    ranks.
+    group. An operand without the dimension G is shared by all groups. `across_ranks`: negatives come from all ranks.
     """
     positive = logit_scale * (image * text).sum(-1)  # [(G,) N]
-    if across_ranks and distributed():
-        per_image, per_text = global_logsumexp(image, text, logit_scale)
-    elif is_large(image, text):
-        per_image, per_text = fused.similarity_logsumexp(image, text, logit_scale)
+    if across_ranks and distributed():  # this rank's rows over the columns of all ranks, its columns over all rows
+        per_image, _ = similarity_logsumexp(image, Gather.apply(text), logit_scale, cols=False)
+        _, per_text = similarity_logsumexp(Gather.apply(image), text, logit_scale, rows=False)
     else:
-        logits = logit_scale * (image @ text.mT)  # [(G,) N, N]
-        per_image = logits.logsumexp(-1)
-        per_text = logits.logsumexp(-2)
+        per_image, per_text = similarity_logsumexp(image, text, logit_scale)  # [(G,) N] each
     return ((per_image + per_text) / 2 - positive).mean()
 
 
@@ -57,10 +57,10 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
 def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, matching: str = "image") -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them when
+    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them if
     there are more branches than texts, go to the branch of their image that is most similar to them ("free matching").
-    matching: for such a text every image stands with the branch that it chose for its own text ("image"), or with the
-    one that the text's own image chose ("text", the released code).
+    matching: which branch represents the other images in such a text's softmax. "image": each image's own choice, made
+    for its own text; "text": the choice of the text's own image, for all images (the released code).
     """
     H = branches.shape[1]
     M = texts.shape[1]
@@ -83,10 +83,11 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, ma
 
 
 def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: Tensor, logit_scale: Tensor) -> Tensor:
-    """Free matching as in Holistic CLIP's released code: from image to text an image uses the branch that it chose for
-    its own text, from text to image all images use the branch that the text's own image chose.
+    """Free matching as in Holistic CLIP's released code: from image to text, an image uses the branch that it chose for
+    its own text; from text to image, all images use the branch that the text's own image chose.
 
-    branches [B,H,D], texts [B,M,D], chosen [B,M,D]: branches[i, match[i, m]], match [B,M] -> scalar.
+    branches [B,H,D], texts [B,M,D], match [B,M]: the branch that an image chose for its text m, chosen [B,M,D]: this
+    branch's embedding -> scalar.
     """
     positive = logit_scale * (chosen * texts).sum(-1)  # [B, M]
     candidates = texts.transpose(0, 1)  # [M, N, D], N = B or the batch of all ranks
@@ -103,12 +104,12 @@ def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: T
 
 
 def diversity_loss(branches: Tensor) -> Tensor:
-    """What Holistic CLIP's released code adds, and its paper does not tell: max(c - 0.7, 0), where c is the mean cosine
-    between two different branches of an image. branches [B,H,D] -> scalar."""
+    """A loss in Holistic CLIP's released code, not in its paper: max(c - 0.7, 0), where c is the mean cosine between
+    two different branches of an image, over the images of this rank. branches [B,H,D] -> scalar."""
     B, H, _ = branches.shape
     cosines = branches @ branches.mT  # [B, H, H]
     pairs = B * H * (H - 1)
-    different = (cosines.sum() - B * H) / pairs  # without each branch and itself
+    different = (cosines.sum() - B * H) / pairs  # the diagonal, a branch with itself, is 1 each
     return (different - 0.7).clamp_min(0)
 
 
@@ -117,8 +118,8 @@ def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None
     section 3.3).
 
     patches [B,P,D], texts [B,K,D] -> (grouped [B,K,D] unit-norm, weights [B,K,P] summing to 1). w_p = <t_k, patch_p>,
-    min-max normalised over p, set to 0 under the threshold (None: 1/P), divided by the sum. `allowed` [B,K or 1,P]
-    (bool, at least one True a text): the result is as if a text's image had no other patches.
+    min-max normalised over p, set to 0 below the threshold (None: 1/P), divided by the sum. `allowed` [B,K or 1,P]
+    (bool, at least one True for a text): the result is as if the image had no other patches.
     """
     w = texts @ patches.mT  # [B, K, P]
     low, high, P = w, w, patches.shape[1]
@@ -145,7 +146,7 @@ def grouping_loss(
     allowed: Tensor | None = None,
 ) -> Tensor:
     """DreamLIP's subcaption-specific grouping loss (2403.17007, section 3.3): contrasts every sub-caption with the
-    patches it grouped.
+    patches that it groups.
 
     patches [B,P,D], texts [B,K,D] -> scalar. `allowed`: see group_patches.
     negatives: "image" the other texts of the same image (the paper); "batch" all B·K pairs (DreamLIP's released code);
@@ -164,27 +165,27 @@ def grouping_loss(
 def token_grouping_loss(
     patches: Tensor,
     tokens: Tensor,
-    words: Tensor,
+    is_word: Tensor,
     logit_scale: Tensor,
     threshold: float | None = None,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """SPARC's fine-grained loss (2401.09865, equation 5): every token of a caption groups the patches, and is contrasted
-    with its group among the tokens of the same caption.
+    """SPARC's fine-grained loss (2401.09865, equation 5): every token of a caption groups the patches, and is
+    contrasted with its group among the tokens of the same caption.
 
-    patches [N,P,D], tokens [N,L,D], words [N,L] (bool, False: end tokens and padding) -> scalar, the mean over captions
-    of the mean over their words.
+    patches [N,P,D], tokens [N,L,D], is_word [N,L] (bool, False: start token, end token, padding) -> scalar, the mean
+    over captions of the mean over their words.
     """
     grouped, _ = group_patches(patches, tokens, threshold, allowed)  # [N, L, D]
     positive = logit_scale * (grouped * tokens).sum(-1)  # [N, L]
     logits = logit_scale * (grouped @ tokens.mT)  # [N, L, L]
-    hidden = ~(words[:, :, None] & words[:, None, :])
-    logits = logits.masked_fill(hidden, -1e4)  # no infinity: a row of nothing but padding would give NaN
+    hidden = ~(is_word[:, :, None] & is_word[:, None, :])
+    logits = logits.masked_fill(hidden, -1e4)  # not -inf: a row of nothing but padding would give NaN
     per_group = logits.logsumexp(-1)
     per_token = logits.logsumexp(-2)
     losses = (per_group + per_token) / 2 - positive
-    losses = torch.where(words, losses, 0.0)
-    count = words.sum(-1).clamp_min(1)
+    losses = torch.where(is_word, losses, 0.0)
+    count = is_word.sum(-1).clamp_min(1)
     return (losses.sum(-1) / count).mean()
 
 
@@ -196,21 +197,22 @@ def regrouping_loss(
     allowed: Tensor | None = None,
 ) -> Tensor:
     """The grouping loss with FLAIR's negatives (2412.03561): what a text groups in its own image, against what the same
-    text groups in others: the REGROUPED - 1 images behind its own in the global batch, or all if they are fewer.
+    text groups in others, the next REGROUPED_IMAGES - 1 images of the global batch (all, if there are fewer).
 
-    patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool) -> scalar, the mean over texts t_ik of
-    CE(s·<g_j(t_ik), t_ik> over images j, i).
+    patches [B,P,D], texts [B,K,D], allowed [B,K,P] (bool, the same place in all images) -> scalar, the mean over texts
+    t_ik of CE(s·<g_j(t_ik), t_ik> over images j, i).
 
-    With the other negatives a group is made by one text and compared with others, so a group that only repeats the text
-    that made it wins whatever the image shows. Here all groups are made by one text, and only the images differ.
+    With the other negatives each group is made by one text and compared with other texts, so copying the text into the
+    group wins, whatever the image shows. Here the same text makes all groups, so only the images can differ. (FLAIR
+    itself pools by attention and has a sigmoid loss over the whole batch.)
     """
     B = len(texts)
     images, first = patches, 0  # of all ranks, [N, P, D], and the number of this rank's first
     if distributed():
         images = Gather.apply(patches.flatten(1)).unflatten(1, patches.shape[1:])
         first = dist.get_rank() * B
-    n = min(REGROUPED, len(images))
-    ring = torch.cat([images, images[:n - 1]])[first:first + B + n - 1].clone()  # this rank's, and the n - 1 behind them
+    n = min(REGROUPED_IMAGES, len(images))
+    ring = torch.cat([images, images[:n - 1]])[first:first + B + n - 1].clone()  # this rank's and the next n - 1
     logits = []
     for shift in range(n):
         grouped, _ = group_patches(ring[shift:shift + B], texts, threshold, allowed)  # [B, K, D]
@@ -220,7 +222,7 @@ def regrouping_loss(
 
 
 def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, dict]:
-    """The weighted sum of a method's losses, and its parts by name.
+    """The weighted sum of a method's losses, and its terms by name, detached.
 
     out: what CLIP.forward returns; s: train.Settings; allowed [B,T,P] (bool; None: all): the patches that each text may
     group.
@@ -228,28 +230,31 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
     slots = text_slots(s)
     scale = out["logit_scale"]
     branches = out["branches"]
-    texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its end-of-text token ...
+    texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its own summary token (end-of-text or [CLS]) ...
     corners = out["summaries"][:, slots.count("raw"):, 1:]
-    corners = corners.flatten(1, 2)  # ... and all but the raw one by corners, too
+    corners = corners.flatten(1, 2)  # ... and those behind the raw slot by their corners, too
     positives = torch.cat([texts, corners], 1)
-    parts = {"contrastive": multi_to_multi_loss(branches, positives, scale, s.matching)}
-    loss = s.contrastive_weight * parts["contrastive"]
+    contrastive = multi_to_multi_loss(branches, positives, scale, s.matching)
+    loss = s.contrastive_weight * contrastive
+    terms = {"contrastive": contrastive.detach()}
     if s.branch_diversity:
-        parts["diversity"] = diversity_loss(branches)
-        loss = loss + s.branch_diversity * parts["diversity"]
+        diversity = diversity_loss(branches)
+        loss = loss + s.branch_diversity * diversity
+        terms["diversity"] = diversity.detach()
     if s.grouping == "sub-caption":
-        parts["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
+        grouping = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
     if s.grouping == "token":
         tokens = out["token_embeddings"]  # [B·T, L, D]
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        words = (place > 0) & (place < out["ends"][:, None])  # neither the two end tokens nor the padding
+        is_word = (place > 0) & (place < out["ends"][:, None])  # not the start token, the end token or padding
         patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
         if allowed is not None:
-            allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its place
-        parts["grouping"] = token_grouping_loss(patches, tokens, words, scale, s.threshold, allowed)
+            allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its box
+        grouping = token_grouping_loss(patches, tokens, is_word, scale, s.threshold, allowed)
     if s.grouping != "none":
-        loss = loss + s.grouping_weight * parts["grouping"]
-    return loss, parts
+        loss = loss + s.grouping_weight * grouping
+        terms["grouping"] = grouping.detach()
+    return loss, terms
 
 
 # ---- many ranks, large matrices --------------------------------------------------------------------------------------
@@ -259,26 +264,15 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def is_large(image: Tensor, text: Tensor) -> bool:
-    """Whether their similarity matrices, [(G,)N,D] by [(G,)M,D], are left to the fused op; `--fused on`: all are."""
-    groups = max(x.shape[0] if x.dim() == 3 else 1 for x in (image, text))
-    entries = groups * image.shape[-2] * text.shape[-2]
-    return fused.mode() == "on" or entries > STORED
-
-
 def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
     """Row and column log-sum-exp of L = s·image·textᵀ: image [(G,)N,D], text [(G,)M,D] -> per_image [(G,)N], per_text
-    [(G,)M]; None where not asked for. A large L is never stored."""
-    if is_large(image, text):
+    [(G,)M]; None if not asked for. A large L, with `--fused on` any L, is left to the fused op, which does not store
+    it."""
+    groups = torch.broadcast_shapes(image.shape[:-2], text.shape[:-2]).numel()
+    entries = groups * image.shape[-2] * text.shape[-2]
+    if fused.mode() == "on" or entries > MAX_STORED:
         return fused.similarity_logsumexp(image, text, logit_scale, rows=rows, cols=cols)
     return fused.reference(image, text, logit_scale, rows=rows, cols=cols)
-
-
-def global_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor):
-    """Log-sum-exp of this rank's rows over the columns of all ranks, and of its columns over all rows."""
-    per_image, _ = similarity_logsumexp(image, Gather.apply(text), logit_scale, cols=False)
-    _, per_text = similarity_logsumexp(Gather.apply(image), text, logit_scale, rows=False)
-    return per_image, per_text
 
 
 class Gather(torch.autograd.Function):

@@ -2,18 +2,19 @@
 
     CLIP                 pre-LN ViT with a class token, causal text transformer read at the end-of-text token
                          (2103.00020)
-    corner tokens        more summary tokens at the text's end, blind to one another (LoTLIP, 2410.05249, section 3.2):
+    corner tokens        more summary tokens of a text, blind to one another (LoTLIP, 2410.05249, section 3.2):
                          `text_mask`
     branches             H mutually blind class tokens (`class_token_mask`), or H parallel MLPs in the last layers
                          (`Block`; Holistic CLIP, 2412.00440, section 3.2)
     patch embeddings     the final patch tokens through the class token's LayerNorm and projection (DreamLIP, SPARC)
 
-With one branch and no corner tokens it is CLIP, weight for weight. The file goes from the config over attention, blocks
-and the two towers to CLIP; behind them stand the checkpoints, ours and released ones.
+With --stem patch, --pool class, one branch and no corner tokens it is CLIP, weight for weight. The file goes from the
+config over attention, blocks and the two towers to CLIP; then come checkpoints, ours and released ones.
 Attention masks are boolean, True where a query may look at a key.
+
+First reading: skip `Packing`, `best_fit`, `pack` and everything about `places`; think of one text a row.
 """
 
-import json
 import os
 import re
 import zipfile
@@ -30,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, read_json
+from data import UserError, read_json, write_json
 
 
 @dataclass
@@ -44,7 +45,7 @@ class CLIPConfig:
     text_width: int = 512  # width of the text tower
     text_depth: int = 12  # its layers
     text_heads: int = 8  # its attention heads
-    context: int = 77  # longest text in tokens, both end tokens counted
+    context: int = 77  # longest text in tokens, start and end token counted
     vocab: int = 49408  # tokens in the vocabulary (training takes the tokenizer's)
     embed: int = 512  # width D of the shared embedding space
     stem: str = "patch"  # a linear layer a "patch" (ViT), or "conv", 3x3 convolutions of stride 2 (2106.14881)
@@ -54,7 +55,7 @@ class CLIPConfig:
     branches: int = 1  # H image embeddings (Holistic CLIP)
     branch_type: str = "class"  # H "class" tokens, or H parallel "mlp"s in the last `branch_layers` layers
     branch_layers: int = 3  # layers with parallel mlps
-    branch_mask: bool = True  # False: class tokens see one another, by 1 in the logit more (Holistic CLIP's code)
+    branch_mask: bool = True  # False: class tokens see one another, with 1 added to the logit (Holistic CLIP's code)
     text_style: str = "clip"  # or "bert", LoTLIP's: LayerNorm after each sum and on the input, a pooling layer
     text_attention: str = "causal"  # CLIP's, or "bidirectional" with the first token as [CLS] (LoTLIP's)
     corner_tokens: int = 0  # C (LoTLIP)
@@ -66,13 +67,13 @@ def quick_gelu(x):
 
 
 ACTIVATIONS = {"gelu": F.gelu, "quickgelu": quick_gelu}
-NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # what each style adds to the variance in its LayerNorms
+NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # eps of the LayerNorms of each style
 CHOICES = dict(
     stem=("patch", "conv"), vision_style=("clip", "timm"), activation=tuple(ACTIVATIONS), pool=("class", "average"),
     branch_type=("class", "mlp"), text_style=("clip", "bert"), text_attention=("causal", "bidirectional"))
 
 
-def check(c: CLIPConfig):
+def check_config(c: CLIPConfig):
     """Raises UserError, one sentence, where settings cannot go together."""
     if c.image_size % c.patch:
         raise UserError(f"image size {c.image_size} is not a multiple of the patch size {c.patch}: choose another "
@@ -90,7 +91,7 @@ def check(c: CLIPConfig):
 
 
 def config_from(settings) -> CLIPConfig:
-    """The model's part of a larger settings object. What is missing there has its default."""
+    """The model's part of a larger settings object; a missing field gets its default."""
     known = CLIPConfig.__dataclass_fields__
     return CLIPConfig(**{name: value for name, value in vars(settings).items() if name in known})
 
@@ -105,10 +106,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, mask=None, queries=None):
-        """x [B,N,W] -> the same; with queries [B,K,W], some of x, the output is theirs alone: [B,K,W]. The mask is boolean,
-        or of floats (added to the logits)."""
+        """x [B,N,W] -> [B,N,W]; with queries [B,K,W], which are some of x, the output for these alone, [B,K,W]. The
+        mask is boolean, or floats that are added to the logits."""
         if queries is None:
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, N, W/heads]
+            # each [B, heads, N, W/heads]
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         else:
             W = x.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
@@ -123,8 +125,8 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
-def at(x: Tensor, places: Tensor) -> Tensor:
-    """x [B,N,W], places [B,K] of each row -> [B,K,W]."""
+def gather_places(x: Tensor, places: Tensor) -> Tensor:
+    """x [B,N,W], places [B,K] (of each row) -> [B,K,W]."""
     B, N, _ = x.shape
     rows = places + N * torch.arange(B, device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, places.shape)
@@ -133,8 +135,8 @@ def at(x: Tensor, places: Tensor) -> Tensor:
 class Block(nn.Module):
     """A pre-LN transformer block whose MLP may end in H parallel layers, one a branch (Holistic CLIP's MLPs).
 
-    x [S,B,N,W] -> [H,B,N,W], where S is 1 before the first branching block and H after it; H = 1 in an ordinary block.
-    With places [B,K], x [1,B,N,W] -> [1,B,K,W]: of what is not wanted only keys and values are computed.
+    x [S,B,N,W] -> [H,B,N,W]: one stream (S = 1) until the first branching block, then H; without branches S = H = 1.
+    With places [B,K], x [1,B,N,W] -> [1,B,K,W]: only these places are queries, all places are keys and values.
     """
 
     def __init__(self, width, heads, activation, branches=1, eps=1e-5):
@@ -147,11 +149,11 @@ class Block(nn.Module):
         self.proj = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(branches))
 
     def attend(self, x, seen, mask, places):
-        """x plus what attention makes of `seen`, which is x or its norm."""
+        """x + attention(seen); `seen` is ln_1(x) in a pre-LN block, x itself in BERT's."""
         queries = None
         if places is not None:
-            queries = at(seen[0], places)
-            x = at(x[0], places)[None]
+            queries = gather_places(seen[0], places)
+            x = gather_places(x[0], places)[None]
         return x + self.attn(seen.flatten(0, 1), mask, queries).view_as(x)
 
     def forward(self, x, mask=None, places=None):
@@ -159,7 +161,7 @@ class Block(nn.Module):
         hidden = self.act(self.fc(self.ln_2(x)))
         if len(self.proj) == 1:
             return x + self.proj[0](hidden)
-        if len(x) == 1:  # the first branching block splits the one stream there is
+        if len(x) == 1:  # the first branching block splits the stream
             x = [x[0]] * len(self.proj)
             hidden = [hidden[0]] * len(self.proj)
         streams = [stream + proj(inner) for stream, proj, inner in zip(x, self.proj, hidden)]
@@ -185,9 +187,9 @@ class Blocks(nn.ModuleList):
             self.append(kind(width, heads, activation, forks, NORM_EPS[style]))
 
     def forward(self, x, mask=None, places=None):
-        """x [B,N,W] -> [H,B,N,W]; with places [B,K] the last block computes these alone -> [1,B,K,W]. The mask is then
-        [B,1,N,N]. Where autocast is on, x goes on in its dtype, as in open_clip's image tower: sums and norms
-        read and write half as many bytes."""
+        """x [B,N,W] -> [H,B,N,W]; with places [B,K] and a mask [B,1,N,N] the last block computes these places alone
+        -> [1,B,K,W]. Under autocast x is cast to its dtype, as in open_clip's image tower: sums and norms move half as
+        many bytes."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -197,7 +199,7 @@ class Blocks(nn.ModuleList):
             x = block(x, mask)
         if places is None:
             return last(x, mask)
-        return last(x, at(mask[:, 0], places)[:, None], places)
+        return last(x, gather_places(mask[:, 0], places)[:, None], places)
 
 
 def normalized(x):
@@ -230,14 +232,13 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images):
         """images [B,3,S,S] (normalised) -> branches [B,H,D], patches [B,P,D], unit-norm float32."""
-        T = len(self.class_embedding)
         x = self.patch_embedding(images).flatten(2).mT  # [B, P, W]
         x = x + self.positional_embedding[1:].to(x)
         classes = (self.class_embedding + self.positional_embedding[:1]).to(x)
-        x = torch.cat([classes.expand(len(x), -1, -1), x], 1)  # [B, T+P, W]
-        x = self.blocks(self.ln_pre(x), self.mask)  # [1 or H, B, T+P, W]
-        x = self.ln_post(x) @ self.proj  # [1 or H, B, T+P, D]
-        summary, patches = x.tensor_split([T], 2)
+        x = torch.cat([classes.expand(len(x), -1, -1), x], 1)  # [B, C+P, W], C class tokens
+        x = self.blocks(self.ln_pre(x), self.mask)  # [1 or H, B, C+P, W]
+        x = self.ln_post(x) @ self.proj  # [1 or H, B, C+P, D]
+        summary, patches = x.tensor_split([len(self.class_embedding)], 2)
         if self.pool == "average":
             summary = patches.mean(2, keepdim=True)
         # Either H streams of one summary token or one stream of H; the patches are the streams' mean.
@@ -245,9 +246,8 @@ class VisionTransformer(nn.Module):
 
 
 def conv_stem(width: int, patch: int) -> nn.Sequential:
-    """3x3 convolutions of stride 2, one for each halving of the resolution, each doubling the channels but the last, which
-    brings the width. Small models learn shapes from them in a fraction of the images that linear patches need
-    (2106.14881)."""
+    """3x3 convolutions of stride 2, one for each halving of the resolution. Each doubles the channels; the last gives
+    the width. Small models learn shapes from them in a fraction of the images that linear patches need (2106.14881)."""
     layers, channels = [], 3
     halvings = patch.bit_length() - 1
     for remaining in reversed(range(halvings)):
@@ -258,10 +258,11 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
 
 
 def class_token_mask(tokens: int, patches: int, blind: bool = True) -> Tensor:
-    """Class tokens do not look at one another: each at itself and the patches, patches at everything. [T+P, T+P], bool.
+    """A class token attends to itself and the patches, not to other class tokens; a patch to everything -> bool,
+    [query, key] with the class tokens first.
 
-    Holistic CLIP's code makes this mask a float before PyTorch sees it, so that instead of -inf a 1 is added to those
-    logits, and its released weights have learned with that (`blind=False`: what is added, float).
+    Holistic CLIP's code converts this mask to float before PyTorch uses it, so 1 is added to those logits instead of
+    -inf, and its released weights were trained like that (`blind=False`: the float mask).
     """
     mask = torch.ones(tokens + patches, tokens + patches, dtype=torch.bool)
     mask[:tokens, :tokens] = torch.eye(tokens, dtype=torch.bool)
@@ -289,11 +290,11 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens, lengths=None, with_tokens=True):
         """tokens [N,L], L up to the context -> summaries [N,1+C,D] (end-of-text or [CLS], then the corners), token
-        embeddings [N,L,D] (behind a text's end, those of other places), unit-norm float32. Without `with_tokens` the
-        last block computes the summaries alone, and there is None for the rest.
+        embeddings [N,L,D] (undefined behind a text's end), unit-norm float32. Without `with_tokens` the last block
+        computes the summaries alone, and the token embeddings are None.
 
-        So that hardly any padding is computed, several texts lie in a row, as `pack` lays them, and see only themselves.
-        `lengths`, a NumPy array of N, are the texts': given, the device need not be asked for them.
+        Sequence packing: `pack` puts several texts into one row and the mask keeps them apart, so there is little
+        padding. `lengths` [N] (NumPy): the texts' lengths; passing them avoids a wait for the device.
         """
         end = tokens.argmax(-1)  # the end-of-text token has the greatest id
         if lengths is None:
@@ -301,19 +302,19 @@ class TextTransformer(nn.Module):
         rows = pack(lengths.reshape(-1), self.corners, self.causal, tokens.device)
         end = end[rows.text]  # [B, R]
         mask = text_mask(rows, end, self.corners, self.causal, self.corner_mask)[:, None]
-        x = self.ln_pre(self.embed(tokens, rows, end))  # [B, R, W]
-        words = None
+        x = self.ln_pre(self.embed_tokens(tokens, rows, end))  # [B, R, W]
+        token_embeddings = None
         if with_tokens:
             x = self.project(self.blocks(x, mask)[0])  # [B, R, D]
             places = rows.start[:, None] + torch.arange(tokens.shape[1], device=x.device)
-            words = normalized(F.embedding(places.clamp(max=end.numel() - 1), x.flatten(0, 1)))
-            x = at(x, rows.summaries)
+            token_embeddings = normalized(F.embedding(places.clamp(max=end.numel() - 1), x.flatten(0, 1)))
+            x = gather_places(x, rows.summaries)
         else:
             x = self.project(self.blocks(x, mask, rows.summaries)[0])  # [B, K, D]
-        return normalized(F.embedding(rows.of_text, x.flatten(0, 1))), words
+        return normalized(F.embedding(rows.summary_index, x.flatten(0, 1))), token_embeddings
 
-    def embed(self, tokens, rows, end):
-        """tokens [N,L], end [B,R] -> [B,R,W]: each place's token and its place in the text, or a corner."""
+    def embed_tokens(self, tokens, rows, end):
+        """tokens [N,L], end [B,R] -> [B,R,W]: the embedding of each place's token or corner, plus its position's."""
         x = self.token_embedding(tokens[rows.text, rows.place.clamp(max=tokens.shape[1] - 1)])
         if not self.corners:
             return x + F.embedding(rows.place, self.positional_embedding)
@@ -330,22 +331,21 @@ class TextTransformer(nn.Module):
 ROW = 64  # places in a row of texts, unless one text is longer
 
 
-class Rows(NamedTuple):
-    """Where N texts, each with its C corners behind it, lie in B rows of R places."""
+class Packing(NamedTuple):
+    """Where N texts, each followed by its C corners, lie in B rows of R places."""
 
-    text: Tensor  # [B,R], whose place it is; -1: nobody's
-    place: Tensor  # [B,R], which of that text's places, from 0 on; those behind its end are the corners'
+    text: Tensor  # [B,R], the text that a place belongs to; -1: none, and no text attends to it
+    place: Tensor  # [B,R], the place within that text, from 0 on; behind its end come the corners
     start: Tensor  # [N], a text's first place among all B·R
-    summaries: Tensor  # [B,K], the places of a row's summary tokens, filled up with 0
-    of_text: Tensor  # [N,1+C], a text's summary tokens among these B·K
+    summaries: Tensor  # [B,K], the places of a row's summary tokens, padded with 0
+    summary_index: Tensor  # [N,1+C], a text's summary tokens among these B·K
 
 
 def best_fit(sizes: list[int], R: int):
-    """Lays texts of these sizes into rows of R places: the longest first, each where the least room is left that is
-    enough -> row, first, nth [N]: each text's row, its first place there, how many came into that row before it; and how
-    many are in each row."""
+    """Best-fit-decreasing bin packing of texts of these sizes into rows of R places -> row, first, nth [N]: each text's
+    row, its first place there, its number there; and how many texts are in each row."""
     result = [None] * len(sizes)
-    rooms = []  # (places left, row), in order
+    rooms = []  # (places left, row), sorted
     counts = []
     for text in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[text]
@@ -362,7 +362,7 @@ def best_fit(sizes: list[int], R: int):
     return row, first, nth, counts
 
 
-def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Rows:
+def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Packing:
     """Lays texts of these lengths [N], each with C corners, into rows."""
     sizes = lengths + C
     longest = max(ROW, sizes.max())
@@ -370,59 +370,59 @@ def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Row
     row, first, nth, counts = best_fit(sizes.tolist(), R)
     start = row * R + first
 
-    whose = np.repeat(np.arange(len(sizes)), sizes)
-    places = np.arange(len(whose)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    where = start[whose] + places
+    text_ids = np.repeat(np.arange(len(sizes)), sizes)
+    offsets = np.arange(len(text_ids)) - np.repeat(sizes.cumsum() - sizes, sizes)
+    slots = start[text_ids] + offsets
     text = np.full(len(counts) * R, -1)
-    text[where] = whose
+    text[slots] = text_ids
     place = np.zeros_like(text)
-    place[where] = places
+    place[slots] = offsets
 
     # A text's summary tokens: the last before the corners (causal) or the first, and the corners.
     tokens = lengths[:, None] - 1 + np.arange(1 + C)
     if not causal:
         tokens[:, 0] = 0
     K = max(counts) * (1 + C)
-    of_text = (row * K + nth * (1 + C))[:, None] + np.arange(1 + C)
+    summary_index = (row * K + nth * (1 + C))[:, None] + np.arange(1 + C)
     summaries = np.zeros(len(counts) * K, int)
-    summaries[of_text] = first[:, None] + tokens
+    summaries[summary_index] = first[:, None] + tokens
 
-    arrays = text.reshape(-1, R), place.reshape(-1, R), start, summaries.reshape(-1, K), of_text
+    arrays = text.reshape(-1, R), place.reshape(-1, R), start, summaries.reshape(-1, K), summary_index
     tensors = map(torch.from_numpy, arrays)
     if device.type == "cuda":
         tensors = map(Tensor.pin_memory, tensors)  # so that the host does not wait for the copies
-    return Rows(*[tensor.to(device, non_blocking=True) for tensor in tensors])
+    return Packing(*[tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors])
 
 
-def text_mask(rows: Rows, end: Tensor, C: int, causal: bool, blind: bool) -> Tensor:
-    """Who sees whom in rows of texts, end [B,R] the end of each place's text -> [B,R,R], True where row may look at
-    column: only within a text.
+def text_mask(rows: Packing, end: Tensor, C: int, causal: bool, blind: bool) -> Tensor:
+    """Which place attends to which: packed texts, end [B,R] the end of each place's text -> bool [B,R,R], [query, key].
 
-    Summary tokens are the end-of-text token (causal) or the first one, [CLS] (bidirectional), and the corners. In a
-    causal encoder the corners come between the text and its end. `blind` (LoTLIP, section 3.2): no summary token sees
-    another, no ordinary token sees a corner.
+    `pack` stores a text as: tokens, end token, corners. The causal mask orders them differently: tokens, corners, end
+    token; a place attends to itself and to earlier places of its own text. Summary tokens are the end token (causal) or
+    the first token, [CLS] (bidirectional), and the corners. `blind` (LoTLIP, section 3.2): no summary token attends to
+    another one, and no ordinary token attends to a corner.
     """
     text, place = rows.text, rows.place
     corner = place > end
     mask = text[:, None, :] == text[:, :, None]
     if causal:
-        # Each place's turn: the text, the corners, its end. Everyone sees whose turn was before.
-        turn = torch.where(corner, place - 1, torch.where(place == end, place + C, place))
-        mask = mask & (turn[:, None, :] <= turn[:, :, None])
+        # The causal order: the text's tokens, then its corners, then its end token.
+        order = torch.where(corner, place - 1, torch.where(place == end, place + C, place))
+        mask = mask & (order[:, None, :] <= order[:, :, None])
     if blind:
         summary = corner | (place == (end if causal else 0))
-        row, column = summary[:, :, None], summary[:, None, :]
-        mask = mask & ~(row & column) & (row | ~corner[:, None, :])
-    return mask | torch.eye(text.shape[1], dtype=torch.bool, device=text.device)  # each sees itself: no empty row
+        query, key = summary[:, :, None], summary[:, None, :]
+        mask = mask & ~(query & key) & (query | ~corner[:, None, :])
+    return mask | torch.eye(text.shape[1], dtype=torch.bool, device=text.device)  # itself always: no empty row
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------
 
 class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
-        """Draws the weights. Raises UserError where settings cannot go together."""
+        """With random weights. Raises UserError if the settings do not go together."""
         super().__init__()
-        check(config)
+        check_config(config)
         self.config = config
         self.visual = VisionTransformer(config)
         self.text = TextTransformer(config)
@@ -446,9 +446,9 @@ class CLIP(nn.Module):
             for block in tower.blocks:
                 draw(block.attn.qkv, width ** -0.5)
                 draw(block.fc, (2 * width) ** -0.5)
-                # Two layers of a block write into the residual stream. Behind a convolutional stem they begin with 0,
-                # so at first the loss sees what the stem sees. Parallel MLPs do not, for free matching would give all
-                # texts to the first of equal branches.
+                # Two layers of a block write into the residual stream. With --stem conv they begin at 0 in both towers,
+                # so every block is the identity at first. Parallel MLPs begin at random: branches that are equal would
+                # tie, and free matching would send every text to the first.
                 std = width ** -0.5 * (2 * depth) ** -0.5
                 draw(block.attn.out, 0 if conv else std)
                 for layer in block.proj:
@@ -459,13 +459,13 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens, lengths=None, with_tokens=True):
-        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D] or, unless asked for, None;
-        unit-norm float32. `lengths` [N], a NumPy array, if the host knows them."""
+        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D] (None without
+        `with_tokens`), unit-norm float32. `lengths` [N]: see TextTransformer.forward."""
         return self.text(tokens, lengths, with_tokens)
 
     def forward(self, images, tokens, with_tokens=False, lengths=None):
-        """images [B,3,S,S], tokens [B,T,L] -> every embedding a loss may want, and the multiplier s (one call a step,
-        for DDP). `lengths` [B,T], a NumPy array: the texts' lengths, if the host knows them."""
+        """images [B,3,S,S], tokens [B,T,L] -> every embedding that a loss may need, and the multiplier s; one call, as
+        DDP wants it. `lengths` [B,T] (NumPy): see TextTransformer.forward."""
         branches, patches = self.encode_image(images)
         texts = tokens.flatten(0, 1)  # [B·T, L]
         summaries, embeddings = self.encode_text(texts, lengths, with_tokens)
@@ -486,9 +486,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / "checkpoint.pt", folder / "checkpoint-1.pt") if path.is_file()]
 
 
-def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
+def save_atomically(path: Path, content: dict, keep: int = 1) -> bool:
     """torch.save that leaves either the old file or the whole new one, even if the power fails in between; with keep=2
-    the file before it stays as NAME-1. Where the disk fails: says so in a line and returns False."""
+    the old file stays as NAME-1. If the disk fails, prints so and returns False."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -499,11 +499,11 @@ def write_whole(path: Path, content: dict, keep: int = 1) -> bool:
             path.replace(path.with_stem(path.stem + "-1"))
         temporary.replace(path)
         return True
-    except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         with suppress(OSError):
             temporary.unlink()  # it may be what fills the disk
-        print(f"{path} could not be written ({error.__context__ or error}); older ones are as they were, and it is "
-              "tried again", flush=True)
+        print(f"{path} could not be written ({error.__context__ or error}); older ones are unchanged, and it "
+              "will be tried again", flush=True)
         return False
 
 
@@ -517,8 +517,8 @@ TROUBLES = {  # what an error says -> the end of a sentence that begins with the
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What a file of weights holds: a state dict, or of our own runs "settings", "model" and more. Raises UserError,
-    also for a pickle that could run code."""
+    """The content of a file of weights: a state dict, or, of our own runs, "settings", "model" and more. Raises
+    UserError, also for a pickle that could run code."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -553,20 +553,20 @@ def newest_whole(folder: Path) -> Path | None:
             if path == paths[-1]:
                 raise
             print(f"{error}; the checkpoint before it is used", flush=True)
-            path.replace(folder / "damaged.pt")  # out of the way, or it would outlive a whole one
+            path.replace(folder / "damaged.pt")  # or the next save would keep it and drop the whole one
     return None
 
 
 def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
-    """A run's folder, its checkpoint.pt or best.pt, or somebody else's file -> model, settings: a run's own, else what
-    the shapes tell. `activation` is for somebody else's file alone. Raises UserError."""
+    """A run's folder, its checkpoint.pt or best.pt, or somebody else's file -> the model, its settings: the run's, or
+    what the shapes of the file's tensors tell. `activation` is for somebody else's file alone. Raises UserError."""
     if path.is_dir():
         path = next(iter(checkpoints(path)), path / "checkpoint.pt")
     content = read_checkpoint(path)
     try:
         if "settings" in content:
             if activation:
-                raise UserError("a run of train.py knows its activation: leave --activation away")
+                raise UserError("a run of train.py knows its activation: drop --activation")
             config = config_from(SimpleNamespace(**content["settings"]))
             return with_weights(config, content["model"]), content["settings"]
         told = config_beside(path)
@@ -582,7 +582,7 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
 
 
 def with_weights(config: CLIPConfig, state) -> CLIP:
-    """The model with the weights of a state dict in our names. Raises UserError where they are not its own."""
+    """The model with the weights of a state dict in our names. Raises UserError if they do not fit."""
     model = CLIP(config)
     try:
         model.load_state_dict(state)
@@ -648,14 +648,14 @@ def count(state, pattern):
 
 
 def config_beside(path: Path) -> dict:
-    """What open_clip's JSON beside somebody else's file tells that shapes do not: the file's own name with .json, or
-    open_clip_config.json. Nothing where there is none."""
+    """What the shapes do not tell, from open_clip's JSON beside somebody else's file: the file's name with .json, or
+    open_clip_config.json. Empty if there is none."""
     told = {}
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():
             config = read_json(beside)
             config = config.get("model_cfg", config)
-            if "vision_cfg" not in config:  # it tells of something else
+            if "vision_cfg" not in config:  # another library's file
                 continue
             vision, text = config["vision_cfg"], config["text_cfg"]
             told = dict(activation="quickgelu" if config.get("quick_gelu") else "gelu",
@@ -693,7 +693,7 @@ def from_state_dict(state, **overrides) -> CLIP:
 
 
 def image_settings(state, **more) -> dict:
-    """The settings of the image tower that the shapes of its tensors tell, and what is usual beside them."""
+    """The settings of the image tower: from the shapes of its tensors, the rest as usual."""
     patch = state["visual.patch_embedding.weight"].shape[-1]
     places, width = state["visual.positional_embedding"].shape
     side = round((places - 1) ** 0.5)  # one place is the class token's
@@ -704,7 +704,7 @@ def image_settings(state, **more) -> dict:
 
 
 def text_settings(state, **more) -> dict:
-    """The settings of the text tower that the shapes of its tensors tell, and what is usual beside them."""
+    """The settings of the text tower: from the shapes of its tensors, the rest as usual."""
     context, width = state["text.positional_embedding"].shape
     return dict(
         text_width=width, text_depth=count(state, r"text\.blocks\.(\d+)\."), text_heads=width // 64,
@@ -765,7 +765,7 @@ def read_bert(state, corners=0, places=None):
 
 
 def translated(model: CLIP, library: str, table: dict[str, str]):
-    """The state dict in a library's names. Raises UserError where the model has parts that the library's CLIP lacks."""
+    """The state dict in a library's names. Raises UserError if the model has parts that the library's CLIP lacks."""
     c = model.config
     if (c.stem, c.vision_style, c.branches, c.corner_tokens, c.text_attention) != ("patch", "clip", 1, 0, "causal"):
         raise UserError(f"{library}'s CLIP has linear patches (--stem patch), one branch, no corner tokens and causal "
@@ -792,7 +792,7 @@ def export_open_clip(model: CLIP, file: Path):
     """Writes the weights in open_clip's names, and open_clip's config of the model beside them, as .json."""
     state, config = to_open_clip(model)
     torch.save(state, file)
-    file.with_suffix(".json").write_text(json.dumps(config, indent=1))
+    write_json(file.with_suffix(".json"), config)
 
 
 def export_transformers(model: CLIP, folder: Path):
@@ -817,7 +817,7 @@ def export_transformers(model: CLIP, folder: Path):
     act = "quick_gelu" if c.activation == "quickgelu" else "gelu"
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_depth,
                   num_attention_heads=c.vision_heads, hidden_act=act, image_size=c.image_size, patch_size=c.patch)
-    # A text is read at its first eos_token_id. (2, which old configs have, would mean the greatest id.)
+    # transformers reads a text at its first eos_token_id. (Old configs have 2, which means the greatest id.)
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_depth,
                 num_attention_heads=c.text_heads, hidden_act=act, vocab_size=c.vocab,
                 max_position_embeddings=c.context, bos_token_id=c.vocab - 2, eos_token_id=c.vocab - 1)
@@ -827,20 +827,20 @@ def export_transformers(model: CLIP, folder: Path):
                     crop_size=c.image_size)
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata=dict(format="pt"))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", pictures)
 
 
 # ---- checkpoints: where training starts ------------------------------------------------------------------------------
 
-# What a run may choose anew although its first weights come from a file: `grown` makes the weights fit, the number of a
-# tokenizer's words is compared later, and no shape tells the last four, so the user's word counts.
+# The settings that a run may choose although its first weights come from a file: `grown` makes the weights fit, the
+# size of the tokenizer's vocabulary is compared later, and the shapes do not tell the last four.
 FREE = ("image_size", "context", "branches", "branch_type", "branch_layers", "branch_mask", "corner_tokens",
         "corner_mask", "tokenizer", "vision_heads", "text_heads", "activation", "pool")
 
 
-def start_from(path: Path, part: str, flags: dict):
-    """A file -> the settings that a run takes from it, and its state dict in our names.
+def read_initial_weights(path: Path, part: str, flags: dict):
+    """A file -> the settings that it fixes for a run, and its state dict in our names.
 
     part: "init", all that `load_model` reads; "init_image", timm's ViT; or "init_text", Hugging Face's BERT. Raises
     UserError, also where one of the user's flags contradicts the file.
@@ -859,24 +859,24 @@ def start_from(path: Path, part: str, flags: dict):
     for name, value in settings.items():
         if name not in FREE and flags.get(name, value) != value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: leave it away")
+            raise UserError(f"{flag} {flags[name]} contradicts {path}, whose weights have {value}: drop the flag")
     return settings, weights
 
 
 def read_tower(path: Path, prefix: str):
-    """The state dict of a file of one tower, with the names that the tower has in LoTLIP's. It may lack a projection,
-    which is drawn with the model, later, and hold more, as a head, which no model takes."""
+    """The state dict of a file of one tower, with the names that the tower has in LoTLIP's. A projection may be missing
+    (it stays random), and there may be more (such as a head, which is ignored)."""
     state = read_checkpoint(path)
     state = state.get("model", state)
     return {prefix + name.removeprefix("bert."): value for name, value in state.items()}
 
 
 def grown(state, model: CLIP):
-    """The state dict of a like model, or of one tower, made to fit the model.
+    """The state dict of a similar model, or of one tower, made to fit the model.
 
-    Positions are stretched. What the model has more of, class tokens, MLPs or corner tokens, begins as copies of what
-    there is, corner tokens as copies of the end-of-text token's embedding. A tower that is missing, or a tower's
-    projection, stays as the model has drawn it. Raises UserError where half a tower is missing.
+    Positions are interpolated. More class tokens, MLPs or corner tokens begin as copies of those there are, the first
+    corner tokens as copies of the end-of-text token's embedding. A missing tower or projection keeps the model's random
+    weights. Raises UserError if half a tower is missing.
     """
     towers = {name.split(".")[0] for name in state}
     if "text.token_embedding.weight" in state:
@@ -895,12 +895,12 @@ def grown(state, model: CLIP):
 
 
 def nudged(x: Tensor) -> Tensor:
-    """x with noise of 1% of its standard deviation, so that copies of it can part in training."""
+    """x with noise of 1% of its standard deviation, so that copies of it can diverge in training."""
     return x + 0.01 * x.std() * torch.randn_like(x)
 
 
 def copies(rows: Tensor, number: int) -> Tensor:
-    """[n,W] -> [number,W]: the first rows, and where there are too few, nudged copies of the last."""
+    """[n,W] -> [number,W]: the first rows; if there are too few, nudged copies of the last follow."""
     more = [nudged(rows[-1]) for _ in range(number - len(rows))]
     return torch.stack([*rows[:number], *more])
 
@@ -916,8 +916,8 @@ def regridded(positions: Tensor, places: int) -> Tensor:
 
 
 def stretched(positions: Tensor, context: int, kept=20) -> Tensor:
-    """Positions for texts of another length: [L,W] -> [context,W]. A shorter text's are the first. For a longer one the
-    `kept` first stay, and the rest is interpolated linearly, as are those behind its end (Long-CLIP, 2403.15378)."""
+    """Positions for texts of another length: [L,W] -> [context,W]. A shorter context takes the first ones. For a longer
+    one the first `kept` stay; the rest is interpolated linearly, extrapolated at the end (Long-CLIP, 2403.15378)."""
     L = len(positions)
     kept = min(kept, L - 2)
     place = torch.arange(context, dtype=torch.float)  # in the old positions
@@ -939,8 +939,8 @@ def best_device() -> str:
 
 
 def check_device(device: str):
-    """Raises UserError if the device is none that PyTorch has here."""
+    """Raises UserError if PyTorch has no such device here."""
     kind, _, index = device.partition(":")
     available = dict(cpu=True, cuda=int(index or 0) < torch.cuda.device_count(), mps=torch.backends.mps.is_available())
     if not available.get(kind):
-        raise UserError(f"--device {device}: PyTorch has no such device here; leave --device away or use cpu")
+        raise UserError(f"--device {device}: PyTorch has no such device here; drop --device or use cpu")

@@ -1,7 +1,7 @@
 """Pictogram scenes: the embedded data. Images, captions of every kind, masks and boxes, all drawn from an index.
 
-    python scenes.py --write FOLDER --n 1000     pictures and captions.jsonl, for train.py --data FOLDER/captions.jsonl
-    python data.py --look FOLDER/captions.jsonl --sheet scenes.html                            shows some of them
+    python scenes.py --write FOLDER --n 1000     pictures and captions.jsonl, for train.py --data FOLDER
+    python data.py --look FOLDER --sheet scenes.html   shows some of them
 
 A scene holds 2 to 6 objects. An object is a pictograph of matplotlib's DejaVu Sans with a colour, a size and a place.
 Exactly one object is large: the main one. The background is plain, graded, striped or checkered, and the picture has a
@@ -13,7 +13,7 @@ style (clean, grainy, dim or faded). The same facts give the texts that the pape
     details, few_words, background, main_object, style       the perspectives of Holistic CLIP, in its release's order
 
 Scene (split, index) is always the same scene, and no two splits share a scene. A tenth of the pairs of colour and
-kind (one colour of every kind) is never drawn in training, so that composition can be tested (`held_out`).
+kind (one colour of every kind) is never drawn in training, so that composition can be tested (`is_unseen`).
 """
 
 import argparse
@@ -63,8 +63,8 @@ PERSPECTIVES = ("raw", "details", "few_words", "background", "main_object", "sty
 SPLITS = ("train", "validation", "test")
 
 
-def held_out(kind, colour):
-    """Whether this colour of this kind of object is kept out of the training split: one in ten, of every kind."""
+def is_unseen(kind, colour):
+    """Whether the training split never shows this colour of this kind of object: one colour in ten, of every kind."""
     return colour == (kind * 3 + kind // 10) % len(COLOURS)
 
 
@@ -96,7 +96,7 @@ class Scene:
     pattern: str
     ground: tuple  # one or two names of BACKGROUNDS
     style: str
-    seed: int  # of what only the pixels need
+    seed: int  # for what only the pixels need
     captions: dict  # field -> str, or list of sentences ("long")
     about: list  # for every sentence of the long caption, the index of the one object it describes, or -1
 
@@ -139,7 +139,7 @@ class Scenes:
         objects = []
         for kind in rng.sample(range(self.kinds), count):
             colour = rng.randrange(len(COLOURS))
-            while self.split == "train" and held_out(kind, colour):
+            while self.split == "train" and is_unseen(kind, colour):
                 colour = rng.randrange(len(COLOURS))
             size = rng.choice(("small", "medium")) if objects else "large"
             side = rng.uniform(*SIDES[size])
@@ -182,7 +182,7 @@ class Scenes:
             reach = (round(o.side * self.size) + 1) / 2 / self.size  # draw() rounds the place by up to half a pixel
             box = np.array([o.x - reach, o.y - reach, o.x + reach, o.y + reach])
             boxes.append(tuple(box.clip(0, 1).tolist()))
-        boxes.append(None)  # at -1: of the sentences that are about no object alone
+        boxes.append(None)  # at -1: for sentences that are not about a single object
         return [boxes[k] for k in scene.about]
 
 

@@ -4,9 +4,11 @@
     python train.py --method lotlip --data pictures/captions.jsonl   your own pictures
     torchrun --nproc_per_node=8 --max-restarts=3 train.py --method dreamlip --size base-16 --data x.jsonl --out runs/a
 
-A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which wins. `--help` lists
-all, each with the value that it has where no row sets another; `--profile` says where the time of a step goes. A run that
-ends before its time goes on with `--resume auto`; under torchrun's `--max-restarts` it does so itself.
+A method is a row of METHODS and a size a row of SIZES; every setting in them is also a flag, which overrides it.
+`--help` lists all, each with the value that it has where no row sets another; `--profile` says where the time of a step
+goes. A run that ends early continues with `--resume auto`; under torchrun's `--max-restarts` it does so by itself.
+
+First reading: METHODS, `backward`, `update`, `train_steps`. The rest is processes, folders, resuming.
 """
 
 import argparse
@@ -38,10 +40,10 @@ from tqdm import tqdm
 import model as models
 from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
-                  training_loader)
+                  training_loader, write_json)
 from losses import distributed, method_loss
 from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
-                   newest_whole, start_from, write_whole)
+                   newest_whole, read_initial_weights, save_atomically)
 
 MOMENTUM = 0.9  # Muon's
 EPOCHS = 100  # at most, unless --images is given: Holistic CLIP's, the most of all the papers
@@ -54,7 +56,7 @@ class Settings(CLIPConfig):
     method: str = "dreamlip"  # clip, dreamlip, lotlip, holistic or sparc: a row of METHODS
     size: str = "auto"  # nano, tiny, small, base-32, base-16, large-14: a row of SIZES; auto: small on a GPU, else tiny
     data: tuple[str, ...] = ("scenes",)  # "scenes", .tar shards ({000..331}.tar), .jsonl, .csv, a folder; or several
-    image_root: str = ""  # where the image paths in .csv and .jsonl begin; left away: the folder of the file
+    image_root: str = ""  # where the image paths in .csv and .jsonl begin; default: the folder of the file
     caption_fields: str = ""  # "raw=title,long=a+b": names of the fields that hold each kind of text
     max_bad: float = 0.05  # share of bad samples over which the run stops
     shuffle_buffer: int = 10_000  # samples of shards are shuffled within windows of so many
@@ -62,14 +64,14 @@ class Settings(CLIPConfig):
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
     augment: str = "crop"  # of pictures: a random "crop" (the papers), or "strong", DreamLIP's other recipe
     crop: float = 0.9  # least share of a picture that the crop keeps; strong: 0.2
-    # the weights to start from, which fix the model's sizes; left away: drawn
+    # the weights to start from, which fix the model's sizes; default: random ones
     init: str = ""  # both towers: a run's folder, or a released file as evaluate.py reads it
     init_image: str = ""  # the image tower: a file of timm's ViT
     init_text: str = ""  # the text tower: a file of Hugging Face's BERT, with its vocab.txt beside it
     lock_image: bool = False  # the image tower stays as it is in the file (2111.07991)
     # the texts drawn for an image at every step: one slot each
     raw_caption: bool = True  # a slot for the raw caption
-    sub_captions: int = 0  # K slots for sub-captions
+    sub_captions: int = 0  # slots for sub-captions; the paper's K counts the raw caption's slot, too
     sampling: str = "random"  # sub-captions: "random" anew each time, or the "first" K always
     short_caption: bool = True  # the short caption is among those sub-captions are drawn from
     whole_caption: float = 0.0  # share of the draws in which the whole long caption, as one text, is among them, too
@@ -78,7 +80,7 @@ class Settings(CLIPConfig):
     perspectives: int = 0  # M slots for Holistic CLIP's perspectives, the raw caption first
     # the loss
     grouping: str = "none"  # patches grouped by "sub-caption" (DreamLIP), by "token" (SPARC), or "none"
-    negatives: str = "image"  # grouping's: "image" (papers), "batch" (DreamLIP's code), "slot", "regrouped" (FLAIR's)
+    negatives: str = "image"  # of sub-captions: "image" (paper), "batch" (DreamLIP's code), "slot", "regrouped" (FLAIR)
     threshold: float | None = None  # of the grouping weights; default 1/P
     region_grouping: bool = False  # a sentence with a known place groups only the patches there (recaption.py --dense)
     contrastive_weight: float = 1.0  # weight of the global contrastive loss
@@ -86,9 +88,9 @@ class Settings(CLIPConfig):
     branch_diversity: float = 0.0  # weight of a loss on branches that are alike (Holistic CLIP's code: 1)
     matching: str = "image"  # branch of a free text: each "image" chooses, or the "text"'s own (Holistic CLIP's code)
     # optimisation
-    images: int = 0  # images to see in the whole run; left away: the size's own, but none over 100 times
+    images: int = 0  # images to see in the whole run; default: the size's own, but none over 100 times
     batch: int = 64  # images a step, over all processes
-    accumulate: int = 1  # parts a batch is embedded in; negatives stay those of the whole batch
+    accumulate: int = 1  # chunks a batch is embedded in; negatives stay those of the whole batch
     optimizer: str = "adamw"  # "adamw" (the papers), or "muon" for the matrices of blocks and stem, AdamW for the rest
     lr: float = 1e-3  # AdamW's greatest learning rate
     muon_lr: float = 2e-3  # Muon's
@@ -118,7 +120,7 @@ class Settings(CLIPConfig):
     log_every: int = 20  # steps between lines of metrics.jsonl
 
 
-# Each method's row: the texts an image brings, the parts the model gets, the losses.
+# Each method's row: the texts drawn for an image, the parts added to the model, the losses.
 METHODS = {
     "clip": dict(),
     "dreamlip": dict(sub_captions=2, grouping="sub-caption"),
@@ -134,11 +136,11 @@ SCENES = dict(stem="conv", negatives="regrouped", grouping_weight=0.5, whole_cap
 # For real pictures: CLIP's ViT-B with DreamLIP's recipe.
 BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             text_width=512, text_depth=12, text_heads=8, context=77, embed=512,
-            images=90_000_000, batch=1024, lr=5e-4, warmup=0.023, weight_decay=0.5, decay_embeddings=True, clip_grad=0.0,
-            kinds=83)
+            images=90_000_000, batch=1024, lr=5e-4, warmup=0.023, weight_decay=0.5, decay_embeddings=True,
+            clip_grad=0.0, kinds=83)
 
-# What each paper does otherwise at these sizes, as far as it tells: DreamLIP's K = 8, with the raw caption; Holistic CLIP's
-# 100 epochs of CC3M; SPARC's batch and its 2,500 steps of warm-up.
+# Where a paper gives other settings for these sizes: DreamLIP's K = 8, the raw caption counted; Holistic CLIP's 100
+# epochs of CC3M; SPARC's batch and its 2,500 steps of warm-up. A setting that a paper does not give is DreamLIP's.
 RECIPES = {
     "dreamlip": dict(sub_captions=7),
     "holistic": dict(images=290_000_000, batch=2048, warmup=0.014),
@@ -172,7 +174,8 @@ CHOICES = models.CHOICES | dict(
 
 def parse_flags(argv=None) -> dict:
     """The flags the user gave, one for every field of Settings; the comment behind a field is its help text, and the
-    comment above a group of fields is the group's title."""
+    comment above a group of fields is the group's title. `--tokenizer auto` counts as not given, so it does not
+    contradict the choice of a run that is resumed."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
@@ -192,12 +195,16 @@ def parse_flags(argv=None) -> dict:
                 options["type"] = float if field.default is None else field.type
                 options["choices"] = CHOICES.get(name)
             group.add_argument("--" + name.replace("_", "-"), **options)
-    return vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(argv))
+    if flags.get("tokenizer") == "auto":
+        del flags["tokenizer"]
+    return flags
 
 
-def resolve(flags: dict, world: int = 1, started=None) -> Settings:
-    """Defaults < the size's row < `started`, what the weights to start from tell < the method's row < the flags; "auto"
-    is chosen from the machine. Raises UserError."""
+def resolve(flags: dict, world: int = 1, started=None, checks: bool = True) -> Settings:
+    """Each overrides those before it: defaults, the size's row, `started` (what the initial weights fix), the method's
+    row, its RECIPES (large sizes), the flags. "auto" is chosen from the machine. Raises UserError; without `checks` the
+    settings are not checked against one another."""
     s = Settings(**flags)
     if s.device == "auto":
         s.device = best_device()
@@ -221,14 +228,18 @@ def resolve(flags: dict, world: int = 1, started=None) -> Settings:
         s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // local)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
-    check(s, world)
-    if s.lock_image and started and s.branches > started.get("branches", 1):
-        raise UserError("--lock-image would keep new branches as the copies that they begin as: leave it away")
+    check_device(s.device)
+    if checks:
+        check_settings(s, world)
+    branches = s.branches, s.branch_type
+    if s.lock_image and started and branches != (started.get("branches", 1), started.get("branch_type", "class")):
+        raise UserError("--lock-image keeps the image tower as it is in the file, so leave --branches and --branch-type "
+                        "alone, or drop --lock-image")
     return s
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 by itself, instead of by emulation."""
+    """Whether the device multiplies bfloat16 in hardware."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -241,18 +252,17 @@ ABOVE_0 = (
 SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
 
-def check(s: Settings, world: int = 1):
+def check_settings(s: Settings, world: int = 1):
     """Raises UserError with one sentence where the settings cannot go together."""
     if s.context < 3:
-        raise UserError(f"--context {s.context} leaves a text no word between its ends: give at least 3")
+        raise UserError(f"--context {s.context} leaves no room for a word between start and end token: give at least 3")
     for name, value in vars(s).items():
         if isinstance(value, (int, float)):
             most = 1 if name in SHARES else 2 ** 62
             if not 0 <= value <= most or name in ABOVE_0 and value == 0 or name == "beta2" and value == 1:
                 raise UserError(f"--{name.replace('_', '-')} cannot be {value}")
-    check_device(s.device)
     if s.init and (s.init_image or s.init_text):
-        raise UserError("--init brings both towers: leave --init-image and --init-text away, or --init")
+        raise UserError("--init brings both towers: drop --init-image and --init-text, or --init")
     if s.lock_image and not (s.init or s.init_image):
         raise UserError("--lock-image keeps an image tower as it is in a file: add --init or --init-image")
     slots = text_slots(s)
@@ -271,16 +281,16 @@ def check(s: Settings, world: int = 1):
         raise UserError("--region-grouping is for the patches that sub-captions group: add --grouping sub-caption "
                         "--sub-captions 3, or leave it")
     if s.batch % (world * s.accumulate):
-        raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} parts: choose "
+        raise UserError(f"--batch {s.batch} does not divide among {world} processes and {s.accumulate} chunks: choose "
                         f"a multiple of {world * s.accumulate}")
 
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
 
 def set_machine(s: Settings):
-    """What PyTorch and the fused op keep for the whole process."""
+    """Settings of PyTorch and of the fused op that hold for the whole process."""
     if s.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(s.device).index or 0)  # streams and kernels of our own go where the tensors are
+        torch.cuda.set_device(torch.device(s.device).index or 0)  # our own streams and kernels run on this GPU
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and the texts' rows have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.set_mode(s.fused)
@@ -289,9 +299,9 @@ def set_machine(s: Settings):
 
 
 def join_group(s: Settings):
-    """Joins torchrun's other processes: NCCL between GPUs, gloo between hosts for all that is no tensor of the model.
+    """Joins torchrun's other processes: NCCL between GPUs, gloo for everything that is on the hosts.
 
-    A process that dies closes its connections, so the others notice it at the next step.
+    A process that dies closes its connections, so the others notice at the next step.
     """
     backend = "gloo"
     if s.device.startswith("cuda"):
@@ -306,7 +316,7 @@ def join_group(s: Settings):
 
 
 def restarts() -> int:
-    """How often torchrun has started this machine's processes again, because one of them had died (--max-restarts)."""
+    """How often torchrun has restarted this machine's processes because one of them had died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -314,25 +324,25 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
 
 
-def is_chief() -> bool:
-    """Whether this is the process that writes and prints: the first."""
+def is_master() -> bool:
+    """Whether this is rank 0, the process that writes and prints."""
     return rank_and_world()[0] == 0
 
 
 def say(text: str):
-    if is_chief():
+    if is_master():
         print(text, flush=True)
 
 
-def sums(*values: float) -> list[float]:
-    """The sums of the values over all processes. The hosts alone take part, so no GPU is waited for."""
+def sum_over_processes(*values: float) -> list[float]:
+    """All-reduces the values between the hosts, so no GPU is waited for."""
     total = torch.tensor(values, dtype=torch.float64)
     if distributed():
         dist.all_reduce(total)
     return total.tolist()
 
 
-def of_each_process(x) -> list:
+def gather_objects(x) -> list:
     """x of every process, by rank."""
     if not distributed():
         return [x]
@@ -342,14 +352,14 @@ def of_each_process(x) -> list:
 
 
 @contextmanager
-def together():
-    """A UserError that any process raises in this block ends all of them: one raises it, the others leave silently."""
+def raise_together():
+    """If any process raises a UserError in this block, all end: the lowest such rank raises it, the others exit."""
     caught = None
     try:
         yield
     except UserError as error:
         caught = error
-    errors = of_each_process(caught)
+    errors = gather_objects(caught)
     if caught and not any(errors[:rank_and_world()[0]]):
         raise caught
     if any(errors):
@@ -358,7 +368,7 @@ def together():
 
 @contextmanager
 def signals_caught():
-    """-> a list to which SIGTERM and Ctrl-C add themselves, instead of ending the process."""
+    """-> a list: SIGTERM and Ctrl-C are appended to it instead of ending the process."""
     caught = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
@@ -372,104 +382,133 @@ def signals_caught():
 # ---- a step: the batch on the device, its embeddings, its loss, the gradients ----------------------------------------
 
 def to_device(batch: Batch, s: Settings) -> Batch:
-    """The batch with its tensors on the device; the texts' lengths stay on the host. The host waits for no copy."""
+    """The batch with its tensors on the device, the texts' lengths on the host, which waits for no copy to a GPU."""
     moved = {}
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
-            moved[name] = value.to(s.device, non_blocking=True)
+            moved[name] = value.to(s.device, non_blocking=s.device.startswith("cuda"))
     return replace(batch, **moved)
 
 
-def embed(network, batch: Batch, s: Settings) -> dict:
+def embed_batch(network, batch: Batch, s: Settings) -> dict:
     """Everything that CLIP.forward returns, in the run's precision."""
     with torch.autocast(s.device.split(":")[0], torch.bfloat16, enabled=s.precision == "bf16"):
         return network(normalize(batch.images), batch.tokens, s.grouping == "token", batch.lengths)
 
 
-def backward_in_memory(network, batch: Batch, s: Settings):
-    """`backward`; where the memory of a single GPU does not do, in twice as many parts from then on."""
-    while True:
-        try:
-            return backward(network, batch, s)
-        except torch.OutOfMemoryError:
-            parts = 2 * s.accumulate
-            if distributed() or s.batch % parts:
-                raise UserError(f"a step of {s.batch} images does not fit the memory of {s.device}: add --accumulate "
-                                f"{parts}, which keeps the batch, or --grad-checkpointing") from None
-        network.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        s.accumulate = parts
-        say(f"a step does not fit the memory of {s.device}: the batch is embedded in {parts} parts (--accumulate {parts})")
+def split(batch: Batch, n: int) -> list[Batch]:
+    """The batch in at most n chunks of equal size, except that the last one may be smaller."""
+    lengths = [part.numpy() for part in torch.from_numpy(batch.lengths).chunk(n)]
+    return list(map(Batch, batch.images.chunk(n), batch.tokens.chunk(n), lengths))
+
+
+@torch.no_grad()
+def embed_in_chunks(network, chunks: list[Batch], s: Settings) -> dict:
+    """What `embed_batch` returns, for all chunks joined, without a graph; None is left out."""
+    embedded = [embed_batch(network, chunk, s) for chunk in chunks]
+    joined = {}
+    for name, first in embedded[0].items():
+        if first is not None:
+            joined[name] = torch.cat([out[name] for out in embedded]) if first.dim() else first  # logit_scale: a number
+    return joined
 
 
 def backward(network, batch: Batch, s: Settings):
-    """Gradients of the batch's loss, in `accumulate` parts if wished -> detached loss and its parts by name."""
+    """Gradients of the batch's loss, in `accumulate` chunks if more than 1 -> the detached loss, its terms by name."""
     if s.accumulate > 1:
-        return backward_in_parts(network, batch, s)
-    out = embed(network, batch, s)
-    loss, parts = method_loss(out, s, batch.allowed)
+        return backward_gradcache(network, batch, s)
+    out = embed_batch(network, batch, s)
+    loss, terms = method_loss(out, s, batch.allowed)
     loss.backward()
-    return loss.detach(), parts
+    return loss.detach(), terms
 
 
-def backward_in_parts(network, batch: Batch, s: Settings):
-    """GradCache (2101.06983): embeds all parts without a graph, takes the loss over the whole batch for the embeddings'
-    gradients, then embeds part by part again and sends those gradients through. The result is the big batch's gradient;
-    the memory is one part's."""
-    n = s.accumulate
-    chunks = list(map(Batch, batch.images.chunk(n), batch.tokens.chunk(n), np.split(batch.lengths, n)))
-    with torch.no_grad():
-        embedded = [embed(network, chunk, s) for chunk in chunks]
-    whole = {}
-    for name, first in embedded[0].items():
-        if first is not None:
-            x = torch.cat([out[name] for out in embedded]) if first.dim() else first  # logit_scale is a number
-            whole[name] = x.requires_grad_(x.is_floating_point())
-    loss, parts = method_loss(whole, s, batch.allowed)
+def backward_gradcache(network, batch: Batch, s: Settings):
+    """GradCache (2101.06983). 1: embeds all chunks without a graph. 2: the loss of the whole batch gives each
+    embedding's gradient. 3: embeds each chunk again and backpropagates those gradients. The result is the whole batch's
+    gradient, with the memory of one chunk."""
+    chunks = split(batch, s.accumulate)
+    whole = embed_in_chunks(network, chunks, s)
+    for x in whole.values():
+        x.requires_grad_(x.is_floating_point())
+    loss, terms = method_loss(whole, s, batch.allowed)
     loss.backward()
+    n = len(chunks)
     for i, chunk in enumerate(chunks):
-        last = i == n - 1  # DDP sums over the processes once, with the last part
+        last = i == n - 1  # DDP sums over the processes once, with the last chunk
         with nullcontext() if last or not distributed() else network.no_sync():
-            out = embed(network, chunk, s)
-            surrogate = 0  # its gradient by an embedding is the loss's
+            out = embed_batch(network, chunk, s)
+            surrogate = 0  # the sum of embedding · its gradient: by the chain rule, its backward is the loss's
             for name, x in whole.items():
                 if x.grad is not None:
                     grad = x.grad.chunk(n)[i] if x.dim() else x.grad / n
                     surrogate = surrogate + (out[name] * grad).sum()
             surrogate.backward()
-    return loss.detach(), parts
+    return loss.detach(), terms
+
+
+def backward_or_split(network, batch: Batch, s: Settings):
+    """`backward`; if a single GPU runs out of memory, with twice as many chunks from then on."""
+    while True:
+        try:
+            return backward(network, batch, s)
+        except torch.OutOfMemoryError:
+            chunks = 2 * s.accumulate
+            if distributed() or s.batch % chunks:
+                raise UserError(f"a step of {s.batch} images does not fit the memory of {s.device}: add --accumulate "
+                                f"{chunks}, which keeps the batch, or --grad-checkpointing") from None
+        network.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        s.accumulate = chunks
+        say(f"a step does not fit the memory of {s.device}: from here on the batch is embedded in {chunks} chunks "
+            f"(--accumulate {chunks})")
 
 
 # ---- the state, and how a step changes it ----------------------------------------------------------------------------
 
 @dataclass
 class State:
-    """All that a step changes, and so all that a checkpoint holds. No random generator is among it: a sample is drawn
-    from (seed, epoch, index)."""
+    """Everything that a step changes, so everything that a checkpoint needs. There is no random generator: samples are
+    drawn from (seed, epoch, index)."""
 
     model: CLIP
-    optimizer: "Muon"
+    optimizer: "MuonAdamW"
     skipped: torch.Tensor  # [2], on the device: steps skipped, in all and in a row up to here
-    step: int = 0  # steps done; times the batch, the place in the data
+    step: int = 0  # steps done; step * batch is the place in the data
     best: float = math.inf  # least held-out loss
     bad: BadCount = field(default_factory=BadCount)  # of the samples that this process has met
 
 
-def start_of(s: Settings, flags: dict):
-    """-> what the files of --init, --init-image and --init-text tell of a new run's settings, and their weights. Raises
-    UserError."""
+@dataclass
+class Run:
+    """Everything that a training run works with."""
+
+    s: Settings
+    folder: Path | None  # None: a profile, which writes nothing
+    state: State
+    network: torch.nn.Module  # state.model, wrapped for several processes
+    tokenizer: object
+    dataset: object
+    held_out: object  # None: no evaluation
+    steps: int  # of the whole run
+    saved: float  # when the last checkpoint was written, by time.monotonic
+    metrics: object = None  # metrics.jsonl, on rank 0 alone
+
+
+def load_initial_weights(s: Settings, flags: dict):
+    """-> the settings that the files of --init, --init-image, --init-text fix, and their weights. Raises UserError."""
     started, weights = {}, {}
     for part in ("init", "init_image", "init_text"):
         path = getattr(s, part)
         if path:
-            told, tensors = start_from(Path(path), part, flags)
+            told, tensors = read_initial_weights(Path(path), part, flags)
             started |= told
             weights |= tensors
     return started, weights
 
 
 def build(s: Settings, weights=None) -> CLIP:
-    """The model with the weights a run begins with: drawn, or `start_of`'s as far as they go. Raises UserError."""
+    """The model with a run's first weights: `load_initial_weights`'s where there are, else random. Raises UserError."""
     torch.manual_seed(s.seed)
     model = CLIP(config_from(s))
     if weights:
@@ -479,14 +518,14 @@ def build(s: Settings, weights=None) -> CLIP:
 
 def prepare(model: CLIP, s: Settings):
     """-> the State a run begins with, and the model as a step calls it, wrapped for several processes."""
-    network = model.to(s.device, memory_format=torch.channels_last)  # the patch convolutions are faster so
+    network = model.to(s.device, memory_format=torch.channels_last)  # makes the patch convolutions faster
     model.visual.requires_grad_(not s.lock_image)
     compiles = s.compile and can_compile(s.device)
     if compiles:
-        torch._dynamo.config.recompile_limit = 64  # of a function: all blocks together are one, `Block.forward`
-        torch._dynamo.config.optimize_ddp = False  # it would cut blocks into pieces, and they are small as it is
+        torch._dynamo.config.cache_size_limit = 64  # recompilations of a function: all blocks share `Block.forward`
+        torch._dynamo.config.optimize_ddp = False  # it would cut the blocks, which are small, into pieces
     for tower in (model.visual, model.text):
-        for block in tower.blocks:  # by their forward, so names stay as they are
+        for block in tower.blocks:  # wrapping forward keeps the names in the state dict
             if compiles:  # the number of words changes from step to step, that of patches does not
                 block.forward = torch.compile(block.forward, dynamic=tower is model.text)
             if s.grad_checkpointing:
@@ -498,31 +537,33 @@ def prepare(model: CLIP, s: Settings):
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile works here, which is tried out on one product; says so if not."""
+    """Whether torch.compile works here, tried on one product; prints a warning if not."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
         return True
-    except Exception as error:  # no compiler, no Triton, an old device: of many kinds
+    except Exception as error:  # many kinds: no compiler, no Triton, an old device
         say(f"WARNING: not compiled, which is slower: {type(error).__name__}: {error}".splitlines()[0])
         return False
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, and Muon for the group of matrices that says so (Jordan, kellerjordan.github.io/posts/muon): a step is the
-    matrix's momentum made orthogonal, and as large as AdamW's steps are, 0.2 · sqrt(longer side) (2502.16982). A
-    convolution is a matrix, too, of output channels by everything that each of them looks at.
+class MuonAdamW(torch.optim.AdamW):
+    """Fused AdamW; parameter groups with muon=True take Muon's step instead: the matrix's momentum, orthogonalised and
+    scaled to the size of AdamW's steps, 0.2 · sqrt(longer side) (kellerjordan.github.io/posts/muon, 2502.16982).
+    A convolution counts as a matrix, output channels × all that each of them reads, and so does qkv as a whole.
 
-    A step that is `broken`, 1.0 on the device, changes nothing, and the host waits for nothing.
+    `broken` is a tensor on the device, 1.0 to skip the step, so the host never waits (except on mps).
     """
 
     @torch.no_grad()
     def step(self, broken: torch.Tensor):
-        self.found_inf = broken  # PyTorch's fused AdamW looks at it, which it has from a GradScaler otherwise
+        if broken.device.type == "mps" and broken:  # where fused AdamW overlooks found_inf
+            return
+        self.found_inf = broken  # fused AdamW skips its step where this is 1.0; usually a GradScaler sets it
         for group in self.param_groups:
             if group.get("muon"):
                 for shape in {p.shape for p in group["params"]}:
                     self.step_matrices([p for p in group["params"] if p.shape == shape], group)
-        super().step()  # passes over the matrices, which have no gradient any more
+        super().step()  # skips the matrices, which have no gradient any more
 
     def step_matrices(self, matrices: list, group: dict):
         """Steps matrices of one shape together and takes their gradients away."""
@@ -544,8 +585,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """x [n,a,b] -> nearly orthonormal rows or columns, with x's singular vectors: five Newton-Schulz steps, in float32,
-    since bfloat16 is slower than all the rest on processors that emulate it."""
+    """x [n,a,b] -> the matrices with x's singular vectors and singular values near 1: five Newton-Schulz steps, in
+    float32, since bfloat16 is very slow on processors that emulate it."""
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -556,32 +597,34 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def make_optimizer(model: CLIP, s: Settings) -> Muon:
-    """No decay on gains, biases, class tokens and logit_scale, nor on other embeddings unless it is wished."""
-    matrices, decay, free = [], [], []
+def make_optimizer(model: CLIP, s: Settings) -> MuonAdamW:
+    """No decay on gains, biases, class tokens (Holistic CLIP's code decays them) and logit_scale, nor on other
+    embeddings unless `decay_embeddings`."""
+    matrices, decay, no_decay = [], [], []
     for name, p in model.named_parameters():
         is_embedding = "embedding" in name and "patch" not in name
         if name == "logit_scale" or not p.requires_grad:
             continue
-        is_inner = ".blocks." in name or "patch_embedding" in name
-        if s.optimizer == "muon" and is_inner and p.ndim > 1:
+        in_block_or_stem = ".blocks." in name or "patch_embedding" in name
+        if s.optimizer == "muon" and in_block_or_stem and p.ndim > 1:
             matrices.append(p)
         elif p.ndim < 2 or "class" in name or is_embedding and not s.decay_embeddings:
-            free.append(p)
+            no_decay.append(p)
         else:
             decay.append(p)
     groups = [
         dict(params=decay, weight_decay=s.weight_decay),
-        dict(params=free),
+        dict(params=no_decay),
         dict(params=[model.logit_scale]),
     ]
     if matrices:
         groups.append(dict(params=matrices, weight_decay=s.weight_decay, muon=True))
-    return Muon(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
+    return MuonAdamW(groups, lr=s.lr, betas=(0.9, s.beta2), eps=s.eps, weight_decay=0.0, fused=True)
 
 
-def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """As a share of the greatest: linear warm-up over the first `warmup` share of the steps, then a fall to 0."""
+def lr_factor(step: int, steps: int, s: Settings) -> float:
+    """The learning rate as a fraction of its peak: linear warm-up over the share `warmup` of the steps, then cosine or
+    linear decay to 0."""
     warm = max(1, round(s.warmup * steps))
     if step < warm:
         return (step + 1) / warm
@@ -592,44 +635,28 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 
 
 @torch.no_grad()
-def update(state: State, rate: float, s: Settings) -> torch.Tensor:
-    """Clips the gradients and steps the optimizer, with `rate` times its greatest learning rate -> the gradients' norm.
+def update(state: State, factor: float, s: Settings) -> torch.Tensor:
+    """Clips the gradients and steps the optimizer at `factor` times its peak learning rate -> the gradients' norm.
 
-    Where a gradient is NaN or infinite, on all processes alike since it is their sum, weights and moments stay as they
-    are.
+    If a gradient is NaN or infinite, as it then is on all processes, weights and moments stay as they are.
     """
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), s.clip_grad or math.inf)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate * (s.muon_lr if group.get("muon") else s.lr)
+        group["lr"] = factor * (s.muon_lr if group.get("muon") else s.lr)
     broken = (~norm.isfinite()).float()
     state.optimizer.step(broken)
     state.optimizer.zero_grad(set_to_none=True)
     state.model.logit_scale.clamp_(max=math.log(100))
     state.skipped += broken
-    state.skipped[1] *= broken
+    state.skipped[1] *= broken  # a good step ends those in a row
     state.step += 1
     return norm
-
-
-@torch.no_grad()
-def held_out_loss(run: "Run") -> float:
-    """The mean of the method's loss over always the same held-out images."""
-    rank, world = rank_and_world()
-    n = min(len(run.held_out), run.s.eval_images)
-    s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
-    steps = max(1, n // s.batch)
-    total = 0.0
-    for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
-        batch = to_device(batch, s)
-        out = embed(run.network, batch, s)
-        total += method_loss(out, s, batch.allowed)[0]
-    return sums(total.item())[0] / world / steps
 
 
 # ---- the run's folder and its checkpoints ----------------------------------------------------------------------------
 
 def run_folder(s: Settings) -> Path:
-    """Where this run writes: a new folder, or with --resume, and when torchrun starts it again, the one it goes on in.
+    """Where this run writes: a new folder, or, with --resume or after a restart by torchrun, the one it continues in.
     Raises UserError."""
     if s.resume not in ("no", "auto"):
         if not checkpoints(Path(s.resume)):
@@ -637,14 +664,14 @@ def run_folder(s: Settings) -> Path:
         return Path(s.resume)
     goes_on = s.resume == "auto" or restarts() > 0
     if s.out == "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UserError("torchrun --max-restarts goes on in this run's folder: name it with --out, or other runs' could be "
-                        "taken for it")
+        raise UserError("torchrun --max-restarts continues in this run's folder: name it with --out, or another run's "
+                        "could be taken for it")
     if s.out != "auto":
         if checkpoints(Path(s.out)) and not goes_on:
             raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
         return Path(s.out)
     base = folder = Path("runs") / f"{s.method}-{s.size}"
-    begun = None  # the newest run of this name that is not finished
+    begun = None  # the newest unfinished run of this name
     number = 1
     while (folder / "settings.json").exists():
         if goes_on and not (folder / "finished").exists():
@@ -654,13 +681,14 @@ def run_folder(s: Settings) -> Path:
     return begun or folder
 
 
-MAY_CHANGE = (  # when a run goes on
-    "device", "precision", "compile", "fused", "grad_checkpointing", "workers", "accumulate", "timeout_minutes", "max_bad",
-    "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
+MAY_CHANGE = (  # when a run is resumed
+    "device", "precision", "compile", "fused", "grad_checkpointing", "workers", "accumulate", "timeout_minutes",
+    "max_bad", "out", "resume", "save_minutes", "save_steps", "eval_steps", "eval_images", "log_every", "image_root")
 
 
-def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
-    """The settings `before`, of the folder's checkpoint. Raises UserError where the flags differ and may not."""
+def check_resumed(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
+    """The settings `before`, of the folder's checkpoint, as far as Settings still has them. Raises UserError if a flag
+    differs that may not."""
     now = vars(s)
     before = {name: before[name] for name in now if name in before}
     different = []
@@ -668,19 +696,19 @@ def settings_of(folder: Path, before: dict, s: Settings, flags: dict) -> dict:
         if name not in MAY_CHANGE and now[name] != before.get(name, now[name]):
             different.append(f"{name} ({before[name]} there, {now[name]} here)")
     if different:
-        raise UserError(f"{folder} was started with other settings: {', '.join(different)}; leave these flags away, or "
-                        "start anew without --resume")
+        raise UserError(f"{folder} was started with other settings: {', '.join(different)}; drop these flags, or start "
+                        "anew without --resume")
     return before
 
 
 def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
-    """The folder's metrics.jsonl, open for more lines. Those of steps after this one go: they are done again. A lock on
-    it, which goes with the process, keeps other runs out of the folder. Raises UserError."""
+    """The folder's metrics.jsonl, opened to append. Lines of later steps are cut off: those steps are done again. A
+    lock on it, which ends with the process, keeps other runs out of the folder. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = open(folder / "metrics.jsonl", "a+")
         fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
+        write_json(folder / "settings.json", asdict(s))
     except BlockingIOError:
         raise UserError(f"another process trains in {folder}: choose another --out") from None
     except OSError as error:
@@ -692,7 +720,7 @@ def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
 
 
 def write_line(metrics: TextIO, row: dict):
-    """Adds a line of JSON, with null for NaN. Where the disk is full it says so; the line waits for the next one."""
+    """Adds a line of JSON, with null for NaN. If the disk is full it says so; the line is written with the next one."""
     rounded = {}
     for name, value in row.items():
         if isinstance(value, float):
@@ -702,73 +730,57 @@ def write_line(metrics: TextIO, row: dict):
         metrics.write(json.dumps(rounded) + "\n")
         metrics.flush()
     except OSError as error:
-        say(f"{metrics.name} could not be written ({error}); it is tried again with the next line")
+        say(f"{metrics.name} could not be written ({error}); it will be tried again with the next line")
 
 
-def save(run: "Run", best: bool = False) -> bool:
-    """The chief writes checkpoint.pt, or the weights alone as best.pt; all processes must call it. False if the disk
-    failed."""
+def save(run: Run, best: bool = False) -> bool:
+    """Rank 0 writes checkpoint.pt, or the weights alone as best.pt; all processes must call this -> False if the disk
+    fails."""
     state = run.state
     content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(run.s))
     if not best:
         bad = bad_of_all(state).plain()
         content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad)
     path = run.folder / ("best.pt" if best else "checkpoint.pt")
-    return not is_chief() or write_whole(path, content, keep=1 if best else 2)
+    return not is_master() or save_atomically(path, content, keep=1 if best else 2)
 
 
 def restore(state: State, content: dict):
-    """Makes the state that of a checkpoint's contents."""
+    """Sets the state to that of a checkpoint's content."""
     state.model.load_state_dict(content["model"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.skipped.copy_(content["skipped"])
     state.step = content["step"]
     state.best = content["best"]
-    if is_chief():
+    if is_master():
         state.bad = BadCount(*content["bad"])
 
 
 def bad_of_all(state: State) -> BadCount:
     """The bad samples that all processes have met."""
     total = BadCount()
-    for part in of_each_process(state.bad):
+    for part in gather_objects(state.bad):
         total.merge(part)
     return total
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Run:
-    """All that a training run has in hand."""
-
-    s: Settings
-    folder: Path | None  # None: a profile, which writes nothing
-    state: State
-    network: torch.nn.Module  # state.model, wrapped for several processes
-    tokenizer: object
-    dataset: object
-    held_out: object  # None: no evaluation
-    steps: int  # of the whole run
-    saved: float  # when the last checkpoint was written, by time.monotonic
-    metrics: object = None  # metrics.jsonl, of the chief alone
-
-
 def open_data(s: Settings, flags: dict):
-    """-> tokenizer, training set, held-out set (None: no evaluation); and sets what the settings leave to the data."""
+    """-> tokenizer, training set, held-out set (None: no evaluation); sets those settings that depend on the data."""
     tokenizer = load_tokenizer(s.tokenizer)
     if (s.init or s.init_text) and s.vocab != tokenizer.vocab_size:
-        raise UserError(f"--tokenizer {s.tokenizer} is not that of the weights to start from, which have {s.vocab} tokens: "
-                        "name theirs")
+        raise UserError(f"--tokenizer {s.tokenizer} is not that of the weights to start from, which have {s.vocab} "
+                        "tokens: name theirs")
     s.vocab = tokenizer.vocab_size
     if s.tokenizer == "auto":
-        s.tokenizer = tokenizer.name  # the run keeps it, whatever is installed later
+        s.tokenizer = tokenizer.name  # a resumed run keeps it, whatever is installed by then
     options = s.image_size, s.kinds, s.crop, s.image_root, s.caption_fields, s.region_grouping, s.augment
     dataset = open_dataset(s.data, "train", s.images, *options)
     if dataset.bad:
         say(f"left out of {' '.join(s.data)}: {dataset.bad.report()}")
     dataset.bad.check(s.max_bad)
-    # opened here, so that a set without held-out images ends the run before the training
+    # opened before the training, so that a set without held-out images ends the run early
     held_out = open_dataset(s.data, "validation", s.eval_images, *options) if s.eval_images else None
     if s.region_grouping:
         check_boxes(dataset)
@@ -782,40 +794,41 @@ def open_data(s: Settings, flags: dict):
 
 
 def open_run(flags: dict, writes: bool = True) -> Run:
-    """Everything up to the first step: settings, processes, folder, data, model, and what a checkpoint holds."""
+    """Everything before the first step: settings, processes, folder, data, model, and the checkpoint to resume."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    s = resolve(flags, world)
+    s = resolve(flags, world, checks=False)  # a checkpoint or a file to start from may bring other settings
     if world > 1:
         join_group(s)
     folder = newest = None
-    with together():
-        if writes and is_chief():
+    with raise_together():
+        if writes and is_master():
             folder = run_folder(s)
             newest = newest_whole(folder)
-    folder, newest = of_each_process((folder, newest))[0]
+    folder, newest = gather_objects((folder, newest))[0]
     before = started = weights = {}
-    with together():
+    with raise_together():
         if newest:
             content = read_checkpoint(newest)
-            before = settings_of(folder, content["settings"], s, flags)
+            before = check_resumed(folder, content["settings"], s, flags)
         else:
-            started, weights = start_of(s, flags)
+            started, weights = load_initial_weights(s, flags)
         s = resolve({**before, **flags, "device": s.device}, world, started)
         set_machine(s)
         tokenizer, dataset, held_out = open_data(s, flags)
         model = build(s, weights)
-    with together():
-        sizes = of_each_process(len(dataset))
+    with raise_together():
+        sizes = gather_objects(len(dataset))
         if min(sizes) < max(sizes):
-            raise UserError(f"the processes find {min(sizes)} to {max(sizes)} training images: give all machines the same files")
+            raise UserError(f"the processes find {min(sizes)} to {max(sizes)} training images: give all machines the "
+                            "same files")
     state, network = prepare(model, s)
     steps = max(1, s.images // s.batch)
     if newest:
         restore(state, content)
         say(f"resuming {newest} at step {state.step} of {steps}")
     run = Run(s, folder, state, network, tokenizer, dataset, held_out, steps, time.monotonic())
-    with together():
-        if writes and is_chief():
+    with raise_together():
+        if writes and is_master():
             run.metrics = open_metrics(folder, s, state.step)
     return run
 
@@ -831,7 +844,7 @@ def train(flags: dict) -> Path:
         with signals_caught() as caught:
             train_steps(run, caught)
         if state.step < run.steps:
-            say(f"stopped at step {state.step} of {run.steps}; go on with: --resume {run.folder}")
+            say(f"stopped at step {state.step} of {run.steps}; continue with: --resume {run.folder}")
             raise SystemExit(130)
         finish(run)
     finally:
@@ -842,45 +855,45 @@ def train(flags: dict) -> Path:
 
 
 def train_steps(run: Run, caught: list):
-    """All steps from the run's first to its last, or to the signal in `caught`, and a checkpoint. Raises UserError."""
+    """All steps from the run's first to its last, or until a signal is in `caught`; a checkpoint. Raises UserError."""
     s, state = run.s, run.state
     batches = training_loader(run.dataset, run.tokenizer, s, state.step, run.steps, *rank_and_world())
-    bar = tqdm(batches, total=run.steps, initial=state.step, disable=not is_chief(), unit="step", mininterval=1,
+    bar = tqdm(batches, total=run.steps, initial=state.step, disable=not is_master(), unit="step", mininterval=1,
                dynamic_ncols=True)
-    marked = (state.step, time.monotonic())  # the last line of metrics, for images a second
+    marked = (state.step, time.monotonic())  # at the last line of metrics, for images per second
     for batch in bar:
         count_samples(state, batch)
         batch = to_device(batch, s)
-        loss, parts = backward_in_memory(run.network, batch, s)
-        rate = learning_rate(state.step, run.steps, s)
-        norm = update(state, rate, s)
+        loss, terms = backward_or_split(run.network, batch, s)
+        factor = lr_factor(state.step, run.steps, s)
+        norm = update(state, factor, s)
 
         last = state.step == run.steps
         evaluates = run.held_out and s.eval_steps and (last or state.step % s.eval_steps == 0)
         if evaluates or last or state.step % s.log_every == 0:
             speed = (state.step - marked[0]) * s.batch / (time.monotonic() - marked[1])
-            row = measure(state, loss, parts, norm, s) | dict(lr=rate * s.lr, images_per_s=speed)
+            row = measure(state, loss, terms, norm, s) | dict(lr=factor * s.lr, images_per_s=speed)
             if evaluates:
-                row["held_out_loss"] = evaluate_held_out(run)
+                row["held_out_loss"] = held_out_loss(run)
             marked = (state.step, time.monotonic())
-            report(run, row, parts, bar)
-        if not last and saves_or_stops(run, caught):
+            report(run, row, terms, bar)
+        if not last and save_if_due(run, caught):
             break
-    with together():
+    with raise_together():
         if not save(run):
             raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
                             f"{run.folder}")
 
 
-def saves_or_stops(run: Run, caught: list) -> bool:
-    """Between two steps: saves when it is time -> whether a process has caught a signal. All processes agree. Raises
-    UserError where too many samples are bad."""
+def save_if_due(run: Run, caught: list) -> bool:
+    """Between two steps: saves when it is time -> whether to stop, since a process has caught a signal. All processes
+    agree. Raises UserError if too many samples are bad."""
     s, state = run.s, run.state
     late = time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late, bad, seen = sums(bool(caught), late, state.bad.total, state.bad.seen)
+    stop, late, bad, seen = sum_over_processes(bool(caught), late, state.bad.total, state.bad.seen)
     if state.bad.over(s.max_bad, bad, seen):
         save(run)
-        with together():
+        with raise_together():
             bad_of_all(state).check(s.max_bad)
     if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
         save(run)
@@ -889,64 +902,75 @@ def saves_or_stops(run: Run, caught: list) -> bool:
 
 
 def count_samples(state: State, batch: Batch):
-    """Counts the batch's samples, the bad ones too."""
+    """Counts the batch's samples, including the bad ones."""
     state.bad.seen += len(batch.images) + len(batch.bad)
     for sample in batch.bad:
         state.bad.add(sample)
 
 
-def measure(state: State, loss, parts: dict, norm, s: Settings) -> dict:
-    """The numbers of a line of metrics.jsonl that are on the device; losses are means over the processes."""
+def measure(state: State, loss, terms: dict, norm, s: Settings) -> dict:
+    """The numbers of a line of metrics.jsonl, fetched from the device; losses are means over the processes."""
     world = rank_and_world()[1]
-    losses = torch.stack([loss, *parts.values()]) / world
-    *losses, bad = sums(*losses.tolist(), state.bad.total)
+    losses = torch.stack([loss, *terms.values()]) / world
+    *losses, bad = sum_over_processes(*losses.tolist(), state.bad.total)
     skipped, in_a_row = state.skipped.int().tolist()
     return dict(
-        step=state.step, images=state.step * s.batch, **dict(zip(("loss", *parts), losses)), grad_norm=norm.item(),
+        step=state.step, images=state.step * s.batch, **dict(zip(("loss", *terms), losses)), grad_norm=norm.item(),
         skipped=skipped, skipped_in_a_row=in_a_row, logit_scale=state.model.logit_scale.exp().item(), bad=int(bad))
 
 
-def evaluate_held_out(run: Run) -> float:
-    """The held-out loss; the weights of the least are kept as best.pt."""
-    loss = held_out_loss(run)
+@torch.no_grad()
+def held_out_loss(run: Run) -> float:
+    """The mean of the method's loss over the held-out images, the same every time; the weights with the least one are
+    kept as best.pt."""
+    rank, world = rank_and_world()
+    n = min(len(run.held_out), run.s.eval_images)
+    s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
+    steps = max(1, n // s.batch)
+    total = 0.0
+    for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
+        batch = to_device(batch, s)
+        out = embed_in_chunks(run.network, split(batch, s.accumulate), s)
+        total += method_loss(out, s, batch.allowed)[0]
+    loss = sum_over_processes(total.item())[0] / world / steps
     if loss < run.state.best and save(run, best=True):
         run.state.best = loss
     return loss
 
 
-def report(run: Run, row: dict, parts: dict, bar):
-    """Writes a line of metrics.jsonl; stops a run that only skips steps. Raises UserError."""
-    if is_chief():
+def report(run: Run, row: dict, terms: dict, bar):
+    """Writes a line of metrics.jsonl. Raises UserError if the run only skips steps."""
+    if is_master():
         write_line(run.metrics, row)
-        bar.set_postfix({name: row[name] for name in (*parts, "skipped", "images_per_s")}, refresh=False)
+        bar.set_postfix({name: row[name] for name in (*terms, "skipped", "images_per_s")}, refresh=False)
     if row["skipped_in_a_row"] >= MAX_SKIPPED:
         save(run)
-        with together():
-            raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped, for their "
-                            "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the last "
-                            f"good weights are in {run.folder}")
+        with raise_together():
+            raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped because the "
+                            "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the "
+                            f"last good weights are in {run.folder}")
 
 
 def finish(run: Run):
-    """What there is to say at the end, and the evaluation."""
+    """Reports the bad samples, and evaluates."""
     bad = bad_of_all(run.state)
     if bad:
         say(f"replaced by other samples: {bad.report()}")
     leave_group(run)
-    if run.metrics:  # the chief's
+    if run.metrics:  # rank 0
         if run.s.eval_images:
             from evaluate import evaluate_run  # here, because matplotlib takes a second to import
             try:
                 evaluate_run(run.folder)
             except OSError as error:
-                raise UserError(f"the weights are in {run.folder}, but their evaluation could not be written ({error}): make "
-                                f"room, then python evaluate.py {run.folder}") from None
+                raise UserError(f"the weights are in {run.folder}, but their evaluation could not be written ({error})"
+                                f": make room, then python evaluate.py {run.folder}") from None
         (run.folder / "finished").touch()
 
 
 def leave_group(run: Run):
     if distributed():
-        run.network = None  # or DDP is the last to let go of the group, and waits for its threads with the lock they want
+        run.network = None  # otherwise DDP holds the group last, and waits for threads that want its lock
         gc.collect()
         dist.destroy_process_group()
 
@@ -954,25 +978,25 @@ def leave_group(run: Run):
 # ---- where a step's time goes ----------------------------------------------------------------------------------------
 
 def profile(flags: dict, steps: int = 30, warm: int = 10):
-    """Trains for some steps of the run that the flags describe and prints where their time goes; leaves no folder."""
+    """Trains for some steps of the run that the flags describe and prints where the time goes; writes no folder."""
     from torch.utils.benchmark import Timer, timer  # here, because it looks for a compiler
     run = open_run(flags, writes=False)
     s, state = run.s, run.state
-    marks = [timer()]  # it waits until a GPU has done all that it was given to do
+    marks = [timer()]  # `timer` waits until a GPU has finished its work
     for batch in training_loader(run.dataset, run.tokenizer, s, 0, warm + steps, *rank_and_world()):
         batch = to_device(batch, s)
         marks.append(timer())
-        backward_in_memory(run.network, batch, s)
+        backward_or_split(run.network, batch, s)
         marks.append(timer())
         update(state, 0.0, s)
         marks.append(timer())
-    parts = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
-    seconds = parts.sum()
-    data, gradients, optimizer = 1000 * parts
+    times = np.diff(marks[3 * warm:]).reshape(steps, 3).mean(0)
+    seconds = times.sum()
+    data, gradients, optimizer = 1000 * times
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        embed(state.model, batch, s)
-    operations = 3 * counter.get_total_flops()  # the backward pass has twice the forward's; what is done again is no use
+        embed_in_chunks(state.model, split(batch, s.accumulate), s)
+    operations = 3 * counter.get_total_flops()  # backward costs twice the forward; recomputation does not count
     n = 8192 if s.device.startswith("cuda") else 1024
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)
     product = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads()).timeit(10)
@@ -995,7 +1019,7 @@ def main():
             profile(flags)
         else:
             train(flags)
-    except UserError as error:  # before the group is there all processes raise it, and one of each machine says it
+    except UserError as error:  # before the group exists every process raises it; one on each machine prints it
         sys.exit(f"error: {error}" if distributed() or os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except KeyboardInterrupt:  # before or after the steps, which end with a checkpoint
         sys.exit(130)
@@ -1006,7 +1030,7 @@ def main():
         if not gone or "RANK" not in os.environ:
             raise
         sys.exit(f"error: process {os.environ['RANK']} lost another one of the group, which died or fell silent: see "
-                 "what that one printed; torchrun --max-restarts=3 goes on from the last checkpoint by itself")
+                 "what that one printed; torchrun --max-restarts=3 continues from the last checkpoint by itself")
 
 
 if __name__ == "__main__":

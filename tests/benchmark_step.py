@@ -110,16 +110,6 @@ def their_step(s):
     return step
 
 
-def text_tower(s, model):
-    """The text tower of our model alone, forward and backward."""
-    def step(batch):
-        with half(s):
-            summaries, _ = model.encode_text(batch.tokens.flatten(0, 1), batch.lengths, with_tokens=False)
-        summaries.sum().backward()
-        model.zero_grad()
-    return step
-
-
 def alternate(steps, s, rounds, warm):
     """Runs the steps in turn, always on the same batch -> {name: seconds of each turn}."""
     times = {name: [] for name in steps}
@@ -143,7 +133,6 @@ def alternate(steps, s, rounds, warm):
 DEFAULTS = dict(size="tiny", batch=256, context=77, vocab=49408, stem="patch", pool="class", optimizer="adamw",
                 raw_caption=False, sub_captions=8, grouping="none")
 COMPARED = [
-    ("text tower, padded", "text tower"),
     ("padded", "ours"),
     ("open_clip", "ours"),
     ("open_clip", "ours + grouping"),
@@ -159,14 +148,11 @@ def main():
     train.set_machine(s)
     plain = replace(s, compile=False)
     ours, model = our_step(plain)
-    tower = text_tower(s, model)
     steps = {
         "ours": ours,
         "ours + grouping": our_step(replace(plain, grouping="sub-caption"))[0],
         "padded": partial(stored, padded(ours, model)),
         "open_clip": their_step(plain),
-        "text tower": tower,
-        "text tower, padded": padded(tower, model),
     }
     if s.compile:
         steps["ours, compiled"] = our_step(s)[0]

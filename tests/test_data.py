@@ -21,8 +21,8 @@ from torch.nn.functional import max_pool2d
 
 import data
 import train
-from data import (BadSample, Captions, TrainingTexts, UserError, collate, crop_box, draw_texts, load_image,
-                  load_tokenizer, open_dataset, patches_of, read_captions, read_fields, split_sentences)
+from data import (BadSample, Captions, TrainingSamples, UserError, collate, crop_box, draw_texts, load_image,
+                  load_tokenizer, open_dataset, boxes_to_patches, read_captions, read_fields, split_sentences)
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------------------------------
 
@@ -170,11 +170,6 @@ def test_sentences_end_where_a_reader_ends_them(case):
     assert split_sentences(text) == sentences.split(" / ")
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "</s>", "...", "-\n*\n", "<s></s>"])
-def test_nothing_gives_no_sentence(text):
-    assert split_sentences(text) == []
-
-
 WORDS = st.sampled_from("dog Dr. e.g. U.S 3.5 No. 五 It's J. café 👍 a.b (see end) “ok”".split())
 GAPS = st.sampled_from([" ", ". ", "! ", "... ", ".\n", "。", "</s>", '." ', "\n"])
 
@@ -311,7 +306,7 @@ def settings(method="dreamlip", **flags):
 
 def crops(dataset, epochs, s):
     """The samples of some epochs as one batch."""
-    samples = TrainingTexts(dataset, scenes, s)
+    samples = TrainingSamples(dataset, scenes, s)
     return collate([samples[epoch, index] for epoch in range(epochs) for index in range(len(dataset))])
 
 
@@ -335,7 +330,7 @@ def test_what_becomes_of_a_picture_depends_on_seed_epoch_and_index_alone(tmp_pat
     state = torch.get_rng_state()
     images = []
     for seed, epoch, index in ((0, 0, 0), (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        samples = TrainingTexts(dataset, scenes, settings("clip", seed=seed))
+        samples = TrainingSamples(dataset, scenes, settings("clip", seed=seed))
         images.append(samples[epoch, index][0].numpy().tobytes())
     assert images[0] == images[1]
     assert len(set(images)) == 4
@@ -379,7 +374,7 @@ def test_boxes_become_shares_of_the_crop_and_sentences_of_what_is_cut_off_go():
     ((0.5, 0.5, np.nextafter(0.5, 1), np.nextafter(0.5, 1)), "0000 0000 0010 0000"),  # never none
     (None, "1111 1111 1111 1111")])
 def test_a_patch_belongs_to_a_box_that_overlaps_it(box, patches):
-    found, _ = patches_of([box, None], 4)
+    found, _ = boxes_to_patches([box, None], 4)
     assert found.tolist() == [digit == "1" for digit in patches.replace(" ", "")]
 
 

@@ -336,7 +336,7 @@ def test_pictures_that_will_not_decode_are_passed_over_and_counted(runs, tmp_pat
     other = evaluate_run(runs / "pictures", data=dict(data=[str(tmp_path / "data/captions.jsonl")]), device="cpu")
     assert own["images"] < 30  # the held-out ones
     assert other["images"] == 30  # all that are left
-    assert "passed over: 30, " in capsys.readouterr().out
+    assert "skipped: 30, " in capsys.readouterr().out
 
 
 def test_branches_are_all_kept_for_their_max_or_become_one(runs):
@@ -394,7 +394,7 @@ def test_several_runs_are_rows_of_one_table_and_what_is_no_run_is_passed_over(fr
     for row, report in zip((clip, scenes), reports):
         miou = report["metrics"]["mIoU"]["value"]
         assert re.fullmatch(rf"\| {report['name']} \|.*\| {miou:.1f} \|", row)
-    assert re.fullmatch(r"\| pictures \| .*\|  \|", pictures)
+    assert re.fullmatch(r"\| pictures, 9 images of .* \| .*\|  \|", pictures)
     assert chance.startswith("| chance |")
 
 
@@ -420,7 +420,7 @@ def test_a_run_is_scored_on_benchmarks_by_name(fresh, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--benchmark coco:/gone", "--benchmark coco:/gone: write NAME:PATH with a path that exists and one of"),
-    ("--image-size 0", "--image-size must be at least 1"),
+    ("--image-size 0", "--image-size: must be at least 1"),
     ("--activation gelu", "knows its activation"),
 ])
 def test_a_mistake_ends_in_one_sentence(flags, words, runs):

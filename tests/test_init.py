@@ -16,7 +16,7 @@ from test_train import RUN, fit
 def started(**flags):
     """The model that a run with these flags starts with, its tokenizer being the file's."""
     flags = {**RUN, "method": "clip", "raw_caption": True, "long_texts": 1, **flags}
-    told, weights = train.start_of(train.resolve(flags), flags)
+    told, weights = train.load_initial_weights(train.resolve(flags), flags)
     s = train.resolve(flags, 1, told)
     s.vocab = len(weights["text.token_embedding.weight"])
     return train.build(s, weights).eval()
@@ -69,6 +69,8 @@ def test_of_more_branches_than_wanted_the_first_stay(tmp_path):
     tokens = before.visual.class_embedding
     assert torch.equal(started(init=path, branches=2).visual.class_embedding, tokens[:2])
     assert torch.equal(started(init=path).visual.class_embedding, tokens)
+    with pytest.raises(UserError, match="leave --branches and --branch-type alone"):
+        started(init=path, branch_type="mlp", lock_image=True)
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def test_a_locked_image_tower_keeps_its_bits_and_a_resumed_run_needs_no_file(acc
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(init="run", patch=8), "--patch 8 contradicts .*run, whose weights have 4: leave it away"),
+    (dict(init="run", patch=8), "--patch 8 contradicts .*run, whose weights have 4: drop the flag"),
     (dict(init_image="vit.pt", embed=24), "--embed 24 contradicts .*vit.pt, whose weights have 128"),
     (dict(init="nothing.pt"), "nothing.pt does not exist"),
     (dict(init="vit.pt"), "vit.pt: not the state dict of"),
@@ -162,8 +164,8 @@ def test_a_locked_image_tower_keeps_its_bits_and_a_resumed_run_needs_no_file(acc
     (dict(init_image="half.pt", init_text="bert.pt"), "not whole: they have no visual.blocks.1.attn.qkv.bias"),
     (dict(init="run", init_text="bert.pt"), "--init brings both towers"),
     (dict(lock_image=True), "--lock-image keeps an image tower"),
-    (dict(init="run", lock_image=True, branches=3), "--lock-image would keep new branches"),
-    (dict(context=2), "--context 2 leaves a text no word"),
+    (dict(init="run", lock_image=True, branches=3), "--lock-image keeps the image tower"),
+    (dict(context=2), "--context 2 leaves no room for a word"),
 ], ids=str)
 def test_a_mistake_ends_in_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

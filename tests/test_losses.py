@@ -99,9 +99,9 @@ def grouping(patches, texts, threshold=None, words=None, negatives="image", allo
 
 # ---- contrastive losses ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stored", [losses.STORED, 0])
+@pytest.mark.parametrize("stored", [losses.MAX_STORED, 0])
 def test_the_contrastive_loss_is_the_mean_of_both_cross_entropies(stored, monkeypatch):
-    monkeypatch.setattr(losses, "STORED", stored)  # 0: no similarity matrix is stored
+    monkeypatch.setattr(losses, "MAX_STORED", stored)  # 0: no similarity matrix is stored
     monkeypatch.setattr(fused, "similarity_logsumexp", fused.chunked)
     image = unit(6, 5)
     text = unit(6, 5, seed=1)

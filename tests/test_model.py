@@ -216,7 +216,7 @@ def test_texts_are_laid_side_by_side_into_rows(lengths, corners, causal):
         assert (texts_in[own] == text).all() and places[own].tolist() == list(range(n_places))
         assert len(rows.text[(rows.text == text).any(1)]) == 1  # in one row
         wanted = [n - 1 if causal else 0, *range(n, n_places)]
-        assert places[summary.flatten()[rows.of_text[text]]].tolist() == wanted
+        assert places[summary.flatten()[rows.summary_index[text]]].tolist() == wanted
         taken += n_places
     assert (texts_in >= 0).sum() == taken
 

@@ -97,8 +97,8 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
     model = Grey()
     model.texts = lambda texts: torch.linspace(1, 0, 40)[None]  # the darker, the more similar
     evaluate.search(model, tmp_path / "pictures", "night", tmp_path)
-    passed_over, *best = capsys.readouterr().out.splitlines()
-    assert "passed over: 1, the first: image will not decode: broken" in passed_over
+    skipped, *best = capsys.readouterr().out.splitlines()
+    assert "skipped: 1, the first: image will not decode: broken" in skipped
     assert [line.split()[1] for line in best] == [f"p{k}" for k in range(12)]
     page = (tmp_path / "search.html").read_text()
     assert "p0" in page
@@ -108,7 +108,7 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
 @pytest.mark.parametrize("flags, words", [
     (["--texts", "a"], "go together"),
     (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
-    (["--search", "empty", "a"], "no picture that can be read"),
+    (["--search", "empty", "a"], "no picture can be read"),
 ], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

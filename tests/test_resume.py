@@ -112,6 +112,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_said(tmp_path, capsy
     printed = capsys.readouterr().out
     assert "checkpoint.pt is not a whole checkpoint" in printed
     assert "checkpoint-1.pt at step 8" in printed
+    assert (tmp_path / "damaged.pt").exists()
     assert_same(checkpoint, undisturbed[0])
     assert losses_by_step(lines) == losses_by_step(undisturbed[1])
     assert not list(tmp_path.glob("*.tmp"))
@@ -120,7 +121,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_said(tmp_path, capsy
 def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluate.evaluate_run", lambda folder: None)
     # The learning rate is too high, so that the loss does not fall to the end.
-    flags = dict(method="clip", images=96, lr=0.1, schedule="cosine", eval_steps=1, eval_images=16)
+    flags = dict(method="clip", images=96, lr=0.1, schedule="cosine", eval_steps=1, eval_images=15, accumulate=2)
     checkpoint, lines = fit(tmp_path, **flags)
     losses = [line["held_out_loss"] for line in lines]
     best = load(tmp_path / "best.pt")
@@ -128,7 +129,21 @@ def test_the_best_weights_are_those_of_the_least_held_out_loss(tmp_path, monkeyp
     assert checkpoint["best"] == pytest.approx(min(losses))
     run = train.open_run({**RUN, **flags}, writes=False)
     run.state.model.load_state_dict(best["model"])
+    run.state.best = 0.0  # nothing is saved
+    sizes = []
+    run.network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     assert train.held_out_loss(run) == pytest.approx(min(losses))
+    assert sizes == [8, 7]
+
+
+def test_a_resumed_run_is_checked_with_its_folders_settings(tmp_path):
+    fit(tmp_path, images=12, batch=12)
+    train.train(dict(resume=str(tmp_path), accumulate=3))  # of 12 images, not of the default's 64
+
+
+def test_a_checkpoint_may_have_old_settings_and_lack_new_ones():
+    s = settings("")
+    assert train.check_resumed("run", {"old": 1, "lr": s.lr}, s, ["lr", "batch"]) == {"lr": s.lr}
 
 
 def test_bad_samples_are_counted_over_the_whole_of_a_run_that_was_resumed(tmp_path, monkeypatch, capsys):
@@ -302,11 +317,12 @@ def test_when_one_of_two_fails_the_other_ends_too_with_one_sentence(fault, cause
 
 
 def test_nan_on_one_of_two_skips_the_step_on_both(start, tmp_path):
-    codes, printed = start(tmp_path / "run", ["", "nan"], 3)
+    codes, printed = start(tmp_path / "run", ["", "nan"], 3, eval_steps=6, eval_images=8)
     assert codes == [0, 0], printed
     lines = read_lines(tmp_path / "run/metrics.jsonl")
     assert [line["skipped"] for line in lines] == [0, 0] + [1] * 10
     assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    assert "held_out_loss" in lines[-1]
 
 
 def test_under_torchrun_a_run_outlives_kills_by_itself(start, tmp_path):

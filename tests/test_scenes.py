@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from data import Pictures, Records, SceneImages
-from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph, held_out, rgb
+from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph, is_unseen, rgb
 
 ALL = Scenes("test", size=128, kinds=83)
 TRAIN = [Scenes(kinds=83).scene(i) for i in range(600)]
@@ -53,7 +53,7 @@ def test_a_scene_has_two_to_six_kinds_of_object_and_its_first_is_large():
 
 def test_a_tenth_of_the_pairs_of_colour_and_kind_is_only_met_in_testing():
     for scenes, least, most in ((TRAIN, 0, 0), (TEST, 0.07, 0.13)):
-        share = np.mean([held_out(o.kind, o.colour) for s in scenes for o in s.objects])
+        share = np.mean([is_unseen(o.kind, o.colour) for s in scenes for o in s.objects])
         assert least <= share <= most
 
 

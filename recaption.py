@@ -3,7 +3,7 @@
     pip install 'openai[aiohttp]'                                   the client
     vllm serve Qwen/Qwen2.5-VL-7B-Instruct --data-parallel-size 8   the model; any OpenAI-compatible server will do
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --limit 16 --preview preview.html      look first
-    python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; after a stop, the same again goes on
+    python recaption.py /data/cc3m --endpoint http://localhost:8000     all of it; to resume, run it again
     python recaption.py /data/cc3m --endpoint http://localhost:8000 --dense 2   crops: for train.py --region-grouping
 
 Beside every x.tar, x.csv, x.jsonl or folder x grows x.captions.jsonl, one line an image, never changed once written:
@@ -28,8 +28,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import (BadCount, BadSample, Parser, Records, UserError, captions_path, check_target, contact_sheet, data_url,
-                  hashed, load_image, read_json, split_sentences)
+from data import (IMAGE_FIELDS, BadCount, BadSample, Parser, Records, UserError, at_least, captions_path, check_target,
+                  contact_sheet, data_url, hashed, load_image, read_json, recaptioned, split_sentences)
 
 try:
     import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
@@ -85,6 +85,7 @@ MARKUP = re.compile(r"""
     | (?<!\w)[*_`]{1,3}(?=\S) | (?<=\S)[*_`]{1,3}(?!\w)              # emphasis and code
     """, re.M | re.X)
 OPENER = re.compile(r"""
+    (?:(?:sure|certainly|of\scourse|absolutely|okay)[!,.]\s)?
     (?:(?:(?:short|long|detailed|brief|image)\s)*(?:caption|description|answer|response|keywords)\s?:\s
     | here(?:'s|’s|\sis|\sare)\s[^:.]{0,80}:\s?
     | (?:in|within)\s(?:the|this)\s(?:\w+\s)?(?:image|picture|photo|photograph)\s?,\s
@@ -102,14 +103,17 @@ REFUSAL = re.compile(r"""
     | \bi(?:\s(?:can(?:no|'|’)?t|do\snot|don(?:'|’)t|could\snot)|(?:\sam|'m|’m)\s(?:unable|not\sable|not\scapable))\s
         (?:\w+\s)?(?:to\s)?(?:see|view|assist|help|describe|provide|identify|determine|access|process|analy[sz]e|comply|
         fulfill?|have)\b
-    | \bi\scan\sonly\sprocess\b | no\simage\s(?:was|is|has|were)\b | \bi\sneed\s(?:the|an)\simage\b
-    | (?:upload|provide|share|attach)\s(?:the|an|your)\simage\b""", re.I | re.X)
+    | \bi\scan\sonly\sprocess\b | no\simage\s(?:was|is|has|were|attached|provided|found)\b
+    | \bi\sneed\s(?:the|an)\simage\b | \An/?a\.?\Z
+    | \A(?:please|could\syou|can\syou)\b.{0,40}(?:upload|provide|share|attach)\s(?:the|an|your)\simage\b
+    """, re.I | re.X)
 
 
 def clean(answer, prompt="", finish="stop"):
     """A model's answer -> (caption, None), or ("", why it is bad).
 
-    Bad is what holds nothing to train on: "empty", "not text", "refusal", "prompt echo", "repetition".
+    Bad is what holds nothing to train on: "empty", "cut off" (the most tokens leave no whole sentence), "not text",
+    "refusal", "prompt echo", "repetition".
     Removed are stock openers, small talk, markdown, repeated sentences and a last one that is cut off.
     `finish`: the API's finish_reason.
     """
@@ -135,7 +139,7 @@ def clean(answer, prompt="", finish="stop"):
     if finish == "length" and kept and not re.search(r"[^\W\d][\"'”’»)]*[.!?。！？][\"'”’»)]*$", kept[-1]):
         kept.pop()
     if not kept:
-        return "", "empty"
+        return "", "cut off" if finish == "length" else "empty"
     if len(kept) > 1:  # the items of a list, joined, need full stops
         kept = [re.sub(r"(?<![.!?。！？…])[,;: ]*$", ".", sentence, count=1) for sentence in kept]
     caption = re.sub(r"(?<=[。！？]) ", "", " ".join(kept))
@@ -215,11 +219,11 @@ PATIENCE = 600  # seconds without any answer before the run ends
 
 
 class Progress:
-    """What the report is made of."""
+    """The numbers of the report."""
 
     def __init__(self):
         self.captioned = 0  # images
-        self.failed = BadCount()  # images that lack a caption after all, by reason
+        self.failed = BadCount()  # images that miss a caption in the end, by reason
         self.answered = time.monotonic()  # when a server last answered
 
 
@@ -268,7 +272,8 @@ async def complete(client, prompt, tokens, picture, temperature, s):
 
 
 async def ask(server, name, picture, progress, s):
-    """-> (caption, None), or ("", why there is none). A bad answer is asked for once more, at a higher temperature."""
+    """-> a caption. A bad answer is asked for once more, at a higher temperature. Raises BadSample with the reason, and
+    what the server says, if there is none."""
     prompt, tokens = s.prompts[name]
     for temperature in TEMPERATURES:
         try:
@@ -281,10 +286,11 @@ async def ask(server, name, picture, progress, s):
         except openai.OpenAIError as error:  # the client's own retries have not helped
             if time.monotonic() - progress.answered > PATIENCE:
                 raise server.trouble(error, s) from None
-            return "", str(error).partition(" - ")[0]
+            reason, _, said = str(error).partition(" - ")
+            raise BadSample(reason, said.replace(s.key, "***")[:200]) from None
         if text:
-            break
-    return text, reason
+            return text
+    raise BadSample(reason)
 
 
 # ---- the files of captions -------------------------------------------------------------------------------------------
@@ -302,13 +308,16 @@ class Output:
             raise UserError(f"another process writes to {path}: let it finish, or stop it") from None
         end = 0
         for line in open(path, "rb"):
-            if not line.endswith(b"\n"):  # torn by a kill or a full disk
-                self.file.truncate(end)
-                break
-            end += len(line)
-            with suppress(*MALFORMED):  # raised by a line that somebody else wrote
+            ended = line.endswith(b"\n")
+            try:
                 row = json.loads(line)
                 self.claim(hashed(row["key"]), row["captions"])
+                if not ended:  # somebody else's last line
+                    self.file.write(b"\n")
+            except MALFORMED:  # somebody else's line, or one torn by a kill or a full disk
+                if not ended:
+                    self.file.truncate(end)
+            end += len(line)
 
     def claim(self, key, fields):
         """Of these fields, those that this key (a hash) lacks; from now on it counts as having them."""
@@ -339,27 +348,42 @@ def unfinished(records, s):
 
 
 async def caption(output, line, fields, urls, server, progress, s):
-    """Asks all about one image and writes its line. Raises BadSample if a caption is lacking after all."""
+    """Asks all about one image and writes its line, also when the run ends early. Raises BadSample if a caption is
+    missing in the end."""
     captions = line["captions"]
     failure = None
-    for name in fields:
-        for box in crops(s.dense) if name == "dense" else [WHOLE]:
-            text, reason = await ask(server, name, urls[box], progress, s)
-            failure = failure or reason
-            if text and name == "dense":
-                parts = captions.setdefault(name, [])
-                parts += [{"box": box, "text": sentence} for sentence in split_sentences(text)]
-            elif text:
-                captions[name] = text
-    if captions:
-        output.append(line)
-        progress.captioned += 1
+
+    def write():
+        if captions:
+            output.append(line)
+            progress.captioned += 1
+
+    try:
+        for name in fields:
+            for box in crops(s.dense) if name == "dense" else [WHOLE]:
+                try:
+                    text = await ask(server, name, urls[box], progress, s)
+                except BadSample as bad:
+                    failure = failure or bad.args  # not `bad` itself, which would keep the Output open
+                    continue
+                if name == "dense":
+                    parts = captions.setdefault(name, [])
+                    parts += [{"box": box, "text": sentence} for sentence in split_sentences(text)]
+                else:
+                    captions[name] = text
+    except BaseException:  # cancelled, or no server answers
+        captions.pop("dense", None)  # crops may be missing
+        with suppress(OSError):  # a full disk may be what ends the run
+            write()
+        raise
+    write()
     if failure:
-        raise BadSample(failure, line["key"])
+        reason, detail = failure
+        raise BadSample(reason, f"{line['key']} {detail}".strip())
 
 
 async def recaption(records, s, progress):
-    """Captions all that lacks captions."""
+    """Captions all images that lack captions."""
     servers = [Server(url, s) for url in s.endpoint.split(",")]
     todo = unfinished(records, s)
     turn = threading.Lock()
@@ -404,7 +428,7 @@ def preview(path, s):
     for i in range(min(len(records), s.limit or 16)):
         with suppress(BadSample):
             record = records[i]
-            texts = [f"{name}: {value}" for name, value in record.row.get("captions", {}).items()]
+            texts = [f"{name}: {value}" for name, value in recaptioned(record.row).items()]
             shown.append((load_image(record.image), [record.key, *texts]))
     contact_sheet(path, shown)
 
@@ -418,13 +442,14 @@ def parse_flags(argv=None):
     add("--endpoint", metavar="URL[,URL...]", required=True, help="OpenAI-compatible servers to ask")
     add("--model", help="its name at the endpoint, if that serves several")
     add("--fields", default="short,long", help="captions to make: %(default)s; all; or of " + ", ".join(PROMPTS))
-    add("--dense", type=int, default=0, metavar="GRID", help="caption GRID x GRID crops, too: sentences with a box")
+    add("--dense", type=at_least(0), default=0, metavar="GRID",
+        help="caption GRID x GRID crops, too: sentences with a box")
     add("--prompts", metavar="FILE.json", help="other prompts, or prompts for more fields")
-    add("--limit", type=int, default=0, help="only the first so many images")
+    add("--limit", type=at_least(0), default=0, help="only the first so many images")
     add("--preview", metavar="FILE.html", help="write a page of the first pictures (16, or --limit) and captions")
     add("--image-root", help="where the images of CSV and JSON lines lie")
-    add("--max-side", type=int, default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
-    add("--in-flight", type=int, default=64, help="requests at a time at each endpoint (%(default)s)")
+    add("--max-side", type=at_least(1), default=768, help="longer side of the pictures sent, in pixels (%(default)s)")
+    add("--in-flight", type=at_least(1), default=64, help="requests at a time at each endpoint (%(default)s)")
     s = p.parse_args(argv)
     s.key = os.environ.get("OPENAI_API_KEY") or "none"
     s.prompts, s.version = read_prompts(s.prompts) if s.prompts else (PROMPTS, VERSION)
@@ -432,10 +457,8 @@ def parse_flags(argv=None):
     s.fields = names if s.fields == "all" else s.fields.split(",")
     unknown = set(s.fields).difference(names)
     if unknown:
-        raise UserError(f"--fields: no prompt for {', '.join(unknown)}; there are {', '.join(names)}, and --dense GRID for "
-                        "crops")
-    if min(s.in_flight, s.max_side) < 1 or min(s.dense, s.limit) < 0:
-        raise UserError("--in-flight and --max-side must be at least 1, --dense and --limit at least 0")
+        raise UserError(f"--fields: no prompt for {', '.join(unknown)}; there are {', '.join(names)}, and --dense GRID "
+                        "for crops")
     if s.dense:
         s.fields.append("dense")
     if s.preview:
@@ -449,7 +472,8 @@ def main(argv=None):
         raise UserError("recaption.py asks through the openai package: pip install 'openai[aiohttp]'")
     records = Records(s.data, s.image_root)
     if not records:
-        raise UserError(f"{s.data}: no images; it takes folders of pictures, .tar shards, .jsonl and .csv")
+        raise UserError(f"{s.data}: no images (left out: {records.bad.report()}); tables and JSON lines name them "
+                        "under one of " + ", ".join(IMAGE_FIELDS))
     progress = Progress()
     progress.failed.merge(records.bad)
     gc.freeze()  # else the collector looks through torch's objects again and again: a tenth of the processor time
@@ -459,7 +483,7 @@ def main(argv=None):
             asyncio.run(recaption(records, s, progress))
         except KeyboardInterrupt:
             code = 130
-            print("\nstopped; the same command goes on from here")
+            print("\nstopped; to resume, run the same command")
         failed = progress.failed
         report = json.dumps({"model": s.model, "prompts": s.version, "captioned": progress.captioned,
                              "failed": failed.counts, "examples": failed.details}, indent=1)
@@ -468,8 +492,8 @@ def main(argv=None):
         if s.preview:
             preview(s.preview, s)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or 'the captions'} ({error.strerror}): what is written stays, "
-                        "and the same command goes on there") from None
+        raise UserError(f"cannot write {error.filename or 'the captions'} ({error.strerror}): what is written stays; "
+                        "to resume, run the same command") from None
     return code
 
 

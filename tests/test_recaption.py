@@ -1,4 +1,5 @@
 """Captions come out clean, each image's exactly once, whatever the server, the disk, kill -9 and the user do."""
+import asyncio
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 from urllib.request import urlopen
 
@@ -70,7 +72,10 @@ GOOD = {  # what a model said -> the caption
     "<think>The user wants a caption. A dog?</think>\nA dog runs.": "A dog runs.",
     "<|im_start|>A dog runs.<|im_end|></s>": "A dog runs.",
     f"{LONG} A dog runs over the grass.": "A dog runs over the grass.",
+    "Sure, here is a short caption: A dog runs. A cat sleeps.": "A dog runs. A cat sleeps.",
+    "Certainly, the image shows a dog.": "A dog.",
     # repeated sentences, refusals in passing
+    "A screenshot of a page where users upload an image.": "A screenshot of a page where users upload an image.",
     "A dog runs. The grass is green. A dog runs!": "A dog runs. The grass is green.",
     "A woman smiles. I cannot identify the person in the picture. She wears a hat.":
         "A woman smiles. She wears a hat.",
@@ -89,7 +94,7 @@ BAD = {
                 "As an AI language model, I do not see pictures.", "I cannot see the image you mention.",
                 "Sorry, I can’t help with identifying people in this image.", "It seems that no image was provided.",
                 "Please upload the image you would like me to describe.",
-                "I apologize, but this is not something I do."],
+                "I apologize, but this is not something I do.", "No image provided.", "N/A"],
     "prompt echo": [LONG, f"<image>\n{LONG}"],
     "repetition": ["There is a chair. " * 10, "a dog and " * 12, "very " * 9, "一只狗" * 8,
                    "A street with a red car, a bus, a red car, a bus, a red car, a bus, a red car, a bus.",
@@ -147,6 +152,8 @@ def test_a_torn_last_line_is_cut_off_and_all_others_are_known_again(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert lacking(path, key) == ["long"] and lacking(path, "c") == ["short", "long"]
     assert path.read_bytes() == complete
+    path.write_bytes(complete + b'{"key": "d", "captions": {"short": "By hand."}}')
+    assert lacking(path, "d") == ["long"]
 
 
 def test_a_second_process_on_the_same_file_is_refused(tmp_path):
@@ -332,6 +339,30 @@ def test_a_server_that_goes_away_ends_the_run_with_all_its_answers_kept(tmp_path
     with pytest.raises(UserError, match="does not answer"):
         run(data, "--endpoint", serve("--dies-after", 12), "--fields", "short", "--in-flight", 2)
     assert 0 < len(captioned(data)) <= 12
+
+
+def test_of_an_image_that_is_cancelled_the_captions_there_are_kept(monkeypatch):
+    async def ask(server, name, *_):
+        if name != "short":
+            raise asyncio.CancelledError
+        return "A dog."
+
+    monkeypatch.setattr(recaption, "ask", ask)
+    lines = []
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(recaption.caption(SimpleNamespace(append=lines.append), {"captions": {}}, ["short", "long"],
+                                      {recaption.WHOLE: ""}, None, recaption.Progress(), None))
+    assert lines == [{"captions": {"short": "A dog."}}]
+
+
+def test_the_servers_words_are_reported_without_the_key(monkeypatch):
+    async def refuse(*_):
+        raise recaption.openai.OpenAIError("Error code: 400 - no pictures for sk-1")
+
+    monkeypatch.setattr(recaption, "complete", refuse)
+    s = SimpleNamespace(prompts=recaption.PROMPTS, key="sk-1")
+    with pytest.raises(recaption.BadSample, match=r"^Error code: 400: no pictures for \*\*\*$"):
+        asyncio.run(recaption.ask(SimpleNamespace(client=None), "short", "", recaption.Progress(), s))
 
 
 def test_prompts_of_a_file_crops_and_later_fields_stand_side_by_side(tmp_path, serve):

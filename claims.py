@@ -1,11 +1,11 @@
 """The papers' claims put to the test: rows of settings, each trained with several seeds, and a verdict on each claim.
 
-    python claims.py                           all rows into runs/claims: three hours on two cores
-    python claims.py --quick                   one seed and 8,000 images a run, into runs/claims-quick: half an hour
-    python claims.py FOLDER --rows O2O O2M     two of the rows, and the claims about them
+    python claims.py                          all rows into runs/claims: 3 hours on two cores, 5 without bfloat16
+    python claims.py --quick                  one seed and 8,000 images a run, into runs/claims-quick: half an hour
+    python claims.py FOLDER --rows O2O O2M    two of the rows, and the claims about them
 
-Every run is a process of its own, with a .log beside its folder. After Ctrl-C, SIGTERM or a failure the same command
-goes on: runs that are done are passed over, the others resume. The folder gets claims.md and figures.
+Every run is a process of its own, with a .log beside its folder. After Ctrl-C, SIGTERM or a failure run the same
+command again: runs that are done are skipped, the others resume. The folder gets claims.md and figures.
 """
 
 import argparse
@@ -23,20 +23,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Parser, UserError
+from data import Parser, UserError, at_least
 from evaluate import evaluate_run, markdown, new_figure
 from train import parse_flags, train
 
 # ---- the rows, the measures, the claims ------------------------------------------------------------------------------
 
-# All rows train on the same scenes, with the same seeds, and see equally many images, those of TIMES apart.
-COMMON, IMAGES = "--size tiny --kinds 12 --precision fp32", 22_000
+# All rows train on the same scenes, with the same seeds, and see equally many images, except those of TIMES.
+COMMON, IMAGES = "--size tiny --kinds 12", 30_000
 if torch.cuda.is_available():
     COMMON, IMAGES = "--size tiny --kinds 24", 200_000
 TIMES = {"raw, for as long as DreamLIP": 1.5}
 
-# DreamLIP's paper draws many sub-captions, no whole caption, and weights the grouping loss with 1; our small sizes do
-# otherwise.
+# As in DreamLIP's paper: many sub-captions, no whole caption, weight 1 for the grouping loss. Our small sizes differ.
 SUBS = "--method dreamlip --sub-captions 3 --whole-caption 0"
 GROUPS = SUBS + " --grouping-weight 1 --negatives"
 # Holistic CLIP forks a quarter of the blocks: here the last one of two.
@@ -64,7 +63,7 @@ ROWS = {  # a row is flags of train.py
     "our dreamlip, 5 MLPs": "--method dreamlip " + MLPS,
     "our dreamlip, 5 MLPs, by text": "--method dreamlip --matching text " + MLPS,
 }
-MEASURES = {  # a name for the tables: the metrics that it is the mean of
+MEASURES = {  # name in the tables: the metrics whose mean it is
     "short R@1": ("short T2I R@1", "short I2T R@1"),
     "long R@1": ("long T2I R@1", "long I2T R@1"),
     "by sentence R@1": ("long by sentence T2I R@1", "long by sentence I2T R@1"),
@@ -82,7 +81,7 @@ MEASURES = {  # a name for the tables: the metrics that it is the mean of
 
 @dataclass(frozen=True)
 class Claim:
-    """That the row `better` is above the row `than` in a measure."""
+    """The row `better` is above the row `than` in a measure."""
 
     paper: str
     what: str
@@ -96,16 +95,18 @@ CLAIMS = [
     Claim("DreamLIP", "its sentences one by one help more", "raw, sub-captions", "raw, whole long", "short R@1"),
     Claim("DreamLIP", "the short caption among them helps, too", "raw, sub-captions, short", "raw, sub-captions",
           "short R@1"),
-    Claim("DreamLIP", "grouping the patches helps, too", "+ grouping (DreamLIP)", "raw, sub-captions, short", "short R@1"),
-    Claim("DreamLIP", "grouping by sub-caption beats that by token", "+ grouping (DreamLIP)", "+ token grouping (SPARC)",
+    Claim("DreamLIP", "grouping the patches helps, too", "+ grouping (DreamLIP)", "raw, sub-captions, short",
           "short R@1"),
+    Claim("DreamLIP", "grouping by sub-caption beats that by token", "+ grouping (DreamLIP)",
+          "+ token grouping (SPARC)", "short R@1"),
     Claim("DreamLIP", "it beats CLIP in the same time", "+ grouping (DreamLIP)", "raw, for as long as DreamLIP",
           "short R@1"),
     Claim("DreamLIP", "also in classes", "+ grouping (DreamLIP)", "raw, for as long as DreamLIP", "zero-shot"),
     Claim("Localisation", "the paper's grouping points better than none", "+ grouping (DreamLIP)",
           "raw, sub-captions, short", "pointing"),
     Claim("Localisation", "so does slot negatives'", "+ slot negatives", "raw, sub-captions, short", "pointing"),
-    Claim("Localisation", "within boxes it points better", "+ slot negatives, in boxes", "+ slot negatives", "pointing"),
+    Claim("Localisation", "within boxes it points better", "+ slot negatives, in boxes", "+ slot negatives",
+          "pointing"),
     Claim("Localisation", "negatives by the same text point better", "+ regrouped negatives", "+ slot negatives",
           "pointing"),
     Claim("LoTLIP", "short texts suffer from long ones alone", "raw (CLIP)", "long alone", "short R@1"),
@@ -120,7 +121,8 @@ CLAIMS = [
     Claim("Holistic CLIP", "most of all where each is asked for its own texts", "M2M, 5 class tokens", "O2M",
           "perspectives R@1"),
     Claim("Holistic CLIP", "parallel MLPs are better still", "M2M, 5 MLPs", "O2M", "short R@1"),
-    Claim("Holistic CLIP", "most of all where each is asked for its own texts", "M2M, 5 MLPs", "O2M", "perspectives R@1"),
+    Claim("Holistic CLIP", "most of all where each is asked for its own texts", "M2M, 5 MLPs", "O2M",
+          "perspectives R@1"),
     Claim("Together", "corners add to our dreamlip row", "our dreamlip, 2 corners", "our dreamlip row", "long R@1"),
     Claim("Together", "branches add to it", "our dreamlip, 5 MLPs", "our dreamlip row", "short R@1"),
     Claim("Together", "matched by the text they add more", "our dreamlip, 5 MLPs, by text", "our dreamlip, 5 MLPs",
@@ -132,7 +134,7 @@ CLAIMS = [
 
 @dataclass
 class Run:
-    """A row with a seed. Its process writes into the folder; what it prints goes into FOLDER.log."""
+    """A row with a seed. Its process writes into the folder and prints into FOLDER.log."""
 
     row: str
     folder: str
@@ -150,7 +152,7 @@ class Run:
                                             start_new_session=True)
 
     def result(self) -> dict | None:
-        """The content of the run's evaluation.json, with the minutes of its training; None if the run is not done.
+        """The content of the run's evaluation.json and the minutes of its training; None if the run is not done.
 
         Raises UserError if it was trained with other flags.
         """
@@ -179,7 +181,7 @@ def list_runs(folder: Path, rows: list[str], seeds: int, images: int) -> dict[st
 
 
 def train_row(row: str, flags: list[str]):
-    """What the process of a run does: it trains, or goes on with the training, and evaluates."""
+    """The process of a run: trains, or resumes the training, and evaluates."""
     def stop_with_parent():
         os.read(0, 1)  # returns when the parent closes the pipe, or has died
         os.kill(os.getpid(), signal.SIGTERM)  # a run in training saves a checkpoint then
@@ -208,11 +210,11 @@ def train_runs(runs: list[Run], jobs: int):
                     words = Path(run.folder + ".log").read_text(errors="replace").splitlines()[-1:]
                     raise UserError(f"{run.folder} ended with code {run.process.returncode} (-9: perhaps for want of "
                                     f"memory, --jobs 1 needs less) and the words {words} in its .log. What is done is "
-                                    "kept, and the same command goes on")
+                                    "kept: run the same command again")
                 running.remove(run)
                 left = len(waiting) + len(running)
                 print(f"{time.strftime('%H:%M')} {run.folder} is done: {left} runs are left", flush=True)
-    finally:  # however it ends, no process is left
+    finally:  # no process is left, however it ends
         for run in running:
             run.process.stdin.close()
         for run in running:
@@ -223,10 +225,10 @@ def train_runs(runs: list[Run], jobs: int):
 
 
 def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int):
-    """Trains what is not trained yet of the rows and writes claims.md and figures into the folder."""
+    """Trains the rows, as far as they are not trained yet, and writes claims.md and figures into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = list_runs(folder, rows, seeds, images)
-    by_seed = sum(zip(*runs.values()), ())  # so that what is done when it is interrupted, are whole seeds
+    by_seed = sum(zip(*runs.values()), ())  # so that an interrupted run has whole seeds
     train_runs(list(by_seed), jobs)
     results, values, minutes = {}, {}, 0.0
     for row, of_row in runs.items():
@@ -256,7 +258,7 @@ def values_of(runs: list[dict], what: str) -> dict[str, np.ndarray]:
 
 def deviation(values) -> float:
     """The standard deviation over seeds, 0 of a single one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
 def interval(differences: np.ndarray) -> float:
@@ -329,17 +331,15 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", default="runs/claims", help="of the runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="other defaults: a small effort in runs/claims-quick")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", default=list(ROWS),
-                        help="rows to train, and to compare where claims are about them; all if left away")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each row")
-    parser.add_argument("--jobs", type=int, default=3 * torch.cuda.device_count() or os.cpu_count(),
+                        help="rows to train, and to compare where claims are about them; default: all")
+    parser.add_argument("--seeds", type=at_least(1), default=5, help="runs of each row")
+    parser.add_argument("--jobs", type=at_least(1), default=3 * torch.cuda.device_count() or os.cpu_count(),
                         help="runs at once; one a core, or three a GPU")
-    parser.add_argument("--train-images", type=int, default=IMAGES, help="images that each run sees")
+    parser.add_argument("--train-images", type=at_least(1), default=IMAGES, help="images that each run sees")
     options = parser.parse_args(argv)
     if options.quick:
         parser.set_defaults(folder="runs/claims-quick", seeds=1, train_images=8_000)
         options = parser.parse_args(argv)
-    if min(options.seeds, options.jobs, options.train_images) < 1:
-        raise UserError("--seeds, --jobs and --train-images must be at least 1")
     run_claims(Path(options.folder), options.rows, options.seeds, options.jobs, options.train_images)
 
 
@@ -364,5 +364,5 @@ if __name__ == "__main__":
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped: what is done is kept, and the same command goes on")
+        print("stopped: what is done is kept; to resume, run the same command")
         sys.exit(130)

@@ -104,14 +104,8 @@ def test_a_verdict_is_of_the_whole_interval():
 
 def test_a_row_that_fails_ends_in_a_sentence_with_the_last_words_of_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "COMMON", NANO + " --accumulate 5")
-    with pytest.raises(UserError, match="raw-CLIP-0 ended with code 1 .*--batch 16.*the same command goes on"):
+    with pytest.raises(UserError, match="raw-CLIP-0 ended with code 1 .*--batch 16.*run the same command again"):
         claims.main([str(tmp_path), "--rows", "raw (CLIP)", "--seeds", "1"])
-
-
-@pytest.mark.parametrize("flag, value", [("--seeds", "0"), ("--jobs", "-1"), ("--rows", "no such row")])
-def test_what_makes_no_sense_is_refused(flag, value, tmp_path):
-    with pytest.raises(UserError, match=flag):
-        claims.main([str(tmp_path), flag, value])
 
 
 def test_runs_are_dealt_over_the_gpus_that_are_visible(tmp_path, monkeypatch):
@@ -155,4 +149,4 @@ def test_a_signal_ends_the_command_saves_the_runs_and_leaves_no_process(signals,
     assert list(tmp_path.glob("raw-CLIP-0/checkpoint*"))
     if signals != [signal.SIGKILL]:
         assert process.returncode == 130
-        assert printed.splitlines() == ["stopped: what is done is kept, and the same command goes on"]
+        assert printed.splitlines() == ["stopped: what is done is kept; to resume, run the same command"]

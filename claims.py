@@ -312,7 +312,7 @@ def draw_claims(values: dict, path: Path):
     if not judged:
         return
     colours = {"holds": "#009e73", "does not hold": "#d55e00", "not told apart": "#999999"}  # Okabe and Ito's
-    figure = new_figure(10, 1.5 + 0.3 * len(judged))
+    figure = new_figure(15, 1.5 + 0.3 * len(judged))
     axis = figure.subplots()
     axis.axvline(0, color="black", lw=0.8)
     for claim, (mean, half, verdict) in judged.items():

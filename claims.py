@@ -104,6 +104,8 @@ CLAIMS = [
     Claim("DreamLIP", "also in classes", "+ grouping (DreamLIP)", "raw, for as long as DreamLIP", "zero-shot"),
     Claim("Localisation", "the paper's grouping points better than none", "+ grouping (DreamLIP)",
           "raw, sub-captions, short", "pointing"),
+    Claim("Localisation", "it segments better, as measured there", "+ grouping (DreamLIP)", "raw, sub-captions, short",
+          "mIoU"),
     Claim("Localisation", "so does slot negatives'", "+ slot negatives", "raw, sub-captions, short", "pointing"),
     Claim("Localisation", "within boxes it points better", "+ slot negatives, in boxes", "+ slot negatives",
           "pointing"),

@@ -428,7 +428,7 @@ def crop_box(picture, least: float | None):
 
 
 def change_colours(image: torch.Tensor) -> torch.Tensor:
-    """The rest of DreamLIP's strong recipe (its transform.py): jitter, grey and blur. Its flips and RandAugment are
+    """The rest of the strong recipe in DreamLIP's transform.py: jitter, grey and blur. Its flips and RandAugment are
     missing: they move things away from their boxes, and from words like "left". uint8 [3,S,S] -> the same."""
     from torchvision.transforms import v2
     change = v2.Compose([

@@ -555,6 +555,7 @@ LAYOUTS = {
     "share4v-10k": partial(json_rows, field="conversations", first=10_000),
     "jsonl": json_rows,
 }
+LOTLIPS = ("dci", "iiw", "share4v-1k", "share4v-10k")  # (of Urban1k Long-CLIP's protocol is the usual one)
 
 
 @functools.cache
@@ -580,7 +581,8 @@ def cut_caption(text):
 
 
 def retrieval_set(name, model, path):
-    """Retrieval on a published data set; LoTLIP's text tower gets long captions cut as LoTLIP cuts them."""
+    """Retrieval on a published data set. Long captions are cut where LoTLIP's benchmarks cut them: for every model in
+    LOTLIPS, for LoTLIP's text tower in all."""
     root = path.parent if path.is_file() else path
     numbers = {}  # of the pictures
     captions = []  # of all pictures
@@ -594,7 +596,8 @@ def retrieval_set(name, model, path):
             raise LookupError("pictures without captions" if numbers else "no pictures")
     except (LookupError, TypeError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
-    if model.config.text_style == "bert" and name not in ("coco", "flickr30k", "jsonl"):
+    bert = model.config.text_style == "bert"
+    if name in LOTLIPS or bert and name not in ("coco", "flickr30k", "jsonl"):
         captions = [cut_caption(text) for text in captions]
     images, _ = model.images(list(numbers), lambda file: (model.prepare(file), None))
     return retrieval(images, model.texts(captions), torch.arange(len(numbers)), torch.tensor(owners))

@@ -5,7 +5,7 @@ patches, H branches, M texts for the branches, D embedding width. `logit_scale` 
 learned parameter.
 
 Under torchrun every rank calls them with its own images and texts. They gather the embeddings of the other ranks, so
-the mean over ranks is the loss of the global batch, with its gradients.
+the mean over ranks is the loss of the global batch, with its gradients (diversity_loss apart: each rank has its own).
 """
 
 import math
@@ -54,11 +54,14 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
     return contrastive_loss(image, texts.transpose(0, 1), logit_scale)
 
 
-def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, matching: str = "image") -> Tensor:
+def multi_to_multi_loss(
+    branches: Tensor, texts: Tensor, logit_scale: Tensor, matching: str = "image", views: int | None = None
+) -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m. Texts beyond the branches, or all of them if
-    there are more branches than texts, go to the branch of their image that is most similar to them ("free matching").
+    branches [B,H,D], texts [B,M,D] -> scalar. The first `views` texts (None: all) are of H or more fixed perspectives,
+    and text m of the first H belongs to branch m. The other texts, or all of them if there are fewer perspectives than
+    branches, go to the branch of their image that is most similar to them ("free matching").
     matching: which branch represents the other images in such a text's softmax. "image": each image's own choice, made
     for its own text; "text": the choice of the text's own image, for all images (the released code).
     """
@@ -66,7 +69,8 @@ def multi_to_multi_loss(branches: Tensor, texts: Tensor, logit_scale: Tensor, ma
     M = texts.shape[1]
     if H == 1:
         return multi_positive_loss(branches[:, 0], texts, logit_scale)
-    fixed = H if M >= H else 0
+    views = M if views is None else views
+    fixed = H if views >= H else 0
     free = texts[:, fixed:]
     similarity = torch.einsum("bmd,bhd->bmh", free, branches)
     match = similarity.argmax(-1)  # [B, M - fixed]
@@ -114,8 +118,8 @@ def diversity_loss(branches: Tensor) -> Tensor:
 
 
 def group_patches(patches: Tensor, texts: Tensor, threshold: float | None = None, allowed: Tensor | None = None):
-    """Groups the patches of an image by their similarity to each of its texts (SPARC 2401.09865, section 3.2; DreamLIP,
-    section 3.3).
+    """Groups the patches of an image by their similarity to each of its texts (SPARC 2401.09865, equations 2 to 5;
+    DreamLIP, section 3.3).
 
     patches [B,P,D], texts [B,K,D] -> (grouped [B,K,D] unit-norm, weights [B,K,P] summing to 1). w_p = <t_k, patch_p>,
     min-max normalised over p, set to 0 below the threshold (None: 1/P), divided by the sum. `allowed` [B,K or 1,P]
@@ -170,7 +174,7 @@ def token_grouping_loss(
     threshold: float | None = None,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """SPARC's fine-grained loss (2401.09865, equation 5): every token of a caption groups the patches, and is
+    """SPARC's fine-grained loss (2401.09865, equation 6): every token of a caption groups the patches, and is
     contrasted with its group among the tokens of the same caption.
 
     patches [N,P,D], tokens [N,L,D], is_word [N,L] (bool, False: start token, end token, padding) -> scalar, the mean
@@ -233,8 +237,10 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
     texts = out["summaries"][:, :, 0]  # [B, T, D]: every text by its own summary token (end-of-text or [CLS]) ...
     corners = out["summaries"][:, slots.count("raw"):, 1:]
     corners = corners.flatten(1, 2)  # ... and those behind the raw slot by their corners, too
-    positives = torch.cat([texts, corners], 1)
-    contrastive = multi_to_multi_loss(branches, positives, scale, s.matching)
+    M = slots.count("perspective")  # the last slots
+    others, perspectives = texts.split([len(slots) - M, M], 1)
+    positives = torch.cat([perspectives, others, corners], 1)
+    contrastive = multi_to_multi_loss(branches, positives, scale, s.matching, M)
     loss = s.contrastive_weight * contrastive
     terms = {"contrastive": contrastive.detach()}
     if s.branch_diversity:

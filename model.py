@@ -59,7 +59,7 @@ class CLIPConfig:
     text_style: str = "clip"  # or "bert", LoTLIP's: LayerNorm after each sum and on the input, a pooling layer
     text_attention: str = "causal"  # CLIP's, or "bidirectional" with the first token as [CLS] (LoTLIP's)
     corner_tokens: int = 0  # C (LoTLIP)
-    corner_mask: bool = True  # False: summary tokens see one another (LoTLIP's ablation)
+    corner_mask: bool = True  # False: summary tokens see one another, causal ones the earlier (LoTLIP's ablation)
 
 
 def quick_gelu(x):
@@ -430,7 +430,8 @@ class CLIP(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """CLIP's: N(0, σ²), σ falling with width, and with depth where a layer writes into the residual stream."""
+        """CLIP's of its text blocks, for both towers: N(0, σ²), σ falling with width, and with depth where a layer writes
+        into the residual stream; biases 0."""
         def draw(layer, std):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)

@@ -62,7 +62,7 @@ class Settings(CLIPConfig):
     shuffle_buffer: int = 10_000  # samples of shards are shuffled within windows of so many
     kinds: int = 24  # kinds of object in the scenes
     tokenizer: str = "auto"  # auto, clip, scenes, or a vocabulary file
-    augment: str = "crop"  # of pictures: a random "crop" (the papers), or "strong", DreamLIP's other recipe
+    augment: str = "crop"  # of pictures: a random "crop" (the papers), or "strong", in DreamLIP's code
     crop: float = 0.9  # least share of a picture that the crop keeps; strong: 0.2
     # the weights to start from, which fix the model's sizes; default: random ones
     init: str = ""  # both towers: a run's folder, or a released file as evaluate.py reads it
@@ -139,12 +139,13 @@ BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             images=90_000_000, batch=1024, lr=5e-4, warmup=0.023, weight_decay=0.5, decay_embeddings=True,
             clip_grad=0.0, kinds=83)
 
-# Where a paper gives other settings for these sizes: DreamLIP's K = 8, the raw caption counted; Holistic CLIP's 100
-# epochs of CC3M; SPARC's batch and its 2,500 steps of warm-up. A setting that a paper does not give is DreamLIP's.
+# Where a paper or its code gives other settings for these sizes: DreamLIP's K = 8, the raw caption counted; Holistic
+# CLIP's training script, 100 epochs of CC3M; SPARC's appendix D.4, 200,000 steps with 2,500 of warm-up. What they do not
+# give is DreamLIP's.
 RECIPES = {
     "dreamlip": dict(sub_captions=7),
-    "holistic": dict(images=290_000_000, batch=2048, warmup=0.014),
-    "sparc": dict(images=3_200_000_000, batch=16_384, warmup=0.013, weight_decay=0.2),
+    "holistic": dict(images=290_000_000, batch=2048, warmup=0.014, weight_decay=0.2, eps=1e-6),
+    "sparc": dict(images=3_200_000_000, batch=16_384, warmup=0.013, lr=9e-4, weight_decay=0.2),
 }
 
 # Each size's row: both towers, and a recipe that fits them. The last three are CLIP's ViT-B/32, B/16 and L/14.
@@ -921,8 +922,8 @@ def measure(state: State, loss, terms: dict, norm, s: Settings) -> dict:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """The mean of the method's loss over the held-out images, the same every time; the weights with the least one are
-    kept as best.pt."""
+    """The mean of the method's loss over as many held-out images as fill whole batches, the same every time; the weights
+    with the least one are kept as best.pt."""
     rank, world = rank_and_world()
     n = min(len(run.held_out), run.s.eval_images)
     s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))

@@ -8,8 +8,6 @@ Every run is a process of its own, with a .log beside its folder. After Ctrl-C, 
 command again: runs that are done are skipped, the others resume. The folder gets claims.md and figures.
 """
 
-import argparse
-import json
 import os
 import re
 import signal
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Parser, UserError, at_least
+from data import Parser, UserError, at_least, read_json
 from evaluate import evaluate_run, markdown, new_figure
 from train import parse_flags, train
 
@@ -160,14 +158,13 @@ class Run:
         """
         folder = Path(self.folder)
         try:
-            result = json.loads((folder / "evaluation.json").read_text())
-        except (OSError, ValueError):  # not there yet, or cut short by a kill
+            result = read_json(folder / "evaluation.json")
+        except UserError:  # not there yet, or cut short by a kill
             return None
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = read_json(folder / "settings.json")
         if settings != settings | parse_flags(self.flags):
             raise UserError(f"{folder} was trained with other flags than {' '.join(self.flags)}: choose another folder")
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        speed = np.median([json.loads(line)["images_per_s"] for line in lines])
+        speed = np.median([line["images_per_s"] for line in read_json(folder / "metrics.jsonl")])
         result["metrics"]["minutes of training"] = {"value": settings["images"] / speed / 60, "chance": 0.0}
         return result
 
@@ -182,7 +179,7 @@ def list_runs(folder: Path, rows: list[str], seeds: int, images: int) -> dict[st
     return runs
 
 
-def train_row(row: str, flags: list[str]):
+def train_row(flags: list[str]):
     """The process of a run: trains, or resumes the training, and evaluates."""
     def stop_with_parent():
         os.read(0, 1)  # returns when the parent closes the pipe, or has died
@@ -232,16 +229,21 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     runs = list_runs(folder, rows, seeds, images)
     by_seed = sum(zip(*runs.values()), ())  # so that an interrupted run has whole seeds
     train_runs(list(by_seed), jobs)
-    results, values, minutes = {}, {}, 0.0
+    values = {}
     for row, of_row in runs.items():
-        results[row] = [run.result() for run in of_row]
-        values[row] = values_of(results[row], "value")
-        minutes += values[row]["minutes"].sum()
-    values["chance"] = values_of(results[rows[0]][:1], "chance")
-    text = claims_text(values, seeds, minutes)
+        results = [run.result() for run in of_row]
+        values[row] = values_of(results, "value")
+    minutes = sum(of_row["minutes"].sum() for of_row in values.values())
+    values["chance"] = values_of(results[:1], "chance")
+    judged = {}  # the claims whose rows are both there
+    for claim in CLAIMS:
+        if {claim.better, claim.than} <= values.keys():
+            judged[claim] = judge(claim, values)
+    text = claims_text(values, judged, seeds, minutes)
     (folder / "claims.md").write_text(text)
     print(text)
-    draw_claims(values, folder / "claims.png")
+    if judged:
+        draw_claims(judged, folder / "claims.png")
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -271,10 +273,8 @@ def interval(differences: np.ndarray) -> float:
     return STUDENT[min(n, 10) - 2] * deviation(differences) / n ** 0.5
 
 
-def judge(claim: Claim, values: dict) -> tuple[float, float, str] | None:
-    """The claim's difference, paired by seed, half of its interval, and the verdict; None where a row is not there."""
-    if claim.better not in values or claim.than not in values:
-        return None
+def judge(claim: Claim, values: dict) -> tuple[float, float, str]:
+    """The claim's difference, paired by seed, half of its interval, and the verdict."""
     differences = values[claim.better][claim.measure] - values[claim.than][claim.measure]
     mean = differences.mean()
     half = interval(differences)
@@ -286,7 +286,7 @@ def judge(claim: Claim, values: dict) -> tuple[float, float, str] | None:
     return mean, half, verdict
 
 
-def claims_text(values: dict, seeds: int, minutes: float) -> str:
+def claims_text(values: dict, judged: dict, seeds: int, minutes: float) -> str:
     """Markdown: every row's measures, and every claim with its verdict."""
     lines = [["%, mean ± sd over seeds", *MEASURES]]
     for row, of_row in values.items():
@@ -294,25 +294,18 @@ def claims_text(values: dict, seeds: int, minutes: float) -> str:
         lines.append([row, *cells])
     text = f"{len(values) - 1} rows × {seeds} seeds, {minutes:.0f} minutes of training in all.\n\n{markdown(lines)}\n\n"
     lines = [["paper", "claim", "judged by", "difference", "± 95%", "verdict", "time"]]
-    for claim in CLAIMS:
-        judged = judge(claim, values)
-        if judged:
-            mean, half, verdict = judged
-            time = values[claim.better]["minutes"].mean() / values[claim.than]["minutes"].mean()
-            rows = f"{claim.what}: *{claim.better}* over *{claim.than}*"
-            found = [f"{mean:+.1f}", f"{half:.1f}", f"**{verdict}**", f"{time:.2f} ×"]
-            lines.append([claim.paper, rows, claim.measure, *found])
+    for claim, (mean, half, verdict) in judged.items():
+        time = values[claim.better]["minutes"].mean() / values[claim.than]["minutes"].mean()
+        rows = f"{claim.what}: *{claim.better}* over *{claim.than}*"
+        found = [f"{mean:+.1f}", f"{half:.1f}", f"**{verdict}**", f"{time:.2f} ×"]
+        lines.append([claim.paper, rows, claim.measure, *found])
     return text + markdown(lines) + "\n"
 
 
 # ---- the figures -----------------------------------------------------------------------------------------------------
 
-def draw_claims(values: dict, path: Path):
-    """Every claim's difference and its confidence interval, in its verdict's colour. Draws nothing without claims."""
-    judged = {claim: judge(claim, values) for claim in CLAIMS}
-    judged = {claim: found for claim, found in judged.items() if found}
-    if not judged:
-        return
+def draw_claims(judged: dict, path: Path):
+    """Every claim's difference and its confidence interval, in its verdict's colour."""
     colours = {"holds": "#009e73", "does not hold": "#d55e00", "not told apart": "#999999"}  # Okabe and Ito's
     figure = new_figure(15, 1.5 + 0.3 * len(judged))
     axis = figure.subplots()
@@ -329,7 +322,7 @@ def draw_claims(values: dict, path: Path):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", nargs="?", default="runs/claims", help="of the runs, tables and figures")
     parser.add_argument("--quick", action="store_true", help="other defaults: a small effort in runs/claims-quick")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", default=list(ROWS),
@@ -358,7 +351,7 @@ def interrupt(number: int, _):
 if __name__ == "__main__":
     try:
         if sys.argv[1:2] == ["--run"]:
-            train_row(sys.argv[2], sys.argv[3:])
+            train_row(sys.argv[3:])  # behind the row's name, which is for who looks at the processes
         else:
             signal.signal(signal.SIGINT, interrupt)
             signal.signal(signal.SIGTERM, interrupt)

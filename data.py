@@ -33,17 +33,18 @@ import re
 import signal
 import sys
 import tarfile
-import urllib.parse
+import warnings
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex  # tiktoken's own dependency: CLIP's word pattern needs \p{L}, which re lacks
@@ -53,28 +54,25 @@ from PIL import Image, ImageOps
 from tiktoken.load import load_tiktoken_bpe
 from tqdm import tqdm
 
-from scenes import PERSPECTIVES, Scenes
-
-
-class UserError(Exception):
-    """A mistake that the user can correct: one sentence that names it and the remedy. Scripts print it and exit 1."""
+from scenes import PERSPECTIVES, Scenes, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors: one line, without the list of all flags."""
+    """argparse that keeps the lines of a description, and whose errors are UserErrors, without the list of all flags."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists what there is)")
 
 
+@dataclass
 class BadSample(Exception):
-    """A sample to skip and count. `reason`, one of a few short strings, is what they are counted by; `detail` says
-    which sample and why."""
+    """A sample to skip and count."""
 
-    def __init__(self, reason, detail=""):
-        super().__init__(reason, detail)  # unpickling calls __init__ with these
-        self.reason = reason
-        self.detail = detail
+    reason: str  # one of a few short ones, by which bad samples are counted
+    detail: str = ""  # which sample, and why
 
     def __str__(self):
         return f"{self.reason}: {self.detail}"
@@ -89,7 +87,7 @@ def check_target(path):
     """Raises UserError if the path cannot be written: called before the work, not after it."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not os.access(folder, os.W_OK):
         raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
 
 
@@ -106,6 +104,18 @@ def read_json(path: Path):
 
 def write_json(path: Path, content):
     path.write_text(json.dumps(content, indent=1))
+
+
+def run_script(main):
+    """Runs a script's main function, whose result is the exit status; an error that the user can mend is one line."""
+    try:
+        status = main()
+    except (UserError, OSError) as error:
+        status = f"error: {error}"
+    except KeyboardInterrupt:
+        status = 130
+    if status:
+        sys.exit(status)
 
 
 def at_least(least: int):
@@ -147,17 +157,12 @@ class Tokenizer:
 
     def __init__(self, name, ranks, fix_text=None):
         self.name = name
-        self.ranks = ranks
         self.fix_text = fix_text
         self.sot = len(ranks)
         self.eot = self.sot + 1
         self.vocab_size = self.eot + 1
         self.encoding = tiktoken.Encoding(
             name, pat_str="[^ ]+ ", mergeable_ranks=ranks, special_tokens={SOT: self.sot, EOT: self.eot})
-        self.encode = functools.lru_cache(maxsize=1 << 15)(self.encode)
-
-    def __reduce__(self):  # a DataLoader worker gets the ranks and builds its own encoding and cache
-        return Tokenizer, (self.name, self.ranks, self.fix_text)
 
     def encode(self, text):
         """Ids of a text, without start and end."""
@@ -168,11 +173,16 @@ class Tokenizer:
     def __call__(self, texts, context_length):
         """One text or a list of N -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
         texts = [texts] if isinstance(texts, str) else texts
-        tokens = np.zeros((len(texts), context_length), dtype=np.int64)
-        for row, text in zip(tokens, texts):
-            ids = [self.sot, *self.encode(text)][:context_length - 1] + [self.eot]
-            row[:len(ids)] = ids
-        return torch.from_numpy(tokens)
+        return padded([[self.sot, *self.encode(text)] for text in texts], self.eot, context_length)
+
+
+def padded(rows, end, length):
+    """N lists of ids -> LongTensor [N, length]: of each row what fits, then the id `end`, then zeros."""
+    tokens = np.zeros((len(rows), length), dtype=np.int64)
+    for row, ids in zip(tokens, rows):
+        ids = ids[:length - 1] + [end]
+        row[:len(ids)] = ids
+    return torch.from_numpy(tokens)
 
 
 def load_tokenizer(name_or_path="auto"):
@@ -185,17 +195,20 @@ def load_tokenizer(name_or_path="auto"):
         except UserError as error:
             say_once(f"TOKENIZER: scenes instead of clip, so real captions take more tokens, because {error}")
             name = "scenes"
-    if name == "scenes":
-        name = str(SCENES_VOCABULARY)
-    if name == "clip":
-        return Tokenizer(name, read_clip_ranks(find_clip_vocabulary()), find_ftfy())
     if name.endswith("vocab.txt"):
         return WordPieces(name)
-    stem, _, suffix = Path(name).name.partition(".")
-    if suffix == "txt.gz":
-        return Tokenizer(stem, read_clip_ranks(name), find_ftfy())
-    if suffix == "tiktoken":
-        return Tokenizer(stem, read_tiktoken(name))
+    path = name
+    if name == "clip":
+        path = str(find_clip_vocabulary())
+    if name == "scenes":
+        path = str(SCENES_VOCABULARY)
+    try:
+        if path.endswith(".txt.gz"):
+            return Tokenizer(name, read_clip_ranks(path), find_ftfy())
+        if path.endswith(".tiktoken"):
+            return Tokenizer(name, load_tiktoken_bpe(path))
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is not a vocabulary ({error}): check --tokenizer") from None
     raise UserError(f"no tokenizer {name!r}: take auto, clip, scenes, or the path of a .tiktoken or .txt.gz file")
 
 
@@ -216,12 +229,8 @@ class WordPieces:
         self.vocab_size = self.pieces.get_vocab_size() + 1
 
     def __call__(self, texts, context_length):
-        tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
-            *ids, _ = self.pieces.encode(text.replace(". ", "[SEP]")).ids
-            ids = [*ids[:context_length - 1], self.vocab_size - 1]
-            row[:len(ids)] = torch.tensor(ids)
-        return tokens
+        rows = [self.pieces.encode(text.replace(". ", "[SEP]")).ids[:-1] for text in texts]
+        return padded(rows, self.vocab_size - 1, context_length)
 
 
 def find_ftfy():
@@ -248,20 +257,15 @@ def printable_bytes() -> dict[str, int]:
     """GPT-2's table {printable character: the byte that it stands for}, in the order of the first ids."""
     printable = [byte for byte in range(33, 256) if chr(byte).isprintable()]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    for i, byte in enumerate(others):
-        byte_of[chr(256 + i)] = byte
-    return byte_of
+    characters = map(chr, [*printable, *range(256, 256 + len(others))])
+    return dict(zip(characters, printable + others))
 
 
 def read_vocabulary(path) -> tuple[list[str], list[str]]:
     """CLIP's merges, each two symbols with a space between, and its symbols in the order of the ids: 256 bytes, the
     same 256 at the end of a word, and one for each merge. Raises UserError."""
-    try:
-        lines = gzip.decompress(Path(path).read_bytes()).decode().split("\n")
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is not a CLIP vocabulary ({error}): check --tokenizer") from None
-    merges = list(filter(None, lines[1:1 + CLIP_MERGES]))
+    lines = gzip.decompress(Path(path).read_bytes()).decode().splitlines()
+    merges = lines[1:1 + CLIP_MERGES]
     symbols = list(printable_bytes())
     symbols += [symbol + "</w>" for symbol in symbols]
     symbols += [merge.replace(" ", "") for merge in merges]
@@ -274,14 +278,12 @@ def read_clip_ranks(path):
     The file writes bytes as printable characters. Bytes at the end of a word rank before every merge, so tiktoken first
     joins a word's last byte and its space, which is how CLIP's merging starts.
     """
-    byte_of = printable_bytes()
+    byte_of = printable_bytes() | {" ": 32}  # a space takes the place of CLIP's mark
     _, symbols = read_vocabulary(path)
     ranks = {}
     for rank, symbol in enumerate(symbols):
-        token = bytes(byte_of[character] for character in symbol.removesuffix("</w>"))
-        if symbol.endswith("</w>"):
-            token += b" "
-        ranks[token] = rank
+        characters = symbol.replace("</w>", " ")
+        ranks[bytes(byte_of[character] for character in characters)] = rank
     return ranks
 
 
@@ -294,14 +296,6 @@ def write_clip_tokenizer(folder: Path, context: int):
     write_json(folder / "vocab.json", vocabulary)
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     write_json(folder / "tokenizer_config.json", config)
-
-
-def read_tiktoken(path):
-    """A .tiktoken file (a line: base64 token, space, rank) -> {token: rank}. Raises UserError."""
-    try:
-        return load_tiktoken_bpe(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a .tiktoken file ({error}): check --tokenizer") from None
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
@@ -363,32 +357,29 @@ def is_abbreviation(name, following):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # none for which Pillow starts another program, such as EPS
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own
+Image.MAX_IMAGE_PIXELS = 32_000_000  # Pillow refuses twice as many: a small file could fill the memory
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # and would warn from 32 million on
 
 
-def load_image(source, size=None, max_pixels=64_000_000, name=None):
+def load_image(source, size=None, name=None):
     """A path, bytes or a binary file -> PIL image: RGB, turned upright by its EXIF tag, transparent parts on white.
 
     `size`: the shorter side that is needed; a JPEG is decoded at 1/2, 1/4 or 1/8, much faster, if that is large enough.
-    Raises BadSample with the reason "image missing", "image too large" (over max_pixels: a small file can fill the
-    memory) or "image will not decode", and `name` (else the path) in its detail.
+    Raises BadSample with the reason "image missing", "image too large" or "image will not decode", and `name` (else the
+    path) in its detail.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     name = name or source
     try:
         with Image.open(source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadSample("image too large", f"{name}, {width} x {height}")
             if size:
                 image.draft(None, (size, size))  # does nothing to other formats
             image.load()
             return to_rgb(upright(image))
-    except BadSample:
-        raise
     except Exception as error:  # decoders raise nearly anything on broken files: OSError, SyntaxError, struct.error ...
-        reason = "image missing" if isinstance(error, FileNotFoundError) else "image will not decode"
+        known = {FileNotFoundError: "image missing", Image.DecompressionBombError: "image too large"}
+        reason = known.get(type(error), "image will not decode")
         detail = re.sub(r" <_io.*", "", str(error))  # an address in memory, different in every process
         raise BadSample(reason, f"{name}, {detail}") from None
 
@@ -459,26 +450,28 @@ FIELDS = {
 DENSE = ("dense", "denseSV_captions", "denseIB_captions", "denseLLA_captions")  # "long", too, with --region-grouping
 
 
+class Sentence(NamedTuple):
+    """A sentence of a long caption."""
+
+    text: str
+    box: tuple | None = None  # of what it describes: (left, top, right, bottom) as shares of the image; None: not known
+    model: str = ""  # that wrote the caption
+
+
 @dataclass
 class Captions:
     """The texts of one image. No kind is ever missing: what the data lacks is filled in from what it has."""
 
     raw: str  # the caption found with the image
     short: list[str]  # one-sentence captions, one of each captioning model
-    long: list[str]  # the sentences of the long captions
+    long: list[Sentence]  # of the long captions
     perspectives: list[str]  # Holistic CLIP's M texts, the raw caption first
-    boxes: Sequence[tuple | None] = ()  # of each sentence of `long`; None (the default): not known
-    models: Sequence[str] = ()  # the captioning model of each sentence of `long`; by default a single one
-
-    def __post_init__(self):
-        self.boxes = self.boxes or [None] * len(self.long)
-        self.models = self.models or [""] * len(self.long)
 
     def long_captions(self) -> list[list[str]]:
         """The sentences of each model's long caption."""
         captions = {}
-        for sentence, model in zip(self.long, self.models):
-            captions.setdefault(model, []).append(sentence)
+        for sentence in self.long:
+            captions.setdefault(sentence.model, []).append(sentence.text)
         return list(captions.values())
 
     def within(self, crop: tuple) -> "Captions":
@@ -489,19 +482,16 @@ class Captions:
         """
         first, last = np.reshape(crop, (2, 2))
         kept = []
-        for sentence, box, model in zip(self.long, self.boxes, self.models):
-            if box:
-                corners = np.reshape(box, (2, 2))
+        for sentence in self.long:
+            if sentence.box:
+                corners = np.reshape(sentence.box, (2, 2))
                 middle = corners.mean(0)
                 if (middle < first).any() or (middle > last).any():
                     continue
                 shares = (corners - first) / (last - first)
-                box = tuple(shares.clip(0, 1).flatten().tolist())
-            kept.append((sentence, box, model))
-        if not kept:
-            return replace(self, boxes=[])
-        long, boxes, models = map(list, zip(*kept))
-        return replace(self, long=long, boxes=boxes, models=models)
+                sentence = sentence._replace(box=tuple(shares.clip(0, 1).flatten().tolist()))
+            kept.append(sentence)
+        return replace(self, long=kept or [sentence._replace(box=None) for sentence in self.long])
 
 
 def read_fields(text: str, dense: bool = False) -> dict:
@@ -551,22 +541,18 @@ def read_captions(row: dict, fields: dict = FIELDS, name: str = "") -> Captions:
         raise BadSample("no caption", name)
 
     # long: the sentences of the long captions, else of the rest of "caption", else of raw
-    long_texts = []
+    long = []
     for column in fields["long"]:
         model = column.removeprefix("long").removeprefix("dense")  # longSV and denseSV are one model's
-        long_texts += [(text, box, model) for text, box in placed_texts(row.get(column), name)]
-    if not long_texts:
-        long_texts = [(text, None, "") for text in caption_list[1:] or [raw]]
-    long, boxes, models = [], [], []
-    for text, box, model in long_texts:
-        for sentence in split_sentences(text):
-            long.append(sentence)
-            boxes.append(box)
-            models.append(model)
+        for text, box in placed_texts(row.get(column), name):
+            long += [Sentence(sentence, box, model) for sentence in split_sentences(text)]
+    if not long:
+        rest = "\n".join(caption_list[1:] or [raw])
+        long = list(map(Sentence, split_sentences(rest)))
     # perspectives: from fields with their names, else the rest of "caption"
     if not any(perspectives):
         perspectives = caption_list[1:]
-    return Captions(raw, found["short"], long or [raw], [raw, *perspectives], boxes, models)
+    return Captions(raw, found["short"], long or [Sentence(raw)], [raw, *perspectives])
 
 
 def clean_field(value, name="") -> list[str]:
@@ -613,10 +599,9 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     model's caption; each comes from another model while they last. A perspective that is missing is drawn like a
     sub-caption.
     """
-    slots = text_slots(s)
     captions = c.long_captions()
     rng.shuffle(captions)  # a single caption uses up no random number
-    pool = list(zip(c.long, c.boxes))
+    pool = [(sentence.text, sentence.box) for sentence in c.long]
     if s.short_caption:
         pool += [(text, None) for text in c.short]
     if not s.raw_caption:
@@ -624,14 +609,14 @@ def draw_texts(c: Captions, s, rng: random.Random) -> list[tuple[str, tuple | No
     if rng.random() < s.whole_caption:
         pool.append((" ".join(captions[0]), None))
 
-    texts = [(c.raw, None)] * slots.count("raw")
-    texts += draw_sub_captions(pool, slots.count("sub"), s.sampling, rng)
-    for j in range(slots.count("long")):
+    texts = [(c.raw, None)] * s.raw_caption
+    texts += draw_sub_captions(pool, s.sub_captions, s.sampling, rng)
+    for j in range(s.long_texts):
         sentences = captions[j % len(captions)]
         n = s.long_sentences or len(sentences)
         start = rng.randrange(max(len(sentences) - n, 0) + 1)
         texts.append((" ".join(sentences[start:start + n]), None))
-    M = slots.count("perspective")
+    M = s.perspectives
     perspectives = (c.perspectives + [""] * M)[:M]
     spare = iter(draw_sub_captions(pool, perspectives.count(""), s.sampling, rng))
     return texts + [(text, None) if text else next(spare) for text in perspectives]
@@ -646,12 +631,10 @@ def draw_sub_captions(pool: list, k: int, sampling: str, rng: random.Random) -> 
 
 def boxes_to_patches(boxes, side: int) -> torch.Tensor:
     """Which of side · side patches, row by row, each box overlaps; None: all. T boxes -> bool [T, side²]."""
-    overlaps = torch.ones(len(boxes), side, side, dtype=torch.bool)
+    overlaps = torch.zeros(len(boxes), side, side, dtype=torch.bool)
     for of_box, box in zip(overlaps, boxes):
-        if box:
-            left, top, right, bottom = (side * edge for edge in box)
-            of_box[:] = False
-            of_box[math.floor(top):math.ceil(bottom), math.floor(left):math.ceil(right)] = True
+        left, top, right, bottom = (side * edge for edge in box or (0, 0, 1, 1))
+        of_box[math.floor(top):math.ceil(bottom), math.floor(left):math.ceil(right)] = True
     return overlaps.flatten(1)
 
 
@@ -684,10 +667,6 @@ class BadCount:
         self.counts += other.counts
         self.details = other.details | self.details
         self.seen += other.seen
-
-    def plain(self) -> tuple[dict, dict, int]:
-        """To be saved: BadCount(*plain) is an equal one."""
-        return self.details, dict(self.counts), self.seen
 
     @property
     def total(self) -> int:
@@ -742,13 +721,11 @@ def hashed(key: str) -> int:
 
 
 def parse_json(content: bytes, name: str) -> dict:
-    try:
+    with suppress(ValueError, RecursionError):
         row = json.loads(content.decode("utf-8-sig", errors="replace"))
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        raise BadSample("JSON does not parse", name)
-    return row
+        if isinstance(row, dict):
+            return row
+    raise BadSample("JSON does not parse", name)
 
 
 IMAGE_FIELDS = ("image", "image_path", "image path", "filepath", "file_name", "filename", "image_file", "path", "url",
@@ -761,13 +738,13 @@ def image_field(row: dict, part: str = "") -> str:
         for name, image in row.items():
             if name.lower() == wanted and isinstance(image, str) and image.strip() and part in image:
                 return image.strip()
-    raise BadSample("no image named", str(row.get("key", ""))[:80])
+    raise BadSample("no image named")
 
 
 def last_part(location: str) -> str:
     """The file's name in a path or URL."""
     if "://" in location:
-        location = urllib.parse.urlsplit(location).path
+        location = re.split("[?#]", location)[0]
     return location.rpartition("/")[2]
 
 
@@ -784,7 +761,7 @@ def tar_members(file):
     "a/b.seg.JSON" is "a/b": it ends at the first dot of the file's name. `ignore_zeros` reads on after a damaged
     header."""
     expected = 0
-    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errors="surrogateescape") as tar:
+    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
         for member in tar:
             tar.members = []  # tarfile would keep them all
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
@@ -995,11 +972,10 @@ def expand(pattern: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not braces:
         return [pattern]
-    width = len(braces[1])
-    first, last = sorted(map(int, braces.groups()))
+    first, last = braces.groups()
     texts = []
-    for number in range(first, last + 1):
-        texts += expand(pattern.replace(braces[0], str(number).zfill(width), 1))
+    for number in range(int(first), int(last) + 1):
+        texts += expand(pattern.replace(braces[0], str(number).zfill(len(first)), 1))
     return texts
 
 
@@ -1007,8 +983,11 @@ def find_files(pattern: str) -> list[Path]:
     """The files, all of one format, that one path of --data means. Raises UserError."""
     if os.path.isdir(pattern):
         folder = Path(pattern)
-        tables = [*folder.glob("metadata.jsonl"), *folder.glob("captions.jsonl")]
-        return sorted(folder.glob("*.tar")) or tables[:1] or [folder]
+        for inside in ("*.tar", "metadata.jsonl", "captions.jsonl"):
+            files = sorted(folder.glob(inside))
+            if files:
+                return files
+        return [folder]
     files = []
     for text in expand(pattern):
         names = glob.glob(text, recursive=True)
@@ -1065,25 +1044,24 @@ def index_of(file: Path) -> Index:
     stamp = [INDEX_VERSION, file.stat().st_size, file.stat().st_mtime_ns]
     with locked(cache / f"{name}.lock"):
         with suppress(Exception):  # if there is none, or a damaged one, a new one is made
-            found, spans, *bad = torch.load(kept, mmap=True)
+            found, spans, bad = torch.load(kept, mmap=True)
             if found == stamp and file.is_file() and source.is_file():
-                return Index(source, spans.numpy(), BadCount(*bad))
+                return Index(source, spans.numpy(), BadCount(**bad))
         index = scan(file, source)
         with suppress(OSError, RuntimeError), atomic_path(kept) as temporary:  # if that fails, it is not kept
-            torch.save([stamp, torch.from_numpy(index.spans), *index.bad.plain()], temporary)
+            torch.save([stamp, torch.from_numpy(index.spans), vars(index.bad)], temporary)
         return index
 
 
-@contextmanager
 def locked(path: Path):
-    """One process at a time, so one of a machine's ranks scans a file and the others read its index (a folder's they
-    make themselves). If no lock can be had, each rank scans."""
-    with ExitStack() as files:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = files.enter_context(open(path, "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends when the file is closed
-        yield
+    """-> an open file that one process at a time can have, so one of a machine's ranks scans a file and the others read
+    its index (a folder's they make themselves). If no lock can be had, each rank scans."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+        fcntl.flock(file, fcntl.LOCK_EX)  # to the closing of the file
+        return file
+    return open(os.devnull)
 
 
 def scan(file: Path, source: Path) -> Index:
@@ -1146,6 +1124,9 @@ class Records(Concatenated):
                 sidecar.bad.seen = 0  # its lines are not samples
                 self.bad.merge(sidecar.bad)
                 self.sidecars[file] = sidecar
+        if not len(self):
+            raise UserError(f"--data {self.path}: no images (left out: {self.bad.report()}); tables and JSON lines "
+                            "name them under one of " + ", ".join(IMAGE_FIELDS))
 
     def keys(self) -> np.ndarray:
         """The hash of every sample's key: uint64 [N]."""
@@ -1224,7 +1205,7 @@ def join(captions: str, pattern: str, fields: dict):
             raise UserError(f"{sidecar} exists: move it away, because --join writes a new one")
     table = Records(captions)
     by_url = False
-    with suppress(BadSample, IndexError):  # the latter: no rows
+    with suppress(BadSample):
         by_url = bool(image_field(table[0].row, "://"))
     hashes = np.zeros(len(table), np.uint64)
     for i in tqdm(range(len(table)), "reading captions"):
@@ -1250,8 +1231,7 @@ def join(captions: str, pattern: str, fields: dict):
                 temporary.write_text("".join(lines))
     if not matched:
         raise UserError(f"--join: none of {len(table):,} rows in {captions} has captions of a sample in {pattern}, by "
-                        f"URL, key or file name (left out: {table.bad.report()}): check --caption-fields, and that the "
-                        "pictures are named by a column " + ", ".join(IMAGE_FIELDS))
+                        f"URL, key or file name (left out: {table.bad.report()}): check --caption-fields")
     print(f"{matched:,} of {len(samples):,} samples have captions of {len(table):,} rows now")
 
 
@@ -1293,26 +1273,20 @@ def per_channel(numbers, device):
 
 
 # A dataset has len; dataset[i], or augmented dataset.__getitem__(i, rng), -> (image uint8 [3,S,S], Captions), raises
-# BadSample; `bad`, what it left out; `size`, S; order(rng, window) -> all its indices.
+# BadSample; `bad`, what it left out; order(rng, window) -> all its indices.
 
-class SceneImages:
+class SceneImages(Scenes):
     """Embedded scenes. Training shifts the image by up to 1/32 of its side; it never flips: "left" is in the texts."""
 
-    def __init__(self, split: str, n: int, size: int, kinds: int):
-        self.scenes = Scenes(split, n, size, kinds)
-        self.size = size
-        self.bad = BadCount()
-
-    def __len__(self):
-        return len(self.scenes)
+    bad = BadCount()  # of no scene
 
     def __getitem__(self, i, rng=None):
-        scene = self.scenes.scene(i)
-        image, _ = self.scenes.draw(scene)
+        scene = self.scene(i)
+        image, _ = self.draw(scene)
         c = scene.captions
         perspectives = [c[name] for name in PERSPECTIVES]
-        captions = Captions(c["raw"], [c["short"]], c["long"], perspectives, self.scenes.boxes(scene))
-        if rng and self.scenes.split == "train":
+        captions = Captions(c["raw"], [c["short"]], list(map(Sentence, c["long"], self.boxes(scene))), perspectives)
+        if rng and self.split == "train":
             reach = max(1, self.size // 32)
             down = rng.randint(-reach, reach)
             across = rng.randint(-reach, reach)
@@ -1340,14 +1314,14 @@ class Pictures:
 
     records: Records
     size: int
-    part: str = "all"
-    crop: float = 0.9
-    fields: dict = field(default_factory=FIELDS.copy)
-    augment: str = "crop"
+    part: str
+    crop: float
+    fields: dict
+    augment: str
 
     def __post_init__(self):
         self.bad = self.records.bad
-        share = min(0.1, HELD_OUT / max(1, len(self.records)))
+        share = min(0.1, HELD_OUT / len(self.records))
         held_out = self.records.keys() < np.uint64(share * 2**64)
         wanted = (held_out == (self.part == "validation")) | (self.part == "all")
         self.rows = np.flatnonzero(wanted).astype(np.uint32)
@@ -1364,9 +1338,7 @@ class Pictures:
                 failed.add(bad)
         failed.merge(self.bad)
         remedy = "check --image-root and --caption-fields, or look at it with python data.py --look"
-        if not len(self.records):
-            remedy = "its rows name their pictures under one of " + ", ".join(IMAGE_FIELDS)
-        elif not len(self):
+        if not len(self):
             remedy = "take more samples, or --eval-images 0, for validation holds out a tenth by chance"
         raise UserError(f"--data {self.records.path} has no usable sample for {self.part} (bad: {failed.report()}): "
                         + remedy)
@@ -1378,11 +1350,11 @@ class Pictures:
         record = self.records[int(self.rows[i])]
         name = f"{record.file.name}: {record.key}"
         captions = read_captions(record.row, self.fields, name)
+        augmented = rng and self.part == "train"
         enough = self.size
-        if self.part == "train":  # decoded just large enough for the least crop
+        if augmented:  # decoded just large enough for the least crop
             enough = math.ceil(self.size / math.sqrt(self.crop * ASPECTS[0]))
         picture = load_image(record.image, enough, name=name)
-        augmented = rng and self.part == "train"
         with torch.random.fork_rng(devices=()):  # torchvision uses PyTorch's generator, which is restored
             if rng:
                 torch.manual_seed(rng.getrandbits(63))
@@ -1404,10 +1376,6 @@ class Pictures:
 class ConcatenatedSets(Concatenated):
     """Several datasets as one."""
 
-    @property
-    def size(self):
-        return self.parts[0].size
-
     def __getitem__(self, i, rng=None):
         part, number = self.part_of(i)
         return self.parts[part].__getitem__(number, rng)
@@ -1417,7 +1385,7 @@ class ConcatenatedSets(Concatenated):
         orders = []
         for part, first in zip(self.parts, self.first):
             orders.append(part.order(rng, window) + first)
-        return interleave(orders, rng.random(len(orders)))
+        return interleave(orders, rng)
 
 
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
@@ -1431,11 +1399,8 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
         if path != "scenes":
             records = Records(path, image_root)
             sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
-            continue
-        try:
+        else:
             sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
-        except ValueError as error:
-            raise UserError(f"--kinds: {error}") from None
     return sets[0] if len(sets) == 1 else ConcatenatedSets(sets)
 
 
@@ -1444,7 +1409,7 @@ def check_boxes(dataset, n: int = 200):
     for i in spread(len(dataset), n):
         with suppress(BadSample):
             _, captions = dataset[i]
-            if any(captions.boxes):
+            if any(sentence.box for sentence in captions.long):
                 return
     raise UserError(f"--region-grouping: none of {n} samples looked at has a sentence with a box; caption crops with "
                     "recaption.py --dense 2, or name their field, as in --caption-fields long=long+denseX_captions")
@@ -1462,22 +1427,22 @@ def shard_order(counts, rng, window: int) -> np.ndarray:
     files = rng.permutation(len(counts))
     order = []
     for some in np.split(files, range(TOGETHER, len(files), TOGETHER)):
-        order.append(interleave([numbers[file] for file in some], rng.random(len(some))))
+        order.append(interleave([numbers[file] for file in some], rng))
     order = np.concatenate(order)
     for start in range(0, len(order), window):
         rng.shuffle(order[start:start + window])
     return order
 
 
-def interleave(parts: list, shifts) -> np.ndarray:
-    """The numbers of all parts, each part spread evenly; a part's shift, from 0 to 1, moves it by less than a place."""
+def interleave(parts: list, rng) -> np.ndarray:
+    """The numbers of all parts, each part spread evenly and moved by less than a place."""
     turns = []
-    for numbers, shift in zip(parts, shifts):
-        turns.append((np.arange(len(numbers)) + shift) / max(1, len(numbers)))
+    for numbers in parts:
+        turns.append((np.arange(len(numbers)) + rng.random()) / len(numbers))
     return np.concatenate(parts)[np.argsort(np.concatenate(turns))]
 
 
-def local_batches(dataset, s, first: int, last: int, rank: int = 0, world: int = 1):
+def local_batches(dataset, s, first: int, last: int, rank: int, world: int):
     """The (epoch, index) pairs of each step's local batch. The stream of epochs, each with every sample once in an
     order that the seed determines, is cut into global batches, and this rank takes its share. Starts at any step."""
     local = s.batch // world
@@ -1494,17 +1459,12 @@ def local_batches(dataset, s, first: int, last: int, rank: int = 0, world: int =
         yield pairs
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):  # the loader pins the tensors of a tuple by itself
     images: torch.Tensor  # uint8 [B,3,S,S]
     tokens: torch.Tensor  # int64 [B,T,L], cut to the batch's longest text
     lengths: np.ndarray  # int64 [B,T]: tokens of each text, start and end counted; stays on the host
     allowed: torch.Tensor | None = None  # bool [B,T,P], with --region-grouping: the patches in each text's box
     bad: Sequence[BadSample] = ()  # those that these samples replaced
-
-    def pin_memory(self):
-        allowed = None if self.allowed is None else self.allowed.pin_memory()
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory(), allowed=allowed)
 
 
 ATTEMPTS = 100  # samples tried in the place of a bad one
@@ -1526,8 +1486,7 @@ class TrainingSamples:
     def __getitem__(self, where):
         s = self.settings
         epoch, index = where
-        seed = f"{s.seed} {epoch} {index}"
-        rng = random.Random(seed)
+        rng = random.Random(f"{s.seed} {epoch} {index}")
         bad = []
         while len(bad) < ATTEMPTS:
             try:
@@ -1537,7 +1496,6 @@ class TrainingSamples:
                 return image, self.tokenizer(texts, s.context), allowed, bad
             except BadSample as problem:
                 bad.append(problem)
-                rng.seed(f"{seed} {len(bad)}")
                 index = rng.randrange(len(self.dataset))
         raise UserError(f"{ATTEMPTS} samples in a row are bad, the last one: {bad[-1]}")
 
@@ -1560,7 +1518,8 @@ def begin_worker(_number):
 
 
 def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: int = 0, world: int = 1):
-    """The batches of steps first..last, as `collate` makes them. Raises UserError when a worker dies."""
+    """Yields the batches of steps first..last, as `collate` makes them. An error in a worker, even its death, becomes
+    one sentence: a UserError."""
     samples = TrainingSamples(dataset, tokenizer, settings)
     # Forked workers share the mapped indices; other workers, the default from Python 3.14 on, would get copies.
     context = "fork" if settings.workers and sys.platform == "linux" else None
@@ -1568,28 +1527,18 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
         samples, batch_sampler=local_batches(dataset, settings, first, last, rank, world), collate_fn=collate,
         num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
         pin_memory=torch.cuda.is_available(), multiprocessing_context=context)
-    return watched(loader)
-
-
-def watched(loader):
-    """The loader's batches; an error in a worker, even its death, becomes one sentence."""
     batches = iter(loader)
-    if loader.num_workers:  # PyTorch's handler would raise anywhere in the main program
+    if settings.workers:  # PyTorch's handler would raise anywhere in the main program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except UserError as error:
-        raise one_sentence(error) from None
+    except UserError as error:  # a worker's is the last line of a traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("scenes.UserError: ")) from None
     except (RuntimeError, OSError, EOFError) as error:  # the last two: a worker died while it sent a batch
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise UserError(f"a data-loading process died ({str(error).splitlines()[0]}): if memory ran out, lower "
                         "--workers; else look at the data with python data.py --look") from None
-
-
-def one_sentence(error: UserError) -> UserError:
-    """An error from a worker, which arrives as the last line of a traceback."""
-    return UserError(str(error).strip().splitlines()[-1].removeprefix("data.UserError: "))
 
 
 # ---- a look at data --------------------------------------------------------------------------------------------------
@@ -1612,8 +1561,9 @@ def look(path, image_root, fields, tokenizer, n, sheet):
             continue
         names.update(list(all_fields(record.row)))
         lines = [record.key]
-        for kind, texts in zip(tokens, ([captions.raw], captions.short, captions.long)):
-            tokens[kind] += [int(tokenizer([text], 4096).argmax()) + 1 for text in texts]  # the end has the greatest id
+        long = [sentence.text for sentence in captions.long]
+        for kind, texts in zip(tokens, ([captions.raw], captions.short, long)):
+            tokens[kind] += (tokenizer(texts, 4096).argmax(-1) + 1).tolist()  # the end has the greatest id
             lines.append(f"{kind}: {' | '.join(texts)}")
         if len(shown) < 24:
             shown.append((picture, lines))
@@ -1644,7 +1594,7 @@ def contact_sheet(path, shown: list[tuple]):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     command = parser.add_mutually_exclusive_group(required=True)
     command.add_argument("--look", metavar="DATA", help="print counts, bad samples, lengths of captions")
     command.add_argument("--join", nargs=2, metavar=("CAPTIONS", "SHARDS"),
@@ -1669,9 +1619,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

@@ -12,13 +12,11 @@ RUN may be somebody else's checkpoint. Numbers are in percent, beside their chan
 A run's standard evaluation is written into its folder; any other (--images, --data, best.pt ...) only into --out.
 """
 
-import argparse
 import functools
 import itertools
 import math
 import os
 import re
-import sys
 import textwrap
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -35,9 +33,9 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
-from data import (BadSample, Parser, Records, UserError, at_least, check_target, clean_field, contact_sheet,
-                  image_field, load_image, load_tokenizer, normalize, open_dataset, read_captions, read_json, spread,
-                  write_clip_tokenizer, write_json)
+from data import (BadSample, Parser, Records, SceneImages, UserError, at_least, check_target, clean_field,
+                  contact_sheet, image_field, load_image, load_tokenizer, normalize, open_dataset, read_captions,
+                  read_json, run_script, spread, write_clip_tokenizer, write_json)
 from losses import group_patches
 from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
 from scenes import BACKGROUNDS, COLOURS, KINDS, article, is_unseen
@@ -283,7 +281,7 @@ def held_out_metrics(model, dataset, n):
         image, captions = dataset[number]
         return image, (number, captions)
 
-    scenes = getattr(dataset, "scenes", None)
+    scenes = dataset if isinstance(dataset, SceneImages) else None
     branches = []
     captions = {}
     patches = []  # of each scene [P,D]
@@ -297,7 +295,7 @@ def held_out_metrics(model, dataset, n):
             others.extend(cells.roll(1, 0))
     branches = torch.cat(branches)
     images = model.merge(branches)
-    sentences = [c.long for c in captions.values()]
+    sentences = [[sentence.text for sentence in c.long] for c in captions.values()]
     long = [" ".join(said) for said in sentences]
     kinds = {
         "raw": [c.raw for c in captions.values()],
@@ -692,7 +690,7 @@ def draw_run(model, dataset, captions, folder):
     pictures = []
     for number in list(captions)[:4]:
         image, c = dataset[number]
-        texts = [*c.long, c.raw]
+        texts = [sentence.text for sentence in c.long] + [c.raw]
         pictures.append((image, texts[:5]))
     draw_groups(model, pictures, folder / "patches.png")
     if model.folder and (model.folder / "metrics.jsonl").exists():
@@ -832,7 +830,7 @@ WEIGHTS = (".pt", ".pth", ".bin", ".safetensors")  # files of weights
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="folders of runs, or files of weights, ours or released ones")
     task = parser.add_mutually_exclusive_group().add_argument
@@ -908,9 +906,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

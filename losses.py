@@ -276,9 +276,9 @@ def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows:
     it."""
     groups = torch.broadcast_shapes(image.shape[:-2], text.shape[:-2]).numel()
     entries = groups * image.shape[-2] * text.shape[-2]
-    if fused.mode() == "on" or entries > MAX_STORED:
-        return fused.similarity_logsumexp(image, text, logit_scale, rows=rows, cols=cols)
-    return fused.reference(image, text, logit_scale, rows=rows, cols=cols)
+    if fused.mode == "on" or entries > MAX_STORED:
+        return fused.similarity_logsumexp(image, text, logit_scale, rows, cols)
+    return fused.reference(image, text, logit_scale, rows, cols)
 
 
 class Gather(torch.autograd.Function):

@@ -11,7 +11,6 @@ Beside every x.tar, x.csv, x.jsonl or folder x grows x.captions.jsonl, one line 
 train.py joins it with the data by key. What failed is not written, so the next run asks for it again.
 """
 
-import argparse
 import asyncio
 import fcntl
 import gc
@@ -19,17 +18,17 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import (IMAGE_FIELDS, BadCount, BadSample, Parser, Records, UserError, at_least, captions_path, check_target,
-                  contact_sheet, data_url, hashed, load_image, read_json, recaptioned, split_sentences)
+from data import (BadCount, BadSample, Parser, Records, UserError, at_least, captions_path, check_target, contact_sheet,
+                  data_url, hashed, load_image, read_json, recaptioned, run_script, split_sentences)
 
 try:
     import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
@@ -195,16 +194,14 @@ def crops(grid):
     return boxes
 
 
-def pictures(source, boxes, side):
+def pictures(source, boxes, side, name):
     """The bytes or path of an image -> its upright (width, height), and for each box a JPEG as a data URL, its longer
-    side at most `side` pixels. Raises BadSample."""
-    image = load_image(source)
-    width, height = image.size
+    side at most `side` pixels. Raises BadSample, with `name` in its detail."""
+    image = load_image(source, name=name)
     urls = {}
     for box in boxes:
-        x0, y0, x1, y1 = box
-        top_left = math.floor(x0 * width), math.floor(y0 * height)
-        part = image.crop((*top_left, math.ceil(x1 * width), math.ceil(y1 * height)))
+        left, top, right, bottom = np.multiply(box, 2 * image.size)  # in pixels
+        part = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
         part.thumbnail((side, side))
         urls[box] = data_url(part)
     return image.size, urls
@@ -260,15 +257,13 @@ class Server:
 async def complete(client, prompt, tokens, picture, temperature, s):
     """The reply to one request, as the API's JSON. Raises openai.OpenAIError and MALFORMED."""
     content = [  # the picture first, so that a server that caches prefixes reads it once for all questions
-        {"type": "image_url", "image_url": {"url": "PICTURE"}},
+        {"type": "image_url", "image_url": {"url": picture}},
         {"type": "text", "text": prompt},
     ]
     body = {"model": s.model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens,
             "temperature": temperature}
-    # client.chat.completions.create takes twice the processor time: it copies the body, searches the picture for
-    # characters to escape, and makes objects of the reply.
-    text = json.dumps(body).replace('"PICTURE"', f'"{picture}"', 1)
-    return await client.post("/chat/completions", content=text.encode(), cast_to=object)
+    # client.chat.completions.create would take longer: it copies the body and makes objects of the reply
+    return await client.post("/chat/completions", body=body, cast_to=object)
 
 
 async def ask(server, name, picture, progress, s):
@@ -364,7 +359,7 @@ async def caption(output, line, fields, urls, server, progress, s):
                 try:
                     text = await ask(server, name, urls[box], progress, s)
                 except BadSample as bad:
-                    failure = failure or bad.args  # not `bad` itself, which would keep the Output open
+                    failure = failure or (bad.reason, bad.detail)  # not `bad` itself, which would keep the Output open
                     continue
                 if name == "dense":
                     parts = captions.setdefault(name, [])
@@ -396,7 +391,7 @@ async def recaption(records, s, progress):
                 return None
             output, i, fields = found
             record = records[i]
-        size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side)
+        size, urls = pictures(record.image, [WHOLE, *crops(s.dense)], s.max_side, record.key)
         line = {"key": record.key, "size": size, "captions": {}, "model": s.model, "prompts": s.version}
         return output, line, fields, urls
 
@@ -436,7 +431,7 @@ def preview(path, s):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def parse_flags(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     add = p.add_argument
     add("data", help="a folder, .tar, .jsonl or .csv, or a quoted pattern of these, as for train.py --data")
     add("--endpoint", metavar="URL[,URL...]", required=True, help="OpenAI-compatible servers to ask")
@@ -471,9 +466,6 @@ def main(argv=None):
     if openai is None:
         raise UserError("recaption.py asks through the openai package: pip install 'openai[aiohttp]'")
     records = Records(s.data, s.image_root)
-    if not records:
-        raise UserError(f"{s.data}: no images (left out: {records.bad.report()}); tables and JSON lines name them "
-                        "under one of " + ", ".join(IMAGE_FIELDS))
     progress = Progress()
     progress.failed.merge(records.bad)
     gc.freeze()  # else the collector looks through torch's objects again and again: a tenth of the processor time
@@ -498,7 +490,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

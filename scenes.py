@@ -28,6 +28,10 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFont
 
 
+class UserError(Exception):
+    """A mistake that the user can correct: one sentence that names it and the remedy. Scripts print it and exit 1."""
+
+
 def read_table(text):
     """"name value, name value" -> [(name, value)]. A name may be of several words."""
     return [tuple(entry.strip().rsplit(" ", 1)) for entry in text.split(",")]
@@ -116,7 +120,7 @@ class Scenes:
 
     def __post_init__(self):
         if not 6 <= self.kinds <= len(KINDS):
-            raise ValueError(f"kinds of object must be 6 to {len(KINDS)}, not {self.kinds}")
+            raise UserError(f"--kinds must be 6 to {len(KINDS)}, not {self.kinds}")
 
     def __len__(self):
         return self.n
@@ -180,8 +184,8 @@ class Scenes:
         boxes = []
         for o in scene.objects:
             reach = (round(o.side * self.size) + 1) / 2 / self.size  # draw() rounds the place by up to half a pixel
-            box = np.array([o.x - reach, o.y - reach, o.x + reach, o.y + reach])
-            boxes.append(tuple(box.clip(0, 1).tolist()))
+            box = np.clip([o.x - reach, o.y - reach, o.x + reach, o.y + reach], 0, 1)
+            boxes.append(tuple(box.tolist()))
         boxes.append(None)  # at -1: for sentences that are not about a single object
         return [boxes[k] for k in scene.about]
 
@@ -513,7 +517,7 @@ def main():
     options = vars(parser.parse_args())
     try:
         write(options.pop("write"), Scenes(**options))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -177,8 +177,7 @@ def parse_flags(argv=None) -> dict:
     """The flags the user gave, one for every field of Settings; the comment behind a field is its help text, and the
     comment above a group of fields is the group's title. `--tokenizer auto` counts as not given, so it does not
     contradict the choice of a run that is resumed."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, usage="train.py [flags]")
+    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, usage="train.py [flags]")
     parser.add_argument("--profile", action="store_true",
                         help="print where the time of a step goes and the hours the run would take; no training")
     source = inspect.getsource(CLIPConfig) + inspect.getsource(Settings)
@@ -294,7 +293,7 @@ def set_machine(s: Settings):
         torch.cuda.set_device(torch.device(s.device).index or 0)  # our own streams and kernels run on this GPU
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and the texts' rows have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    fused.set_mode(s.fused)
+    fused.mode = s.fused
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
 
@@ -385,10 +384,10 @@ def signals_caught():
 def to_device(batch: Batch, s: Settings) -> Batch:
     """The batch with its tensors on the device, the texts' lengths on the host, which waits for no copy to a GPU."""
     moved = {}
-    for name, value in vars(batch).items():
+    for name, value in batch._asdict().items():
         if isinstance(value, torch.Tensor):
             moved[name] = value.to(s.device, non_blocking=s.device.startswith("cuda"))
-    return replace(batch, **moved)
+    return batch._replace(**moved)
 
 
 def embed_batch(network, batch: Batch, s: Settings) -> dict:
@@ -740,7 +739,7 @@ def save(run: Run, best: bool = False) -> bool:
     state = run.state
     content = dict(model=state.model.state_dict(), step=state.step, settings=asdict(run.s))
     if not best:
-        bad = bad_of_all(state).plain()
+        bad = list(vars(bad_of_all(state)).values())
         content |= dict(optimizer=state.optimizer.state_dict(), skipped=state.skipped, best=state.best, bad=bad)
     path = run.folder / ("best.pt" if best else "checkpoint.pt")
     return not is_master() or save_atomically(path, content, keep=1 if best else 2)

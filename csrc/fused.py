@@ -13,7 +13,7 @@ the same numbers, from the plainest to the fastest:
 
 The extension is compiled at first use, not at import, and kept in PyTorch's extension cache under a hash
 of everything that went into it (`python csrc/fused.py` compiles it ahead, with `--cuda` for a GPU, too).
-Then it has to give the numbers of `reference` once, on the device at hand. `set_mode` chooses: "auto" falls
+Then it has to give the numbers of `reference` once, on the device at hand. `mode` chooses: "auto" falls
 back to `chunked` with one loud line where either fails, "on" raises instead, "off" never builds.
 """
 import fcntl
@@ -39,7 +39,7 @@ VECTORS = {
 CUDA_FLAGS = "-O3 --threads=2"
 CHUNK = 1 << 22  # logits that `chunked` has in memory at a time
 
-_mode = "auto"
+mode = "auto"  # "auto", "on" or "off", as `--fused` takes it. A build that failed is not tried again
 
 
 def similarity_logsumexp(image, text, logit_scale, rows=True, cols=True):
@@ -50,7 +50,7 @@ def similarity_logsumexp(image, text, logit_scale, rows=True, cols=True):
     and costs nothing. float32 outputs and sums (float64 for float64), whatever the inputs.
     """
     if image.dtype == torch.float64 or not _use_extension(image.device.type):
-        return chunked(image, text, logit_scale, rows=rows, cols=cols)
+        return chunked(image, text, logit_scale, rows, cols)
     logit_scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image.device)
     per_image, per_text = torch.ops.similarity.logsumexp(image, text, logit_scale, rows, cols)
     return per_image if rows else None, per_text if cols else None
@@ -82,21 +82,11 @@ def chunked(image, text, logit_scale, rows=True, cols=True):
     return per_image, per_text
 
 
-def set_mode(mode):
-    """"auto", "on" or "off", as `--fused` takes it. A build that failed is not tried again."""
-    global _mode
-    _mode = mode
-
-
-def mode():
-    return _mode
-
-
 def _use_extension(device):
-    if _mode == "off":
+    if mode == "off":
         return False
     trouble = _trouble(device)
-    if trouble and _mode == "on":
+    if trouble and mode == "on":
         raise RuntimeError("--fused on, but " + trouble)
     return not trouble
 
@@ -111,7 +101,7 @@ def _trouble(device):
         complaint = re.search(r"error: .*|nvcc fatal.*", str(error))
         reason = complaint.group() if complaint else repr(error)
         trouble = "the fused similarity op cannot be used here: " + reason
-        if _mode == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":
+        if mode == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"WARNING: {trouble}; using the slower chunked PyTorch path", flush=True)
         return trouble
 

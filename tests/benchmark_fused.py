@@ -94,6 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("--n", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    fused.set_mode("on")
+    fused.mode = "on"
     for dtype in (torch.float32, torch.bfloat16):
         report(args.n, dtype, args.device, args.repeats)

@@ -79,9 +79,9 @@ def padded(step, model):
 @sdpa_kernel(SDPBackend.MATH)
 def stored(step, batch):
     """The step with attention and similarities by stored matrices."""
-    fused.set_mode("off")
+    fused.mode = "off"
     step(batch)
-    fused.set_mode("auto")
+    fused.mode = "auto"
 
 
 def their_step(s):

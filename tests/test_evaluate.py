@@ -100,7 +100,7 @@ def test_classification_is_clip_benchmarks(C):
 
 N, SIZE, KIND_COUNT = 24, 32, 12
 DATASET = open_dataset("scenes", "test", N, SIZE, KIND_COUNT)
-SCENES = DATASET.scenes
+SCENES = DATASET
 FACTS = [SCENES.scene(i) for i in range(N)]
 MASKS = [torch.from_numpy(SCENES.draw(scene)[1]).long() for scene in FACTS]
 NAMES = [name for name, _ in KINDS[:KIND_COUNT]]

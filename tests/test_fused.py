@@ -28,9 +28,9 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, to
 
 @pytest.fixture(autouse=True)
 def extension():
-    fused.set_mode("on")
+    fused.mode = "on"
     yield
-    fused.set_mode("auto")
+    fused.mode = "auto"
 
 
 def embeddings(image, text, dtype=torch.float32, device="cpu"):
@@ -231,7 +231,7 @@ def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
     done = next(empty_cache.glob("*/done"))
     done.with_name(f"{done.parent.name}.so").write_bytes(b"half")
     done.rename(done.with_name("lock"))
-    processes = [python(f"fused.set_mode('on')\nprint({CALL})") for _ in range(3)]
+    processes = [python(f"fused.mode = 'on'\nprint({CALL})") for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
     assert all(o.endswith(ANSWER + "\n") for o in outputs), outputs
     assert "".join(outputs).count("building the fused similarity op") == 1
@@ -240,7 +240,7 @@ def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
 def test_without_a_compiler_auto_says_so_once_and_off_is_silent(empty_cache, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
     auto = python(f"print({CALL}, {CALL})")
-    off = python(f"fused.set_mode('off'); print({CALL})")
+    off = python(f"fused.mode = 'off'; print({CALL})")
     out = auto.communicate()[0]
     assert out.endswith(f"{ANSWER} {ANSWER}\n")
     assert out.count("WARNING: the fused similarity op cannot be used here") == 1

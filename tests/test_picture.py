@@ -108,7 +108,7 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
 @pytest.mark.parametrize("flags, words", [
     (["--texts", "a"], "go together"),
     (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
-    (["--search", "empty", "a"], "no picture can be read"),
+    (["--search", "empty", "a"], "empty: no images"),
 ], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

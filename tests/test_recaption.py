@@ -208,7 +208,7 @@ def assert_each_once(folder, n, *fields):
 
 def test_what_is_sent_of_a_grid_covers_the_image_and_is_no_larger_than_allowed(tmp_path):
     Image.new("RGB", (60, 30)).save(tmp_path / "x.png")
-    size, urls = pictures(tmp_path / "x.png", [WHOLE, *crops(3)], 40)
+    size, urls = pictures(tmp_path / "x.png", [WHOLE, *crops(3)], 40, "x")
     assert size == (60, 30)
     assert [Image.open(urlopen(sent)).size for sent in urls.values()] == [(40, 20)] + [(20, 10)] * 9
     assert crops(2) == [(0, 0, .5, .5), (.5, 0, 1, .5), (0, .5, .5, 1), (.5, .5, 1, 1)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from data import Pictures, Records, SceneImages
+from data import SceneImages, open_dataset
 from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph, is_unseen, rgb
 
 ALL = Scenes("test", size=128, kinds=83)
@@ -136,7 +136,7 @@ def test_written_scenes_come_back_with_the_same_pictures_and_captions(tmp_path):
     words = [sys.executable, "scenes.py", "--write", tmp_path, "--split", "test", "--n", "20"]
     subprocess.run(words, cwd=ROOT, check=True)
     drawn = SceneImages("test", 20, 64, 24)
-    read = Pictures(Records(tmp_path / "captions.jsonl"), 64)
+    read = open_dataset(str(tmp_path / "captions.jsonl"), "all", 0, 64, 0)
     assert len(read) == 20
     for i in range(20):
         assert torch.equal(drawn[i][0], read[i][0])

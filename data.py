@@ -16,6 +16,7 @@ First reading: `Captions`, `text_slots`, `draw_texts`, `Batch`, `TrainingSamples
 import argparse
 import base64
 import csv
+import ctypes
 import fcntl
 import functools
 import gc
@@ -87,7 +88,7 @@ def check_target(path):
     """Raises UserError if the path cannot be written: called before the work, not after it."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if not os.access(folder, os.W_OK):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
 
 
@@ -116,6 +117,18 @@ def run_script(main):
         status = 130
     if status:
         sys.exit(status)
+
+
+def lock(file) -> bool:
+    """Locks an open file until it is closed -> False if another process has it locked. Where the file system has no
+    locks, nothing is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def at_least(least: int):
@@ -775,7 +788,7 @@ def scan_tar(path):
     """A sample is a run of members with one key, from the header of the first to the end of the last."""
     end = 0
     with open(path, "rb") as file:
-        with suppress(tarfile.TarError, OSError, ValueError):  # raised where a tar is cut off
+        with suppress(tarfile.TarError, ValueError):  # raised where a tar is cut off
             for key, members in groupby(tar_members(file), itemgetter(0)):
                 _, extensions, infos, damaged = zip(*members)
                 start, end = infos[0].offset, infos[-1].offset_data + infos[-1].size
@@ -1048,6 +1061,8 @@ def index_of(file: Path) -> Index:
             if found == stamp and file.is_file() and source.is_file():
                 return Index(source, spans.numpy(), BadCount(**bad))
         index = scan(file, source)
+        if "file cannot be read" in index.bad.counts:  # perhaps it can next time
+            return index
         with suppress(OSError, RuntimeError), atomic_path(kept) as temporary:  # if that fails, it is not kept
             torch.save([stamp, torch.from_numpy(index.spans), vars(index.bad)], temporary)
         return index
@@ -1090,7 +1105,8 @@ def read_indices(files: list[Path]) -> list[Index]:
     """index_of every file. Many files are scanned in parallel, by processes that give back the memory that it takes."""
     if len(files) > 8:
         with ProcessPoolExecutor(8) as pool:
-            for _ in tqdm(pool.map(make_index, files), "indexing", len(files), delay=2):
+            mixed = random.Random(os.getpid()).sample(files, len(files))  # several ranks begin with different ones
+            for _ in tqdm(pool.map(make_index, mixed), "indexing", len(files), delay=2):
                 pass
     return [index_of(file) for file in files]
 
@@ -1117,13 +1133,12 @@ class Records(Concatenated):
         for index in self.parts:
             if index.source not in self.files:
                 open_cached(index.source, index.made)  # forked workers read this copy, even if another run replaces it
-        self.sidecars = {}  # file: the index of its new captions
-        for file in self.files:
-            if captions_path(file).is_file():
-                sidecar = index_of(captions_path(file))
-                sidecar.bad.seen = 0  # its lines are not samples
-                self.bad.merge(sidecar.bad)
-                self.sidecars[file] = sidecar
+        captioned = [file for file in self.files if captions_path(file).is_file()]
+        sidecars = read_indices(list(map(captions_path, captioned)))
+        for sidecar in sidecars:
+            sidecar.bad.seen = 0  # its lines are not samples
+            self.bad.merge(sidecar.bad)
+        self.sidecars = dict(zip(captioned, sidecars))  # file: the index of its new captions
         if not len(self):
             raise UserError(f"--data {self.path}: no images (left out: {self.bad.report()}); tables and JSON lines "
                             "name them under one of " + ", ".join(IMAGE_FIELDS))
@@ -1357,7 +1372,7 @@ class Pictures:
         picture = load_image(record.image, enough, name=name)
         with torch.random.fork_rng(devices=()):  # torchvision uses PyTorch's generator, which is restored
             if rng:
-                torch.manual_seed(rng.getrandbits(63))
+                torch.default_generator.manual_seed(rng.getrandbits(63))  # torch.manual_seed takes half a millisecond
             box = crop_box(picture, self.crop if augmented else None)
             cropped = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
             image = torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
@@ -1388,6 +1403,12 @@ class ConcatenatedSets(Concatenated):
         return interleave(orders, rng)
 
 
+@functools.cache
+def shared_records(path: str, image_root: str | None) -> Records:
+    """Records, opened once for all the parts of a set: a process may have 65,530 maps."""
+    return Records(path, image_root)
+
+
 def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0.9, image_root: str | None = None,
                  caption_fields: str = "", dense: bool = False, augment: str = "crop"):
     """--data, one path or several -> dataset. part: train, validation, test (for pictures the same as validation) or
@@ -1397,7 +1418,7 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     sets = []
     for path in [data] if isinstance(data, str) else data:
         if path != "scenes":
-            records = Records(path, image_root)
+            records = shared_records(path, image_root)
             sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
         else:
             sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
@@ -1514,6 +1535,8 @@ def begin_worker(_number):
     workers. Exempts all objects from before the fork from garbage collection, which would copy their memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: dies with the main process, whose lock and sockets it would keep
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     gc.freeze()
 
 
@@ -1525,8 +1548,8 @@ def training_loader(dataset, tokenizer, settings, first: int, last: int, rank: i
     context = "fork" if settings.workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=local_batches(dataset, settings, first, last, rank, world), collate_fn=collate,
-        num_workers=settings.workers, prefetch_factor=4 if settings.workers else None, worker_init_fn=begin_worker,
-        pin_memory=torch.cuda.is_available(), multiprocessing_context=context)
+        num_workers=settings.workers, worker_init_fn=begin_worker, pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=context)
     batches = iter(loader)
     if settings.workers:  # PyTorch's handler would raise anywhere in the main program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -56,7 +56,7 @@ class Model:
         self.config = clip.config
         self.device = device or best_device()
         self.clip = clip.to(self.device).eval()
-        self.autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda"))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # exact, whatever trained
         folder = path if path.is_dir() else path.parent
         self.name = folder.name if path.is_dir() else f"{folder.name}-{path.stem}"
         self.folder = folder if "seed" in self.settings else None
@@ -73,8 +73,7 @@ class Model:
     def encode(self, images):
         """b images uint8 [3,S,S] -> branches [b,H,D], patches [b,P,D]. Raises UserError."""
         pixels = normalize(torch.stack(images).to(self.device))
-        with self.autocast:
-            branches, patches = self.clip.encode_image(pixels)
+        branches, patches = self.clip.encode_image(pixels)
         if not branches.isfinite().all():
             raise UserError(f"{self.name} embeds images as NaN or infinity: take another checkpoint")
         return branches, patches
@@ -116,8 +115,7 @@ class Model:
     def texts(self, texts):
         """N texts -> [N,D], by their end-of-text (or [CLS]) token alone."""
         tokens = self.tokenizer(texts, self.config.context).to(self.device)
-        with self.autocast:
-            parts = [self.clip.encode_text(some, with_tokens=False)[0][:, 0] for some in tokens.split(1024)]
+        parts = [self.clip.encode_text(some, with_tokens=False)[0][:, 0] for some in tokens.split(1024)]
         return torch.cat(parts)
 
     def embed(self, pictures):

@@ -211,12 +211,13 @@ def regrouping_loss(
     itself pools by attention and has a sigmoid loss over the whole batch.)
     """
     B = len(texts)
-    images, first = patches, 0  # of all ranks, [N, P, D], and the number of this rank's first
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    n = min(REGROUPED_IMAGES, world * B)
+    heads = patches[:n - 1]  # the first images of every rank
+    following = (rank + 1) * len(heads)  # the place of the next rank's
     if distributed():
-        images = Gather.apply(patches.flatten(1)).unflatten(1, patches.shape[1:])
-        first = dist.get_rank() * B
-    n = min(REGROUPED_IMAGES, len(images))
-    ring = torch.cat([images, images[:n - 1]])[first:first + B + n - 1].clone()  # this rank's and the next n - 1
+        heads = Gather.apply(heads.flatten(1)).unflatten(1, patches.shape[1:])
+    ring = torch.cat([patches, heads.roll(-following, 0)[:n - 1]])  # this rank's images and the next n - 1
     logits = []
     for shift in range(n):
         grouped, _ = group_patches(ring[shift:shift + B], texts, threshold, allowed)  # [B, K, D]

@@ -12,7 +12,6 @@ train.py joins it with the data by key. What failed is not written, so the next 
 """
 
 import asyncio
-import fcntl
 import gc
 import json
 import math
@@ -28,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (BadCount, BadSample, Parser, Records, UserError, at_least, captions_path, check_target, contact_sheet,
-                  data_url, hashed, load_image, read_json, recaptioned, run_script, split_sentences)
+                  data_url, hashed, load_image, lock, read_json, recaptioned, run_script, split_sentences)
 
 try:
     import aiohttp  # noqa: F401  half the processor time of httpx, openai's usual way to the network
@@ -297,10 +296,8 @@ class Output:
         self.path = path
         self.done = set()  # hash((hash of a key, field)) of what is written, or asked for in this run
         self.file = open(path, "a+b", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # to the end of the process, however it ends
-        except BlockingIOError:
-            raise UserError(f"another process writes to {path}: let it finish, or stop it") from None
+        if not lock(self.file):
+            raise UserError(f"another process writes to {path}: let it finish, or stop it")
         end = 0
         for line in open(path, "rb"):
             ended = line.endswith(b"\n")

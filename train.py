@@ -12,7 +12,6 @@ First reading: METHODS, `backward`, `update`, `train_steps`. The rest is process
 """
 
 import argparse
-import fcntl
 import functools
 import gc
 import inspect
@@ -20,6 +19,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import model as models
 from csrc import fused
-from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, normalize, open_dataset, text_slots,
-                  training_loader, write_json)
+from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, lock, normalize, open_dataset,
+                  text_slots, training_loader, write_json)
 from losses import distributed, method_loss
 from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
                    newest_whole, read_initial_weights, save_atomically)
@@ -109,11 +109,11 @@ class Settings(CLIPConfig):
     fused: str = "auto"  # the fused similarity op: "auto" for large matrices, "on" for all, "off" (plain PyTorch)
     grad_checkpointing: bool = False  # keep only the inputs of the blocks, compute the rest again backwards
     workers: int = -1  # data-loading processes; -1: by the machine
-    timeout_minutes: float = 10.0  # a process that waits longer for the others ends the run
+    timeout_minutes: float = 30.0  # a process that waits longer for the others ends the run
     # the run
     out: str = "auto"  # the run's folder; auto: runs/METHOD-SIZE, numbered
     resume: str = "no"  # "auto": the newest unfinished run of this name; or a run's folder
-    save_minutes: float = 5.0  # between checkpoints
+    save_minutes: float = 10.0  # between checkpoints
     save_steps: int = 0  # between checkpoints, beside those by the clock; 0: by the clock alone
     eval_steps: int = 1000  # between held-out losses; the weights of the least are kept as best.pt; 0: none
     eval_images: int = 1000  # held-out images for these and for the evaluation at the end; 0: neither
@@ -228,6 +228,8 @@ def resolve(flags: dict, world: int = 1, started=None, checks: bool = True) -> S
         s.workers = 1 if s.device == "cpu" else min(16, os.cpu_count() // local)
     if s.tokenizer == "auto" and s.data == ("scenes",):
         s.tokenizer = "scenes"
+    if s.tokenizer == "auto" and not small:  # no long training with the scenes' small vocabulary by accident
+        s.tokenizer = "clip"
     check_device(s.device)
     if checks:
         check_settings(s, world)
@@ -294,6 +296,8 @@ def set_machine(s: Settings):
         # cuDNN's attention plans anew, in tens of milliseconds, for every new shape, and the texts' rows have many.
         torch.backends.cuda.enable_cudnn_sdp(False)
     fused.mode = s.fused
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each worker keeps up to 512 shards open
     # in bf16 runs what stays float32, above all the similarities, goes through a GPU's tensor cores, too
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = s.precision == "bf16"
 
@@ -312,12 +316,19 @@ def join_group(s: Settings):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store outlives a restart, and would tell where the dead could be reached (pytorch issue 135712)
         store = dist.PrefixStore(f"attempt {restarts()}", store)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and max_restarts():
+        raise UserError("on several machines torchrun --max-restarts needs --rdzv-backend c10d, and "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 exported on each, or no restart finds the others")
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def restarts() -> int:
     """How often torchrun has restarted this machine's processes because one of them had died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def max_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
 
 
 def rank_and_world():
@@ -663,7 +674,7 @@ def run_folder(s: Settings) -> Path:
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
     goes_on = s.resume == "auto" or restarts() > 0
-    if s.out == "auto" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if s.out == "auto" and max_restarts():
         raise UserError("torchrun --max-restarts continues in this run's folder: name it with --out, or another run's "
                         "could be taken for it")
     if s.out != "auto":
@@ -707,10 +718,9 @@ def open_metrics(folder: Path, s: Settings, step: int) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = open(folder / "metrics.jsonl", "a+")
-        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(metrics):
+            raise UserError(f"another process trains in {folder}: choose another --out")
         write_json(folder / "settings.json", asdict(s))
-    except BlockingIOError:
-        raise UserError(f"another process trains in {folder}: choose another --out") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out") from None
     metrics.seek(0)
@@ -845,6 +855,7 @@ def train(flags: dict) -> Path:
             train_steps(run, caught)
         if state.step < run.steps:
             say(f"stopped at step {state.step} of {run.steps}; continue with: --resume {run.folder}")
+            leave_group(run)
             raise SystemExit(130)
         finish(run)
     finally:
@@ -925,8 +936,9 @@ def held_out_loss(run: Run) -> float:
     with the least one are kept as best.pt."""
     rank, world = rank_and_world()
     n = min(len(run.held_out), run.s.eval_images)
-    s = replace(run.s, batch=min(run.s.batch, max(1, n // world) * world))
-    steps = max(1, n // s.batch)
+    batch = min(run.s.batch, max(1, n // world) * world)
+    steps = max(1, n // batch)
+    s = replace(run.s, batch=batch, workers=min(run.s.workers, steps))
     total = 0.0
     for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
         batch = to_device(batch, s)

@@ -152,7 +152,7 @@ SOT, EOT = "<start_of_text>", "<end_of_text>"  # open_clip reads these two as sp
 WORDS = regex.compile(rf"{SOT}|{EOT}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 
 
-def clean_text(text, fix_text=None):
+def clean_text(text, fix_text):
     """CLIP's cleaning: ftfy's repair if `fix_text` is given, HTML entities (twice), single spaces, lower case."""
     if not (text.isascii() and text.isprintable() and "&" not in text):  # most captions have nothing to repair
         text = fix_text(text) if fix_text else text
@@ -184,8 +184,7 @@ class Tokenizer:
         return self.encoding.encode(closed, allowed_special="all", disallowed_special=())
 
     def __call__(self, texts, context_length):
-        """One text or a list of N -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
-        texts = [texts] if isinstance(texts, str) else texts
+        """N texts -> LongTensor [N, context_length]: start, ids, end, zeros; the end survives a cut."""
         return padded([[self.sot, *self.encode(text)] for text in texts], self.eot, context_length)
 
 
@@ -198,7 +197,7 @@ def padded(rows, end, length):
     return torch.from_numpy(tokens)
 
 
-def load_tokenizer(name_or_path="auto"):
+def load_tokenizer(name_or_path):
     """"clip" (CLIP's ids, exactly), "scenes" (our own, small), "auto" (clip if its vocabulary is found, else scenes,
     and a line says so), or the path of a CLIP-style .txt.gz or of a .tiktoken file. Raises UserError."""
     name = str(name_or_path)
@@ -573,7 +572,7 @@ def clean_field(value, name="") -> list[str]:
     return [text for text, _ in placed_texts(value, name)]
 
 
-def placed_texts(value, name="") -> list[tuple[str, tuple | None]]:
+def placed_texts(value, name) -> list[tuple[str, tuple | None]]:
     """The texts of a field, a string or a list, stripped, each with its box or None; anything else is dropped. Raises
     BadSample."""
     placed = []
@@ -690,13 +689,13 @@ class BadCount:
         parts = [f"{n} × {reason}: {self.details[reason]}" for reason, n in self.counts.items()]
         return "; ".join(parts).encode(errors="backslashreplace").decode() or "none"  # a file's name may be no Unicode
 
-    def over(self, share: float, total: int, seen: int) -> bool:
-        """Whether more than this share is bad, of at least 200 seen; total and seen may be sums over ranks."""
-        return seen >= 200 and total > share * seen
+    def over(self, share: float) -> bool:
+        """Whether more than this share is bad, of at least 200 seen."""
+        return self.seen >= 200 and self.total > share * self.seen
 
     def check(self, share: float):
         """Raises UserError if too many are bad."""
-        if self.over(share, self.total, self.seen):
+        if self.over(share):
             raise UserError(f"{self.total} of {self.seen} samples are bad, over --max-bad {share:g}: mend the data or "
                             f"raise the limit ({self.report()})")
 

@@ -2,9 +2,9 @@
 
     python evaluate.py runs/dreamlip-tiny                 a run on its own held-out data, with figures in its folder
     python evaluate.py runs/*                             a table with a row a run
-    python evaluate.py RUN --branch max --out FOLDER      branches become one similarity by mean, max, or a number
+    python evaluate.py RUN --branch 2 --out FOLDER        by one of its branches instead of their mean
     python evaluate.py RUN --benchmark cifar10:data imagefolder:pets urban1k:Urban1k coco:coco/dataset_coco.json
-    python evaluate.py RUN --picture dog.jpg --texts "a brown dog" "a red sofa"       how similar, and where
+    python evaluate.py RUN --picture dog.jpg "a brown dog" "a red sofa"              how similar, and where
     python evaluate.py RUN --search FOLDER "a dog on a sofa"                         a folder's most similar pictures
     python evaluate.py RUN --export open_clip model.pt    or transformers FOLDER, for CLIPModel.from_pretrained
 
@@ -12,15 +12,14 @@ RUN may be somebody else's checkpoint. Numbers are in percent, beside their chan
 A run's standard evaluation is written into its folder; any other (--images, --data, best.pt ...) only into --out.
 """
 
-import functools
-import itertools
 import math
 import os
 import re
 import textwrap
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -37,14 +36,14 @@ from data import (BadSample, Parser, Records, SceneImages, UserError, at_least, 
                   contact_sheet, image_field, load_image, load_tokenizer, normalize, open_dataset, read_captions,
                   read_json, run_script, spread, write_clip_tokenizer, write_json)
 from losses import group_patches
-from model import best_device, check_device, checkpoints, export_open_clip, export_transformers, load_model, resized
+from model import best_device, check_device, checkpoints, export_transformers, load_model, resized, to_open_clip
 from scenes import BACKGROUNDS, COLOURS, KINDS, article, is_unseen
 
 # ---- models and embeddings -------------------------------------------------------------------------------------------
 
 class Model:
     """A run of this project (its folder, checkpoint.pt or best.pt) or somebody else's checkpoint, with its tokenizer.
-    settings: the run's, else what the shapes tell; folder: the run's, else None; branch: "mean", "max" or a number.
+    settings: the run's, else what the shapes tell; folder: the run's, else None; branch: "mean" or a number.
     Raises UserError."""
 
     batch = 256  # images embedded at once
@@ -52,7 +51,8 @@ class Model:
     def __init__(self, path, device=None, branch="mean", image_size=None, activation=None, tokenizer=None):
         path = Path(path).absolute()
         clip, self.settings = load_model(path, activation)
-        clip = resized(clip, image_size or clip.config.image_size)
+        if image_size:
+            clip = resized(clip, image_size)
         self.config = clip.config
         self.device = device or best_device()
         self.clip = clip.to(self.device).eval()
@@ -60,7 +60,7 @@ class Model:
         folder = path if path.is_dir() else path.parent
         self.name = folder.name if path.is_dir() else f"{folder.name}-{path.stem}"
         self.folder = folder if "seed" in self.settings else None
-        choices = ["mean", "max", *map(str, range(self.config.branches))]
+        choices = ["mean", *map(str, range(self.config.branches))]
         if branch not in choices:
             raise UserError(f"--branch {branch}: take one of this model's: {', '.join(choices)}")
         self.branch = branch
@@ -103,7 +103,7 @@ class Model:
             print(f"skipped: {len(bad)}, the first: {bad[0]}")
 
     def images(self, items, load):
-        """As `batches`, all at once: images [N,h,D] (as from `merge`), and a list of N labels."""
+        """As `batches`, all at once: images [N,D], as from `merge`, and a list of N labels."""
         parts = []
         labels = []
         for branches, _, some in self.batches(items, load):
@@ -119,33 +119,27 @@ class Model:
         return torch.cat(parts)
 
     def embed(self, pictures):
-        """N pictures, paths or PIL images -> [N,D]; like `texts`, for use from Python. One branch has unit norm;
-        products with the mean of several branches are their mean similarities. Raises UserError."""
-        if self.branch == "max":
-            raise UserError("the branches' greatest similarity is not a product of embeddings: take another --branch")
+        """N pictures, paths or PIL images -> [N,D]; like `texts`, for use from Python. Raises UserError."""
         images, _ = self.images(pictures, lambda picture: (self.prepare(picture), None))
-        return images[:, 0]
+        return images
 
-    def prepare(self, picture, squeezed=False):
+    def prepare(self, picture):
         """A picture, path or PIL image -> uint8 [3,S,S], as CLIP does it: the shorter side is resized to S (bicubic),
-        then the centre cropped. Squeezed: both sides are resized to S. Raises UserError."""
+        then the centre cropped. Raises UserError."""
         if not isinstance(picture, Image.Image):
             try:
                 picture = load_image(picture)
             except BadSample as bad:
                 raise UserError(f"{bad}: mend it, because no picture is left out here") from None
         S = self.config.image_size
-        size = (S, S) if squeezed else S
-        picture = resize(picture.convert("RGB"), size, Image.Resampling.BICUBIC)
+        picture = resize(picture.convert("RGB"), S, Image.Resampling.BICUBIC)
         return pil_to_tensor(center_crop(picture, S))
 
     def merge(self, branches):
-        """[N,H,D] -> [N,1,D]: the branches' mean (its similarities are their mean) or one branch; for "max" [N,H,D]."""
-        if self.branch == "max":
-            return branches
+        """[N,H,D] -> [N,D]: one branch, of unit norm, or the branches' mean, whose similarities are their mean."""
         if self.branch == "mean":
-            return branches.mean(1, keepdim=True)
-        return branches[:, [int(self.branch)]]
+            return branches.mean(1)
+        return branches[:, int(self.branch)]
 
 
 def class_embeddings(model, names, templates):
@@ -165,11 +159,11 @@ BLOCK = 100  # queries compared at once
 
 def ranks(queries, candidates, query_of, candidate_of):
     """How many wrong candidates are at least as similar as a query's best right one: 0 is best, ties count against it.
-    queries [Q,H,D], candidates [C,K,D]: the similarity is the greatest over H and K; a candidate is right if its group
-    is the query's: query_of [Q], candidate_of [C] (int). BLOCK queries at a time, so 100,000 × 500,000 fit."""
+    queries [Q,D], candidates [C,D]: a candidate is right if its group is the query's: query_of [Q], candidate_of [C]
+    (int). BLOCK queries at a time, so 100,000 × 500,000 fit."""
     found = []
     for some, groups in zip(queries.split(BLOCK), query_of.split(BLOCK)):
-        scores = torch.einsum("qhd,ckd->qchk", some, candidates).amax((2, 3))
+        scores = some @ candidates.T
         right = (groups[:, None] == candidate_of).to(scores.device)
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ahead = ~right & ~(scores < best)  # so a NaN counts against the model, too
@@ -192,30 +186,28 @@ def recall(queries, candidates, query_of, candidate_of):
         first = min(k, C)
         orders = math.comb(C, first)
         missed = [math.comb(C - m, first) / orders for m in right]
-        chance = 1 - sum(missed) / len(missed)
-        rows[f"R@{k}"] = percent(rank < k), 100 * chance
+        rows[f"R@{k}"] = percent(rank < k), 100 - 100 * np.mean(missed)
     return rows
 
 
 def retrieval(images, texts, image_of, text_of):
-    """Recall both ways. images [N,H,D], texts [M,D]; a pair is right if its groups image_of [N] and text_of [M] are
+    """Recall both ways. images [N,D], texts [M,D]; a pair is right if its groups image_of [N] and text_of [M] are
     equal. A query is a hit if one of its right answers is among the k best, as in CLIP's paper and CLIP_benchmark."""
-    texts = texts[:, None]
     to_image = prefixed("T2I", recall(texts, images, text_of, image_of))
     return to_image | prefixed("I2T", recall(images, texts, image_of, text_of))
 
 
 def caption_retrieval(images, captions, embedded):
     """Retrieval where image i belongs to captions[i], embedded as embedded[i]; equal captions are one group."""
-    numbers = {}
-    groups = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions])
+    _, groups = np.unique(captions, return_inverse=True)
+    groups = torch.from_numpy(groups)
     return retrieval(images, embedded, groups, groups)
 
 
 def classification(images, classes, target):
-    """images [N,H,D], classes [C,D], target [N] -> top-1, top-5 and the mean over classes of top-1."""
+    """images [N,D], classes [C,D], target [N] -> top-1, top-5 and the mean over classes of top-1."""
     C = len(classes)
-    rank = ranks(images, classes[:, None], target, torch.arange(C))
+    rank = ranks(images, classes, target, torch.arange(C))
     rows = {}
     for k in (1, 5):
         if k <= C:
@@ -253,7 +245,7 @@ def square(x):
 
 def pixel_scores(patches, classes, size):
     """patches [P,D] of one image, classes [C,D] -> similarities upsampled to [C,*size]."""
-    maps = square((patches @ classes.T).T)
+    maps = square(classes @ patches.T)
     return F.interpolate(maps[None], size=size, mode="bilinear")[0]
 
 
@@ -325,7 +317,7 @@ def perspective_retrieval(model, branches, captions):
     M = trained or 5  # the paper's number
     found = defaultdict(list)
     for m, texts in enumerate(zip(*[c.perspectives[:M] for c in captions])):
-        images = branches[:, [m]] if trained == model.config.branches else model.merge(branches)
+        images = branches[:, m] if trained == model.config.branches else model.merge(branches)
         for name, row in caption_retrieval(images, texts, model.texts(texts)).items():
             found[name].append(row)
     return {name: np.mean(rows, 0).tolist() for name, rows in found.items()}
@@ -334,7 +326,7 @@ def perspective_retrieval(model, branches, captions):
 def scene_classification(model, images, kinds, facts):
     """Zero-shot kinds of the main object, and pairs of kind and colour: seen in training, and held out of it."""
     names = [name for name, _ in KINDS[:kinds]]
-    pairs = [f"{colour} {name}" for name, colour in itertools.product(names, COLOURS)]
+    pairs = [f"{colour} {name}" for name, colour in product(names, COLOURS)]
     main = [scene.objects[0] for scene in facts]
     target = torch.tensor([o.kind * len(COLOURS) + o.colour for o in main])
     unseen = torch.tensor([is_unseen(o.kind, o.colour) for o in main])
@@ -490,9 +482,13 @@ def voc(model, path):
     which is where one of the other names is more similar; mIoU of objects: among the 20, on their pixels alone."""
     dataset = open_set(datasets.VOCSegmentation, path, image_set="val")
     classes = class_embeddings(model, TEMPLATES["voc"], TEMPLATES["imagenet"]).cpu()
+    S = model.config.image_size
+
     def load(sample):
         image, mask = sample
-        return model.prepare(image, squeezed=True), pil_to_tensor(mask)[0].long()
+        squeezed = image.resize((S, S), Image.Resampling.BICUBIC)
+        return model.prepare(squeezed), pil_to_tensor(mask)[0].long()
+
     everything = 0
     objects = 0
     for _, patches, masks in model.batches(dataset, load):
@@ -554,7 +550,7 @@ LAYOUTS = {
 LOTLIPS = ("dci", "iiw", "share4v-1k", "share4v-10k")  # (of Urban1k Long-CLIP's protocol is the usual one)
 
 
-@functools.cache
+@cache
 def files_in(root):
     """{bare name: file} of all files in the root and its folders."""
     return {file.name: file for file in root.rglob("*")}
@@ -589,7 +585,7 @@ def retrieval_set(name, model, path):
             captions += texts
             owners += [number] * len(texts)
         if not numbers or len(set(owners)) < len(numbers):
-            raise LookupError("pictures without captions" if numbers else "no pictures")
+            raise LookupError("pictures or captions are missing")
     except (LookupError, TypeError, AttributeError, BadSample) as error:
         raise UserError(f"{path} is not laid out as {name} was published ({type(error).__name__}: {error})") from None
     bert = model.config.text_style == "bert"
@@ -633,10 +629,9 @@ def run_benchmarks(model, wanted):
 
 matplotlib.rcParams.update({
     "font.size": 11,
+    "figure.dpi": 120,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "figure.dpi": 120,
-    "legend.frameon": False,
 })
 
 
@@ -697,7 +692,7 @@ def draw_run(model, dataset, captions, folder):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None, **options):
+def evaluate_run(path, n=None, data={}, figures=True, benchmarks=(), out=None, **options):
     """Evaluates a model on its held-out data, or on benchmarks instead, prints and writes the report -> a dict of name,
     settings, metrics {name: {value, chance}} and on (what data). A run's standard evaluation is written into its
     folder, anything else only into `out`. data: settings of train.py about the data that replace the run's; options:
@@ -705,25 +700,27 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
     path = Path(path)
     model = Model(path, **options)
     s = model.settings
-    data = data or {}
     size = model.config.image_size
     report = dict(name=model.name, branch=model.branch, image_size=size, settings=s)
+    file = "evaluation.json"
     if benchmarks:
         rows = run_benchmarks(model, benchmarks)
         report["on"] = " ".join(benchmarks)
+        sets = [item.partition(":")[0] for item in benchmarks]
+        file = f"benchmark-{'-'.join(sets)}.json"
     elif model.folder or "data" in data:
         count = n or s.get("eval_images") or 1000
         part = "test"
         own = list(s.get("data", ()))
         if list(data.get("data", own)) != own:
-            s = dict(caption_fields="") | s | dict(image_root=None)
+            s = s | dict(image_root=None)
             part = "all"
         s = s | data
         dataset = open_dataset(s["data"], part, count, size, s["kinds"], image_root=s["image_root"],
                                caption_fields=s["caption_fields"])
         rows, captions = held_out_metrics(model, dataset, count)
-        names = " ".join(np.atleast_1d(s["data"]))
         report["images"] = len(captions)
+        names = " ".join(np.atleast_1d(s["data"]))
         report["on"] = f"{len(captions)} images of {names}"
     else:
         raise UserError(f"{path} has no held-out data of its own: score it with --benchmark or --data")
@@ -743,19 +740,14 @@ def evaluate_run(path, n=None, data=None, figures=True, benchmarks=(), out=None,
         print("not written, because it is not a run's standard evaluation: add --out FOLDER")
         return report
     folder.mkdir(parents=True, exist_ok=True)
-    if benchmarks:
-        names = [item.partition(":")[0] for item in benchmarks]
-        write_json(folder / f"benchmark-{'-'.join(names)}.json", report)
-    else:
-        write_json(folder / "evaluation.json", report)
-        if figures:
-            draw_run(model, dataset, captions, folder)
+    write_json(folder / file, report)
+    if figures and not benchmarks:
+        draw_run(model, dataset, captions, folder)
     print(f"written to {folder}")
     return report
 
 
-# The table of several runs shows the metrics whose names end in these.
-HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "mIoU")
+HEADLINE = ("R@1", "top-1", "unseen colour and object", "pointing by sentence", "mIoU")  # ends of the names in a table
 
 
 def table(reports):
@@ -782,12 +774,12 @@ def markdown(lines):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def show_picture(model, file, texts, folder):
+def show_picture(model, file, *texts, folder):
     """Prints how similar each text is to a picture, and draws the patches that each groups into picture.png."""
     image = model.prepare(file)
     branches, _ = model.encode([image])
     images = model.merge(branches)
-    cosines = (images[0] @ model.texts(texts).T).amax(0)
+    cosines = images[0] @ model.texts(texts).T
     for text, cosine in zip(texts, cosines.tolist()):
         print(f"{cosine:.3f} {text}")
     draw_groups(model, [(image, texts)], folder / "picture.png")
@@ -800,7 +792,7 @@ def search(model, pictures, text, folder):
         record = records[number]
         return model.prepare(load_image(record.image, name=record.key)), number
     images, numbers = model.images(range(len(records)), load)
-    cosines = (images @ model.texts([text])[0]).amax(1)
+    cosines = images @ model.texts([text])[0]
     shown = []
     for place in cosines.argsort(descending=True)[:24].tolist():
         record = records[numbers[place]]
@@ -814,7 +806,9 @@ def export(model, kind, file):
     """Writes the weights as open_clip (a file) or transformers (a folder) reads them. Raises UserError."""
     name = model.tokenizer.name
     if kind == "open_clip":
-        export_open_clip(model.clip, file)
+        state, config = to_open_clip(model.clip)
+        torch.save(state, file)
+        write_json(file.with_suffix(".json"), config)
     elif kind == "transformers":
         export_transformers(model.clip, file)
         if name == "clip":
@@ -837,14 +831,14 @@ def parse(argv):
     add("--image-root", help="of --data, as in train.py")
     add("--caption-fields", help="of --data, as in train.py; the run's own")
     add("--images", type=at_least(1), help="images to use of the data [1000]")
-    add("--branch", default="mean", help="mean, max, or the number of a branch")
+    add("--branch", default="mean", help="mean, or the number of a branch")
     add("--image-size", type=at_least(1), help="another resolution: position embeddings are interpolated")
     add("--activation", choices=("gelu", "quickgelu"), help="of a released checkpoint")
     add("--tokenizer", help="instead of the model's own")
     add("--device", help="cpu, cuda or mps; the fastest there is")
     add("--out", metavar="FOLDER", help="write there, not into the runs' folders")
-    task("--picture", metavar="FILE", help="say how similar --texts are to a picture, and draw the patches of each")
-    add("--texts", nargs="+", help="of --picture")
+    task("--picture", nargs="+", metavar=("FILE", "TEXT"),
+         help="say how similar texts are to a picture, and draw the patches of each")
     task("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
     add("--no-figures", dest="figures", action="store_false")
@@ -863,15 +857,14 @@ def main(argv=None):
         if checkpoints(path) or path.suffix in WEIGHTS:  # of all in runs/*
             runs.append(path)
     if not runs:
-        raise UserError(f"no run among {' '.join(map(str, flags.runs))}: name folders with a checkpoint.pt, or files "
-                        "of weights")
+        raise UserError("none of these is a run: name folders with a checkpoint.pt, or files of weights")
     kind, weights = flags.export
     for target in filter(None, (flags.json, weights, flags.out)):
         check_target(target)
-    if bool(flags.picture) != bool(flags.texts):
-        raise UserError("--picture FILE and --texts TEXT TEXT ... go together: give both")
+    if flags.picture and len(flags.picture) == 1:
+        raise UserError("--picture FILE needs texts to compare it with: add some")
     if len(runs) > 1 and (kind or flags.picture or flags.search):
-        raise UserError(f"--export, --picture and --search take one run, and here are {len(runs)}")
+        raise UserError("--export, --picture and --search take one run: name one")
     data = {name: getattr(flags, name) for name in ("data", "image_root", "caption_fields")}
     data = {name: value for name, value in data.items() if value is not None}
     options = {name: getattr(flags, name) for name in ("device", "branch", "image_size", "activation", "tokenizer")}
@@ -882,7 +875,7 @@ def main(argv=None):
         folder = Path(flags.out or model.folder or ".")
         folder.mkdir(parents=True, exist_ok=True)
         if flags.picture:
-            show_picture(model, flags.picture, flags.texts, folder)
+            show_picture(model, *flags.picture, folder=folder)
         else:
             search(model, *flags.search, folder)
         print(f"written to {folder}")

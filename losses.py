@@ -15,15 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from csrc import fused
+from csrc.fused import similarity_logsumexp
 from data import text_slots
 
 EPS = 1e-6
 REGROUPED_IMAGES = 8  # images in which a text groups patches with --negatives regrouped
-# Similarity matrices with more entries go to the fused op, which does not store them: this saves memory, on CPUs also
-# time. The similarities stay float32 (TF32 in bf16 runs), where the papers' code multiplies in half precision: at
-# s = 100 the 8 bits of bfloat16 round a logit by up to 0.2, and the product is less than a hundredth of a step's work.
-MAX_STORED = 1 << 22
 
 
 def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor, across_ranks: bool = True) -> Tensor:
@@ -55,35 +51,27 @@ def multi_positive_loss(image: Tensor, texts: Tensor, logit_scale: Tensor) -> Te
 
 
 def multi_to_multi_loss(
-    branches: Tensor, texts: Tensor, logit_scale: Tensor, matching: str = "image", views: int | None = None
+    branches: Tensor, texts: Tensor, logit_scale: Tensor, views: int, matching: str = "image"
 ) -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. The first `views` texts (None: all) are of H or more fixed perspectives,
-    and text m of the first H belongs to branch m. The other texts, or all of them if there are fewer perspectives than
-    branches, go to the branch of their image that is most similar to them ("free matching").
+    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m if the first H texts, of the same H
+    perspectives for every image, are there: `views` tells how many such texts there are. All other texts go to the
+    branch of their image that is most similar to them ("free matching").
     matching: which branch represents the other images in such a text's softmax. "image": each image's own choice, made
     for its own text; "text": the choice of the text's own image, for all images (the released code).
     """
     H = branches.shape[1]
-    M = texts.shape[1]
     if H == 1:
         return multi_positive_loss(branches[:, 0], texts, logit_scale)
-    views = M if views is None else views
-    fixed = H if views >= H else 0
-    free = texts[:, fixed:]
-    similarity = torch.einsum("bmd,bhd->bmh", free, branches)
-    match = similarity.argmax(-1)  # [B, M - fixed]
-    chosen = branches.gather(1, match[..., None].expand_as(free))
-    if matching == "image" or M == fixed:
-        image = torch.cat([branches[:, :fixed], chosen], 1)  # [B, M, D]
-        return contrastive_loss(image.transpose(0, 1), texts.transpose(0, 1), logit_scale)
-    loss = (M - fixed) / M * text_matching_loss(branches, free, chosen, match, logit_scale)
-    if fixed:
-        own = texts[:, :fixed].transpose(0, 1)
-        of_own = contrastive_loss(branches.transpose(0, 1), own, logit_scale)
-        loss = loss + fixed / M * of_own
-    return loss
+    similarity = torch.einsum("bmd,bhd->bmh", texts, branches)
+    match = similarity.argmax(-1)  # [B, M], the branch of image b for its text m
+    if views >= H:
+        match[:, :H] = torch.arange(H, device=match.device)
+    chosen = branches.take_along_dim(match[..., None], 1)  # [B, M, D]
+    if matching == "text":
+        return text_matching_loss(branches, texts, chosen, match, logit_scale)
+    return contrastive_loss(chosen.transpose(0, 1), texts.transpose(0, 1), logit_scale)
 
 
 def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: Tensor, logit_scale: Tensor) -> Tensor:
@@ -101,9 +89,8 @@ def text_matching_loss(branches: Tensor, texts: Tensor, chosen: Tensor, match: T
         images = Gather.apply(images)
     per_image, _ = similarity_logsumexp(chosen.transpose(0, 1), candidates, logit_scale, cols=False)  # [M, B]
     logits = logit_scale * torch.einsum("hnd,bmd->bmhn", images, texts)
-    N = logits.shape[-1]
-    of_match = match[..., None, None].expand(-1, -1, 1, N)
-    per_text = logits.gather(2, of_match).squeeze(2).logsumexp(-1)  # [B, M]
+    of_match = logits.take_along_dim(match[..., None, None], 2).squeeze(2)  # [B, M, N]
+    per_text = of_match.logsumexp(-1)  # [B, M]
     return ((per_image.mT + per_text) / 2 - positive).mean()
 
 
@@ -241,15 +228,12 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
     M = slots.count("perspective")  # the last slots
     others, perspectives = texts.split([len(slots) - M, M], 1)
     positives = torch.cat([perspectives, others, corners], 1)
-    contrastive = multi_to_multi_loss(branches, positives, scale, s.matching, M)
-    loss = s.contrastive_weight * contrastive
-    terms = {"contrastive": contrastive.detach()}
+    weights = {"contrastive": s.contrastive_weight, "diversity": s.branch_diversity, "grouping": s.grouping_weight}
+    terms = {"contrastive": multi_to_multi_loss(branches, positives, scale, M, s.matching)}
     if s.branch_diversity:
-        diversity = diversity_loss(branches)
-        loss = loss + s.branch_diversity * diversity
-        terms["diversity"] = diversity.detach()
+        terms["diversity"] = diversity_loss(branches)
     if s.grouping == "sub-caption":
-        grouping = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
+        terms["grouping"] = grouping_loss(out["patches"], texts, scale, s.threshold, s.negatives, allowed)
     if s.grouping == "token":
         tokens = out["token_embeddings"]  # [B·T, L, D]
         place = torch.arange(tokens.shape[1], device=tokens.device)
@@ -257,29 +241,15 @@ def method_loss(out: dict, s, allowed: Tensor | None = None) -> tuple[Tensor, di
         patches = out["patches"].repeat_interleave(len(slots), 0)  # [B·T, P, D]
         if allowed is not None:
             allowed = allowed.flatten(0, 1)[:, None]  # [B·T, 1, P]: a caption's tokens share its box
-        grouping = token_grouping_loss(patches, tokens, is_word, scale, s.threshold, allowed)
-    if s.grouping != "none":
-        loss = loss + s.grouping_weight * grouping
-        terms["grouping"] = grouping.detach()
-    return loss, terms
+        terms["grouping"] = token_grouping_loss(patches, tokens, is_word, scale, s.threshold, allowed)
+    loss = sum(weights[name] * term for name, term in terms.items())
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
-# ---- many ranks, large matrices --------------------------------------------------------------------------------------
-
+# ---- many ranks ------------------------------------------------------------------------------------------------------
 
 def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def similarity_logsumexp(image: Tensor, text: Tensor, logit_scale: Tensor, rows: bool = True, cols: bool = True):
-    """Row and column log-sum-exp of L = s·image·textᵀ: image [(G,)N,D], text [(G,)M,D] -> per_image [(G,)N], per_text
-    [(G,)M]; None if not asked for. A large L, with `--fused on` any L, is left to the fused op, which does not store
-    it."""
-    groups = torch.broadcast_shapes(image.shape[:-2], text.shape[:-2]).numel()
-    entries = groups * image.shape[-2] * text.shape[-2]
-    if fused.mode == "on" or entries > MAX_STORED:
-        return fused.similarity_logsumexp(image, text, logit_scale, rows, cols)
-    return fused.reference(image, text, logit_scale, rows, cols)
+    return dist.is_available() and dist.is_initialized()  # train.py makes no group of one
 
 
 class Gather(torch.autograd.Function):

@@ -1,16 +1,13 @@
 """The model: an image tower and a text tower from scratch, with the parts that the papers add.
 
-    CLIP                 pre-LN ViT with a class token, causal text transformer read at the end-of-text token
-                         (2103.00020)
-    corner tokens        more summary tokens of a text, blind to one another (LoTLIP, 2410.05249, section 3.2):
-                         `text_mask`
+    CLIP (2103.00020)    pre-LN ViT with a class token, causal text transformer read at the end-of-text token
+    corner tokens        more summary tokens of a text, blind to one another: `text_mask` (LoTLIP, 2410.05249, 3.2)
     branches             H mutually blind class tokens (`class_token_mask`), or H parallel MLPs in the last layers
-                         (`Block`; Holistic CLIP, 2412.00440, section 3.2)
+                         (`Block`; Holistic CLIP, 2412.00440, 3.2)
     patch embeddings     the final patch tokens through the class token's LayerNorm and projection (DreamLIP, SPARC)
 
-With --stem patch, --pool class, one branch and no corner tokens it is CLIP, weight for weight. The file goes from the
-config over attention, blocks and the two towers to CLIP; then come checkpoints, ours and released ones.
-Attention masks are boolean, True where a query may look at a key.
+With --stem patch, --pool class, one branch and no corner tokens it is CLIP, weight for weight. Behind the model come
+checkpoints, ours and released ones. Attention masks are boolean, True where a query may look at a key.
 
 First reading: skip `Packing`, `best_fit`, `pack` and everything about `places`; think of one text a row.
 """
@@ -22,7 +19,6 @@ from bisect import bisect_left, insort
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -62,11 +58,7 @@ class CLIPConfig:
     corner_mask: bool = True  # False: summary tokens see one another, causal ones the earlier (LoTLIP's ablation)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": F.gelu, "quickgelu": quick_gelu}
+ACTIVATIONS = {"gelu": F.gelu, "quickgelu": lambda x: x * torch.sigmoid(1.702 * x)}
 NORM_EPS = {"clip": 1e-5, "timm": 1e-6, "bert": 1e-12}  # eps of the LayerNorms of each style
 CHOICES = dict(
     stem=("patch", "conv"), vision_style=("clip", "timm"), activation=tuple(ACTIVATIONS), pool=("class", "average"),
@@ -90,12 +82,6 @@ def check_config(c: CLIPConfig):
         raise UserError("BERT's text encoder sees both ways: add --text-attention bidirectional")
 
 
-def config_from(settings) -> CLIPConfig:
-    """The model's part of a larger settings object; a missing field gets its default."""
-    known = CLIPConfig.__dataclass_fields__
-    return CLIPConfig(**{name: value for name, value in vars(settings).items() if name in known})
-
-
 # ---- attention and blocks --------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
@@ -105,31 +91,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, mask=None, queries=None):
-        """x [B,N,W] -> [B,N,W]; with queries [B,K,W], which are some of x, the output for these alone, [B,K,W]. The
-        mask is boolean, or floats that are added to the logits."""
-        if queries is None:
-            # each [B, heads, N, W/heads]
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        else:
-            W = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(queries, weight[:W], bias[:W]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k, v = F.linear(x, weight[W:], bias[W:]).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if q.is_cpu and q.dtype == torch.bfloat16:
-            # On the CPU, PyTorch's attention is several times slower in bfloat16 than in float32.
-            with torch.autocast("cpu", enabled=False):
-                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
-        else:
+    def forward(self, x, mask=None, places=None):
+        """x [B,N,W] -> [B,N,W]; with places [B,K] only these are queries -> [B,K,W]. The mask is boolean, or floats
+        that are added to the logits."""
+        # each [B, heads, N, W/heads]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if places is not None:
+            places = places[:, None, :, None]  # [B, 1, K, 1]
+            q = q.take_along_dim(places, 2)
+            mask = mask.take_along_dim(places, 2)
+        if q.is_cpu and q.dtype == torch.bfloat16:  # where attention is several times slower than in float32
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
             x = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out(x.transpose(1, 2).flatten(2))
-
-
-def gather_places(x: Tensor, places: Tensor) -> Tensor:
-    """x [B,N,W], places [B,K] (of each row) -> [B,K,W]."""
-    B, N, _ = x.shape
-    rows = places + N * torch.arange(B, device=x.device)[:, None]
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, places.shape)
 
 
 class Block(nn.Module):
@@ -139,7 +114,7 @@ class Block(nn.Module):
     With places [B,K], x [1,B,N,W] -> [1,B,K,W]: only these places are queries, all places are keys and values.
     """
 
-    def __init__(self, width, heads, activation, branches=1, eps=1e-5):
+    def __init__(self, width, heads, activation, branches, eps):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
@@ -150,11 +125,9 @@ class Block(nn.Module):
 
     def attend(self, x, seen, mask, places):
         """x + attention(seen); `seen` is ln_1(x) in a pre-LN block, x itself in BERT's."""
-        queries = None
         if places is not None:
-            queries = gather_places(seen[0], places)
-            x = gather_places(x[0], places)[None]
-        return x + self.attn(seen.flatten(0, 1), mask, queries).view_as(x)
+            x = x.take_along_dim(places[None, ..., None], 2)
+        return x + self.attn(seen.flatten(0, 1), mask, places).view_as(x)
 
     def forward(self, x, mask=None, places=None):
         x = self.attend(x, self.ln_1(x), mask, places)
@@ -197,9 +170,7 @@ class Blocks(nn.ModuleList):
         *first, last = self
         for block in first:
             x = block(x, mask)
-        if places is None:
-            return last(x, mask)
-        return last(x, gather_places(mask[:, 0], places)[:, None], places)
+        return last(x, mask, places)
 
 
 def normalized(x):
@@ -257,7 +228,7 @@ def conv_stem(width: int, patch: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def class_token_mask(tokens: int, patches: int, blind: bool = True) -> Tensor:
+def class_token_mask(tokens: int, patches: int, blind: bool) -> Tensor:
     """A class token attends to itself and the patches, not to other class tokens; a patch to everything -> bool,
     [query, key] with the class tokens first.
 
@@ -303,14 +274,13 @@ class TextTransformer(nn.Module):
         end = end[rows.text]  # [B, R]
         mask = text_mask(rows, end, self.corners, self.causal, self.corner_mask)[:, None]
         x = self.ln_pre(self.embed_tokens(tokens, rows, end))  # [B, R, W]
+        x = self.blocks(x, mask, None if with_tokens else rows.summaries)[0]  # [B, R or K, W]
+        x = self.pooler(self.ln_final(x)) @ self.proj
         token_embeddings = None
         if with_tokens:
-            x = self.project(self.blocks(x, mask)[0])  # [B, R, D]
             places = rows.start[:, None] + torch.arange(tokens.shape[1], device=x.device)
             token_embeddings = normalized(F.embedding(places.clamp(max=end.numel() - 1), x.flatten(0, 1)))
-            x = gather_places(x, rows.summaries)
-        else:
-            x = self.project(self.blocks(x, mask, rows.summaries)[0])  # [B, K, D]
+            x = x.take_along_dim(rows.summaries[..., None], 1)  # [B, K, D]
         return normalized(F.embedding(rows.summary_index, x.flatten(0, 1))), token_embeddings
 
     def embed_tokens(self, tokens, rows, end):
@@ -323,9 +293,6 @@ class TextTransformer(nn.Module):
         own = torch.where(corner, context + rows.place - end - 1, rows.place)
         embeddings = torch.cat([self.positional_embedding, self.corner_embedding])
         return x.masked_fill(corner[..., None], 0) + F.embedding(own, embeddings)
-
-    def project(self, x):
-        return self.pooler(self.ln_final(x)) @ self.proj
 
 
 ROW = 64  # places in a row of texts, unless one text is longer
@@ -368,15 +335,11 @@ def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Pac
     longest = max(ROW, sizes.max())
     R = -(-longest // 8) * 8  # a GPU's attention wants a mask of a multiple of 8
     row, first, nth, counts = best_fit(sizes.tolist(), R)
-    start = row * R + first
 
-    text_ids = np.repeat(np.arange(len(sizes)), sizes)
-    offsets = np.arange(len(text_ids)) - np.repeat(sizes.cumsum() - sizes, sizes)
-    slots = start[text_ids] + offsets
-    text = np.full(len(counts) * R, -1)
-    text[slots] = text_ids
-    place = np.zeros_like(text)
-    place[slots] = offsets
+    text = np.full((len(counts), R), -1)
+    for number, size in enumerate(sizes):
+        text[row[number], first[number]:first[number] + size] = number
+    place = np.where(text < 0, 0, np.arange(R) - first[text])
 
     # A text's summary tokens: the last before the corners (causal) or the first, and the corners.
     tokens = lengths[:, None] - 1 + np.arange(1 + C)
@@ -387,7 +350,7 @@ def pack(lengths: np.ndarray, C: int, causal: bool, device: torch.device) -> Pac
     summaries = np.zeros(len(counts) * K, int)
     summaries[summary_index] = first[:, None] + tokens
 
-    arrays = text.reshape(-1, R), place.reshape(-1, R), start, summaries.reshape(-1, K), summary_index
+    arrays = text, place, row * R + first, summaries.reshape(-1, K), summary_index
     tensors = map(torch.from_numpy, arrays)
     if device.type == "cuda":
         tensors = map(Tensor.pin_memory, tensors)  # so that the host does not wait for the copies
@@ -460,8 +423,7 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens, lengths=None, with_tokens=True):
-        """tokens [N,L], L up to the context -> summaries [N,1+C,D], token_embeddings [N,L,D] (None without
-        `with_tokens`), unit-norm float32. `lengths` [N]: see TextTransformer.forward."""
+        """tokens [N,L] -> summaries [N,1+C,D], token_embeddings [N,L,D] or None: see TextTransformer.forward."""
         return self.text(tokens, lengths, with_tokens)
 
     def forward(self, images, tokens, with_tokens=False, lengths=None):
@@ -487,7 +449,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / "checkpoint.pt", folder / "checkpoint-1.pt") if path.is_file()]
 
 
-def save_atomically(path: Path, content: dict, keep: int = 1) -> bool:
+def save_atomically(path: Path, content: dict, keep: int) -> bool:
     """torch.save that leaves either the old file or the whole new one, even if the power fails in between; with keep=2
     the old file stays as NAME-1. If the disk fails, prints so and returns False."""
     temporary = path.with_name(path.name + ".tmp")
@@ -568,8 +530,9 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
         if "settings" in content:
             if activation:
                 raise UserError("a run of train.py knows its activation: drop --activation")
-            config = config_from(SimpleNamespace(**content["settings"]))
-            return with_weights(config, content["model"]), content["settings"]
+            settings = content["settings"]  # train.Settings; one that is missing gets its default
+            known = {name: settings[name] for name in CLIPConfig.__dataclass_fields__ if name in settings}
+            return with_weights(CLIPConfig(**known), content["model"]), settings
         told = config_beside(path)
         if activation:
             told["activation"] = activation
@@ -579,7 +542,7 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
     print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
           "--activation quickgelu)")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
-    return model, asdict(model.config) | dict(method=path.stem, tokenizer=tokenizer, kinds=24)
+    return model, asdict(model.config) | dict(tokenizer=tokenizer, kinds=24, caption_fields="")
 
 
 def with_weights(config: CLIPConfig, state) -> CLIP:
@@ -596,8 +559,6 @@ def with_weights(config: CLIPConfig, state) -> CLIP:
 def resized(model: CLIP, image_size: int) -> CLIP:
     """The model for images of another size: the grid of position embeddings is interpolated (bicubic, antialiased: as
     in open_clip). Raises UserError if the size is no multiple of the patch."""
-    if image_size == model.config.image_size:
-        return model
     other = CLIP(replace(model.config, image_size=image_size))
     other.load_state_dict(grown(model.state_dict(), other))
     return other
@@ -777,8 +738,7 @@ def translated(model: CLIP, library: str, table: dict[str, str]):
 
 
 def to_open_clip(model: CLIP):
-    """State dict in open_clip's names and open_clip's config of the model, which has one branch and no corner tokens
-    (else UserError). The average of the patches is open_clip's pool_type "avg"."""
+    """State dict in open_clip's names, open_clip's config of the model. Raises UserError if it has no place there."""
     c = model.config
     state = translated(model, "open_clip", OPEN_CLIP)
     state = {name.removeprefix("text."): value for name, value in state.items()}
@@ -787,13 +747,6 @@ def to_open_clip(model: CLIP):
     text = dict(context_length=c.context, vocab_size=c.vocab, width=c.text_width, heads=c.text_heads,
                 layers=c.text_depth)
     return state, dict(embed_dim=c.embed, quick_gelu=c.activation == "quickgelu", vision_cfg=vision, text_cfg=text)
-
-
-def export_open_clip(model: CLIP, file: Path):
-    """Writes the weights in open_clip's names, and open_clip's config of the model beside them, as .json."""
-    state, config = to_open_clip(model)
-    torch.save(state, file)
-    write_json(file.with_suffix(".json"), config)
 
 
 def export_transformers(model: CLIP, folder: Path):
@@ -916,11 +869,11 @@ def regridded(positions: Tensor, places: int) -> Tensor:
     return torch.cat([first, grid[0].flatten(1).mT])
 
 
-def stretched(positions: Tensor, context: int, kept=20) -> Tensor:
+def stretched(positions: Tensor, context: int) -> Tensor:
     """Positions for texts of another length: [L,W] -> [context,W]. A shorter context takes the first ones. For a longer
-    one the first `kept` stay; the rest is interpolated linearly, extrapolated at the end (Long-CLIP, 2403.15378)."""
+    one the first 20 stay; the rest is interpolated linearly, extrapolated at the end (Long-CLIP, 2403.15378)."""
     L = len(positions)
-    kept = min(kept, L - 2)
+    kept = min(20, L - 2)
     place = torch.arange(context, dtype=torch.float)  # in the old positions
     place[kept:] = kept + (place[kept:] - kept) * (L - kept) / (max(L, context) - kept)
     before = place.long().clamp(max=L - 2)

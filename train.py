@@ -42,8 +42,8 @@ from csrc import fused
 from data import (BadCount, Batch, Parser, UserError, check_boxes, load_tokenizer, lock, normalize, open_dataset,
                   text_slots, training_loader, write_json)
 from losses import distributed, method_loss
-from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, config_from, grown, read_checkpoint,
-                   newest_whole, read_initial_weights, save_atomically)
+from model import (CLIP, CLIPConfig, best_device, check_device, checkpoints, grown, newest_whole, read_checkpoint,
+                   read_initial_weights, save_atomically)
 
 MOMENTUM = 0.9  # Muon's
 EPOCHS = 100  # at most, unless --images is given: Holistic CLIP's, the most of all the papers
@@ -254,7 +254,7 @@ ABOVE_0 = (
 SHARES = ("warmup", "max_bad", "whole_caption", "crop", "beta2", "threshold")
 
 
-def check_settings(s: Settings, world: int = 1):
+def check_settings(s: Settings, world: int):
     """Raises UserError with one sentence where the settings cannot go together."""
     if s.context < 3:
         raise UserError(f"--context {s.context} leaves no room for a word between start and end token: give at least 3")
@@ -414,9 +414,9 @@ def split(batch: Batch, n: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def embed_in_chunks(network, chunks: list[Batch], s: Settings) -> dict:
-    """What `embed_batch` returns, for all chunks joined, without a graph; None is left out."""
-    embedded = [embed_batch(network, chunk, s) for chunk in chunks]
+def embed_in_chunks(network, batch: Batch, s: Settings) -> dict:
+    """What `embed_batch` returns, chunk by chunk, without a graph; None is left out."""
+    embedded = [embed_batch(network, chunk, s) for chunk in split(batch, s.accumulate)]
     joined = {}
     for name, first in embedded[0].items():
         if first is not None:
@@ -438,14 +438,13 @@ def backward_gradcache(network, batch: Batch, s: Settings):
     """GradCache (2101.06983). 1: embeds all chunks without a graph. 2: the loss of the whole batch gives each
     embedding's gradient. 3: embeds each chunk again and backpropagates those gradients. The result is the whole batch's
     gradient, with the memory of one chunk."""
-    chunks = split(batch, s.accumulate)
-    whole = embed_in_chunks(network, chunks, s)
+    whole = embed_in_chunks(network, batch, s)
     for x in whole.values():
         x.requires_grad_(x.is_floating_point())
     loss, terms = method_loss(whole, s, batch.allowed)
     loss.backward()
-    n = len(chunks)
-    for i, chunk in enumerate(chunks):
+    n = s.accumulate
+    for i, chunk in enumerate(split(batch, n)):
         last = i == n - 1  # DDP sums over the processes once, with the last chunk
         with nullcontext() if last or not distributed() else network.no_sync():
             out = embed_batch(network, chunk, s)
@@ -521,7 +520,7 @@ def load_initial_weights(s: Settings, flags: dict):
 def build(s: Settings, weights=None) -> CLIP:
     """The model with a run's first weights: `load_initial_weights`'s where there are, else random. Raises UserError."""
     torch.manual_seed(s.seed)
-    model = CLIP(config_from(s))
+    model = CLIP(s)
     if weights:
         model.load_state_dict(grown(weights, model))
     return model
@@ -674,13 +673,13 @@ def run_folder(s: Settings) -> Path:
             raise UserError(f"--resume {s.resume}: there is no checkpoint.pt in that folder")
         return Path(s.resume)
     goes_on = s.resume == "auto" or restarts() > 0
-    if s.out == "auto" and max_restarts():
-        raise UserError("torchrun --max-restarts continues in this run's folder: name it with --out, or another run's "
-                        "could be taken for it")
     if s.out != "auto":
         if checkpoints(Path(s.out)) and not goes_on:
             raise UserError(f"{s.out} holds a run already: choose another --out, or --resume {s.out}")
         return Path(s.out)
+    if max_restarts():
+        raise UserError("torchrun --max-restarts continues in this run's folder: name it with --out, or another run's "
+                        "could be taken for it")
     base = folder = Path("runs") / f"{s.method}-{s.size}"
     begun = None  # the newest unfinished run of this name
     number = 1
@@ -898,15 +897,11 @@ def train_steps(run: Run, caught: list):
 
 def save_if_due(run: Run, caught: list) -> bool:
     """Between two steps: saves when it is time -> whether to stop, since a process has caught a signal. All processes
-    agree. Raises UserError if too many samples are bad."""
-    s, state = run.s, run.state
+    agree."""
+    s = run.s
     late = time.monotonic() - run.saved > 60 * s.save_minutes
-    stop, late, bad, seen = sum_over_processes(bool(caught), late, state.bad.total, state.bad.seen)
-    if state.bad.over(s.max_bad, bad, seen):
-        save(run)
-        with raise_together():
-            bad_of_all(state).check(s.max_bad)
-    if not stop and (late or s.save_steps and state.step % s.save_steps == 0):
+    stop, late = sum_over_processes(bool(caught), late)
+    if not stop and (late or s.save_steps and run.state.step % s.save_steps == 0):
         save(run)
         run.saved = time.monotonic()
     return stop > 0
@@ -942,7 +937,7 @@ def held_out_loss(run: Run) -> float:
     total = 0.0
     for batch in training_loader(run.held_out, run.tokenizer, s, 0, steps, rank, world):
         batch = to_device(batch, s)
-        out = embed_in_chunks(run.network, split(batch, s.accumulate), s)
+        out = embed_in_chunks(run.network, batch, s)
         total += method_loss(out, s, batch.allowed)[0]
     loss = sum_over_processes(total.item())[0] / world / steps
     if loss < run.state.best and save(run, best=True):
@@ -951,13 +946,15 @@ def held_out_loss(run: Run) -> float:
 
 
 def report(run: Run, row: dict, terms: dict, bar):
-    """Writes a line of metrics.jsonl. Raises UserError if the run only skips steps."""
+    """Writes a line of metrics.jsonl. Raises UserError if the run only skips steps, or if too many samples are bad."""
     if is_master():
         write_line(run.metrics, row)
         bar.set_postfix({name: row[name] for name in (*terms, "skipped", "images_per_s")}, refresh=False)
-    if row["skipped_in_a_row"] >= MAX_SKIPPED:
+    bad = bad_of_all(run.state)
+    if row["skipped_in_a_row"] >= MAX_SKIPPED or bad.over(run.s.max_bad):
         save(run)
         with raise_together():
+            bad.check(run.s.max_bad)
             raise UserError(f"{row['skipped_in_a_row']} steps in a row, up to {row['step']}, were skipped because the "
                             "gradient was NaN or infinite: try a lower --lr, more --warmup, or --precision fp32; the "
                             f"last good weights are in {run.folder}")
@@ -1007,7 +1004,7 @@ def profile(flags: dict, steps: int = 30, warm: int = 10):
     data, gradients, optimizer = 1000 * times
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        embed_in_chunks(state.model, split(batch, s.accumulate), s)
+        embed_in_chunks(state.model, batch, s)
     operations = 3 * counter.get_total_flops()  # backward costs twice the forward; recomputation does not count
     n = 8192 if s.device.startswith("cuda") else 1024
     matrix = torch.randn(n, n, device=s.device, dtype=torch.bfloat16 if s.precision == "bf16" else torch.float32)

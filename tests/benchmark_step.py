@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from csrc import fused  # noqa: E402
 from data import Batch, normalize  # noqa: E402
-from model import CLIP, config_from, to_open_clip  # noqa: E402
+from model import CLIP, to_open_clip  # noqa: E402
 
 
 def batch_of(s, seed):
@@ -55,7 +55,7 @@ def half(s):
 
 def our_step(s):
     """-> the step as a function of a batch, and its model."""
-    state, network = train.prepare(CLIP(config_from(s)), s)
+    state, network = train.prepare(CLIP(s), s)
 
     def step(batch):
         train.backward(network, batch, s)
@@ -85,7 +85,7 @@ def stored(step, batch):
 
 
 def their_step(s):
-    _, config = to_open_clip(CLIP(config_from(s)))
+    _, config = to_open_clip(CLIP(s))
     model = open_clip.model.CLIP(**config).to(s.device)
     if s.compile:
         model.visual.compile()

@@ -23,7 +23,6 @@ class Grey:
     batches, encode, images = Model.batches, Model.encode, Model.images
     merge, prepare = Model.merge, Model.prepare
     batch, device = 7, "cpu"
-    autocast = torch.autocast("cpu", enabled=False)
 
     def __init__(self):
         self.said = []
@@ -135,7 +134,7 @@ def test_every_published_layout_pairs_the_right_pictures_and_texts(name, tmp_pat
     ("coco", "dataset_coco.json", "{", "cannot read .*dataset_coco.json"),
     ("coco", "val2014/3.png", None, "no picture .*3.png"),
     ("coco", "val2014/3.png", "x", "3.png.*no picture is left out"),
-    ("urban1k", "caption/3.txt", "", "pictures without captions"),
+    ("urban1k", "caption/3.txt", "", "captions are missing"),
     ("jsonl", "captions.jsonl", '{"image": "images/1.png", "caption": 3}', "not laid out as jsonl")])
 def test_a_layout_that_is_wrong_ends_in_a_sentence(name, file, content, words, tmp_path):
     path = lay_out(name, tmp_path)

@@ -3,6 +3,7 @@ here, and CLIP_benchmark scores them alike."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 import evaluate
 from data import UserError, WordPieces, normalize
 from evaluate import Model
-from model import export_open_clip, from_state_dict, load_model, resized
+from model import from_state_dict, load_model, resized
 from scenes import Scenes
 from test_benchmarks import write
 from test_model import pictures, reference, same, shaken, small, texts
@@ -36,6 +37,11 @@ def test_at_another_resolution_positions_are_interpolated_as_by_open_clip(size):
     theirs.load_state_dict(state)
     images = pictures(2, size)
     assert same(ours.encode_image(images)[0][:, 0], theirs.encode_image(images, normalize=True))
+
+
+def export_open_clip(model, file):
+    model = SimpleNamespace(clip=model, tokenizer=SimpleNamespace(name="clip"))
+    evaluate.export(model, "open_clip", file)
 
 
 @pytest.mark.parametrize("settings", [dict(pool="average"), dict(activation="quickgelu")], ids=str)

@@ -239,8 +239,8 @@ def test_processes_starting_together_build_once_past_a_dead_build(empty_cache):
 
 def test_without_a_compiler_auto_says_so_once_and_off_is_silent(empty_cache, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    auto = python(f"print({CALL}, {CALL})")
-    off = python(f"fused.mode = 'off'; print({CALL})")
+    auto = python(f"fused.MAX_STORED = 0; print({CALL}, {CALL})")
+    off = python(f"fused.mode, fused.MAX_STORED = 'off', 0; print({CALL})")
     out = auto.communicate()[0]
     assert out.endswith(f"{ANSWER} {ANSWER}\n")
     assert out.count("WARNING: the fused similarity op cannot be used here") == 1

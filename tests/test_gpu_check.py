@@ -23,10 +23,6 @@ def dreamlip(tmp_path_factory):
     return gpu_check.run_part(part, out), out / "parts/losses-method-dreamlip"
 
 
-def test_a_training_is_as_far_from_itself_as_nothing(dreamlip):
-    assert dreamlip[0] == ("0.0e+00, at the end 0.0e+00; 30 finite", True)
-
-
 @pytest.mark.parametrize("step, factor, passed", [
     (3, 1.002, False),
     (3, 1.0005, True),
@@ -102,7 +98,6 @@ def test_rows_of_texts_are_held_against_longer_ones(capsys):
     ("build", "building ...\n/a/similarity_0.so\n", True),
     ("tests", "...\n31 passed, 400 deselected in 9.00s\n", True),
     ("tests", "...\n31 passed, 1 skipped, 400 deselected in 9.00s\n", False),
-    ("sanitizer", "not installed\n", True),
     ("sanitizer", "2 passed\n========= ERROR SUMMARY: 10 errors\n", False),
 ])
 def test_text_is_judged(name, text, passed):

@@ -64,15 +64,6 @@ def test_branches_begin_near_the_one_there_is_and_apart(kind, tmp_path):
         assert same(branches[:, 0], expected)
 
 
-def test_of_more_branches_than_wanted_the_first_stay(tmp_path):
-    path, before = a_run(tmp_path, branches=4)
-    tokens = before.visual.class_embedding
-    assert torch.equal(started(init=path, branches=2).visual.class_embedding, tokens[:2])
-    assert torch.equal(started(init=path).visual.class_embedding, tokens)
-    with pytest.raises(UserError, match="leave --branches and --branch-type alone"):
-        started(init=path, branch_type="mlp", lock_image=True)
-
-
 @torch.no_grad()
 def test_a_stretched_model_reads_short_texts_as_before(tmp_path):
     path, before = released(tmp_path, context=77)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-import losses
 from csrc import fused
 from losses import (
     contrastive_loss,
@@ -99,10 +98,9 @@ def grouping(patches, texts, threshold=None, words=None, negatives="image", allo
 
 # ---- contrastive losses ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stored", [losses.MAX_STORED, 0])
+@pytest.mark.parametrize("stored", [fused.MAX_STORED, 0])
 def test_the_contrastive_loss_is_the_mean_of_both_cross_entropies(stored, monkeypatch):
-    monkeypatch.setattr(losses, "MAX_STORED", stored)  # 0: no similarity matrix is stored
-    monkeypatch.setattr(fused, "similarity_logsumexp", fused.chunked)
+    monkeypatch.setattr(fused, "MAX_STORED", stored)  # 0: no similarity matrix is stored
     image = unit(6, 5)
     text = unit(6, 5, seed=1)
     loss = contrastive_loss(image, text, SCALE)
@@ -111,8 +109,8 @@ def test_the_contrastive_loss_is_the_mean_of_both_cross_entropies(stored, monkey
 
 
 @pytest.mark.parametrize("matching", ["image", "text"])
-@pytest.mark.parametrize("H, M", [(3, 3), (1, 4), (2, 5), (4, 2)])
-def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M, matching):
+@pytest.mark.parametrize("H, M, views", [(3, 3, 3), (1, 4, 4), (2, 5, 5), (2, 5, 2), (4, 2, 2), (2, 5, 1), (2, 3, 0)])
+def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M, views, matching):
     """Of the other images a text meets the branch that "image" each has chosen, or that the "text"'s own image has."""
     branches = unit(4, H, 6)
     texts = unit(4, M, 6, seed=1)
@@ -123,14 +121,14 @@ def test_text_m_belongs_to_branch_m_and_a_free_text_to_the_likest_branch(H, M, m
         chosen = []
         for of_image, text in zip(images, texts_m):
             similarities = [dot(branch, text) for branch in of_image]
-            free = M < H or m >= H
+            free = views < H or m >= H
             chosen.append(similarities.index(max(similarities)) if free else m)
         for i, h in enumerate(chosen):
             row = [S * dot(images[i][h], text) for text in texts_m]
             others = chosen if matching == "image" else [h] * len(images)
             column = [S * dot(image[k], texts_m[i]) for image, k in zip(images, others)]
             terms.append((logsumexp(row) + logsumexp(column)) / 2 - row[i])
-    loss = multi_to_multi_loss(branches, texts, SCALE, matching)
+    loss = multi_to_multi_loss(branches, texts, SCALE, views, matching)
     assert loss.item() == pytest.approx(mean(terms), rel=1e-9)
 
 
@@ -188,11 +186,12 @@ def all_losses(image, patches, texts, scale, words=None):
         words[:, -1] = False  # padding
     allowed = patches[:, None, :, 0] >= texts[:, :, :1]
     allowed[..., 0] = True
+    K = texts.shape[1]
     of_name = {
         "contrastive": contrastive_loss(image, texts[:, 0], scale),
-        "multi-positive": multi_to_multi_loss(image[:, None], texts, scale),
-        "many-to-many": multi_to_multi_loss(patches[:, :2], texts, scale),
-        "matched by the text": multi_to_multi_loss(patches[:, :2], texts, scale, "text"),
+        "multi-positive": multi_to_multi_loss(image[:, None], texts, scale, K),
+        "many-to-many": multi_to_multi_loss(patches[:, :2], texts, scale, K),
+        "matched by the text": multi_to_multi_loss(patches[:, :2], texts, scale, K, "text"),
         "diversity": diversity_loss(F.normalize(torch.stack([image, image + 3 * texts[:, 0]], 1), dim=-1)),
         "tokens": token_grouping_loss(patches, texts, words, scale),
     }

@@ -81,7 +81,7 @@ def test_a_pictures_texts_are_scored_and_their_patches_drawn(tmp_path, capsys):
     run, _ = a_run(tmp_path, "clip", vocab=VOCAB)
     picture(tmp_path / "dog.png", 7)
     texts = ["a brown dog", "a red sofa"]
-    evaluate.main([run, "--picture", f"{tmp_path}/dog.png", "--texts", *texts, "--device", "cpu"])
+    evaluate.main([run, "--picture", f"{tmp_path}/dog.png", *texts, "--device", "cpu"])
     said = capsys.readouterr().out
     model = Model(run, "cpu")
     cosines = model.texts(texts) @ model.embed([tmp_path / "dog.png"])[0]
@@ -106,8 +106,8 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--texts", "a"], "go together"),
-    (["--picture", "gone.png", "--texts", "a"], "image missing: .*gone.png"),
+    (["--picture", "gone.png"], "needs texts"),
+    (["--picture", "gone.png", "a"], "image missing: .*gone.png"),
     (["--search", "empty", "a"], "empty: no images"),
 ], ids=str)
 def test_what_cannot_be_shown_is_one_sentence(flags, words, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch.distributed.run
 from conftest import ROOT
 
 import train
-from model import CLIP, config_from
+from model import CLIP
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "RESULTS.md").read_text()
@@ -45,7 +45,7 @@ def can_start(arguments, world=1):
     s = train.resolve(flags, world)
     s.vocab = 49408
     with torch.device("meta"):
-        CLIP(config_from(s))
+        CLIP(s)
     return s
 
 

@@ -355,16 +355,6 @@ def test_of_an_image_that_is_cancelled_the_captions_there_are_kept(monkeypatch):
     assert lines == [{"captions": {"short": "A dog."}}]
 
 
-def test_the_servers_words_are_reported_without_the_key(monkeypatch):
-    async def refuse(*_):
-        raise recaption.openai.OpenAIError("Error code: 400 - no pictures for sk-1")
-
-    monkeypatch.setattr(recaption, "complete", refuse)
-    s = SimpleNamespace(prompts=recaption.PROMPTS, key="sk-1")
-    with pytest.raises(recaption.BadSample, match=r"^Error code: 400: no pictures for \*\*\*$"):
-        asyncio.run(recaption.ask(SimpleNamespace(client=None), "short", "", recaption.Progress(), s))
-
-
 def test_prompts_of_a_file_crops_and_later_fields_stand_side_by_side(tmp_path, serve):
     data, address = shards(tmp_path / "tars", 1), serve()
     prompts = {"version": "mine-2", "short": ["What is it?", 50], "colours": ["Which colours are there?", 30]}

@@ -9,6 +9,7 @@ import random
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -685,6 +686,23 @@ def test_a_worker_leaves_sigterm_to_the_main_process():
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM)
     assert len(list(batches)) == 19
+
+
+def test_no_worker_outlives_a_killed_main_process():
+    """It would keep the lock of the run's folder, connections, and memory."""
+    code = """if True:
+        import multiprocessing, os, time, data
+        def work():
+            data.begin_worker(0)
+            print("ready", flush=True)
+            time.sleep(5)
+            print("alive", flush=True)
+        multiprocessing.get_context("fork").Process(target=work).start()
+        time.sleep(60)"""
+    main = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert main.stdout.readline() == b"ready\n"
+    main.kill()
+    assert main.stdout.read() == b""
 
 
 # ---- from the command line -------------------------------------------------------------------------------------------

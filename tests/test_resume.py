@@ -336,6 +336,14 @@ def test_under_torchrun_a_run_outlives_kills_by_itself(start, tmp_path):
     assert_as_undisturbed(tmp_path / "run", tmp_path / "whole")
 
 
+def test_restarts_on_several_machines_want_a_store_of_their_own(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 0, 16)]))
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        train.join_group(settings())
+
+
 def test_a_run_that_may_be_restarted_wants_a_folder_of_its_own(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(train.UserError, match="name it with --out"):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from conftest import ROOT
 from data import TrainingSamples, UserError, collate, normalize, text_slots
+from losses import multi_to_multi_loss
 from test_losses import grouping, infonce, mean, unit
 
 # Float32, so that the numbers are the same on a processor with bfloat16 as on one without.
@@ -163,6 +164,18 @@ def test_each_methods_loss_is_the_sum_that_its_paper_writes(method):
     inputs = [v.transpose(0, 1), by_slot, patches, tokens, words]
     expected = paper_loss(method, *[x.tolist() for x in inputs])
     assert loss.item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_only_perspectives_have_a_branch_of_their_own():
+    s = settings("--raw-caption --sub-captions 1 --corner-tokens 1", method="holistic")
+    branches = unit(4, 5, 6)
+    texts = unit(4, 7, 2, 6, seed=1)
+    scale = torch.tensor(7.25)
+    loss, _ = train.method_loss(dict(branches=branches, summaries=texts, logit_scale=scale), s)
+    free = torch.cat([texts[:, :2, 0], texts[:, 1:, 1]], 1)  # raw and sub-caption, and all corners but raw's
+    own = multi_to_multi_loss(branches, texts[:, 2:, 0], scale, 5)
+    expected = (5 * own + 8 * multi_to_multi_loss(branches, free, scale, 0)) / 13
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("words", [
@@ -451,7 +464,6 @@ MISTAKES = [
     # flags
     ("train.py --unknown 3", "--unknown"),
     ("train.py --method best", "dreamlip"),
-    ("train.py --size huge", "nano"),
     ("train.py --batch 0", "--batch"),
     ("train.py --lr nan", "--lr"),
     ("train.py --kinds 5", "kinds"),
@@ -472,8 +484,7 @@ MISTAKES = [
     ("train.py --resume {f}/clip --method clip --size tiny", "size (nano there, tiny here)"),
     ("train.py --resume {f}/clip --method clip --lr 1", "lr (0.002 there, 1.0 here)"),
     ("evaluate.py {f}/gone", "gone"),
-    ("evaluate.py {f}/nothing", "nothing"),
-    ("evaluate.py {f}/clip --images 0", "--images"),
+    ("evaluate.py {f}/nothing", "checkpoint.pt"),
     ("scenes.py --write {f}/scenes --kinds 999", "kinds"),
 ]
 

@@ -230,9 +230,13 @@ def run_claims(folder: Path, rows: list[str], seeds: int, jobs: int, images: int
     by_seed = sum(zip(*runs.values()), ())  # so that an interrupted run has whole seeds
     train_runs(list(by_seed), jobs)
     values = {}
+    precisions = set()
     for row, of_row in runs.items():
         results = [run.result() for run in of_row]
         values[row] = values_of(results, "value")
+        precisions.update(result["settings"]["precision"] for result in results)
+    if len(precisions) > 1:
+        print("WARNING: some runs were trained in bfloat16 and some in float32: compare rows of one precision only")
     minutes = sum(of_row["minutes"].sum() for of_row in values.values())
     values["chance"] = values_of(results[:1], "chance")
     judged = {}  # the claims whose rows are both there

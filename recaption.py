@@ -339,11 +339,29 @@ def unfinished(records, s):
             yield output, i, fields
 
 
+async def fill(captions, fields, urls, server, progress, s):
+    """Asks for all fields of one image and puts the captions into the dict -> the reason and detail of the first one
+    that is missing in the end, or None."""
+    failure = None
+    for name in fields:
+        for box in crops(s.dense) if name == "dense" else [WHOLE]:
+            try:
+                text = await ask(server, name, urls[box], progress, s)
+            except BadSample as bad:
+                failure = failure or (bad.reason, bad.detail)  # not `bad` itself, which would keep the Output open
+                continue
+            if name == "dense":
+                parts = captions.setdefault(name, [])
+                parts += [{"box": box, "text": sentence} for sentence in split_sentences(text)]
+            else:
+                captions[name] = text
+    return failure
+
+
 async def caption(output, line, fields, urls, server, progress, s):
     """Asks all about one image and writes its line, also when the run ends early. Raises BadSample if a caption is
     missing in the end."""
     captions = line["captions"]
-    failure = None
 
     def write():
         if captions:
@@ -351,18 +369,7 @@ async def caption(output, line, fields, urls, server, progress, s):
             progress.captioned += 1
 
     try:
-        for name in fields:
-            for box in crops(s.dense) if name == "dense" else [WHOLE]:
-                try:
-                    text = await ask(server, name, urls[box], progress, s)
-                except BadSample as bad:
-                    failure = failure or (bad.reason, bad.detail)  # not `bad` itself, which would keep the Output open
-                    continue
-                if name == "dense":
-                    parts = captions.setdefault(name, [])
-                    parts += [{"box": box, "text": sentence} for sentence in split_sentences(text)]
-                else:
-                    captions[name] = text
+        failure = await fill(captions, fields, urls, server, progress, s)
     except BaseException:  # cancelled, or no server answers
         captions.pop("dense", None)  # crops may be missing
         with suppress(OSError):  # a full disk may be what ends the run

@@ -73,14 +73,15 @@ def pretend(run):
     metrics = {name: dict(value=value, chance=7.0) for names in claims.MEASURES.values() for name in names}
     if run.row == "long alone":
         metrics["short T2I R@1"] = metrics["short I2T R@1"] = dict(value=value - 50, chance=7.0)
-    return dict(metrics=metrics)
+    return dict(metrics=metrics, settings=dict(precision=run.folder[-1]))
 
 
-def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch):
+def test_tables_and_figures_show_what_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims.Run, "result", pretend)
     for seeds in (1, 2):  # of a single seed the intervals have no end
         claims.main([str(tmp_path), "--seeds", str(seeds)])
         assert (tmp_path / "claims.png").is_file()
+    assert capsys.readouterr().out.count("of one precision only") == 1
     written = (tmp_path / "claims.md").read_text()
     assert "21 rows × 2 seeds, 2562 minutes" in written
     assert "| raw (CLIP) | 61.0 ± 1.4 | 61.0 ± 1.4 |" in written

@@ -463,7 +463,6 @@ MISTAKES = [
     ("train.py --tokenizer {f}/red.png", "red.png"),
     # flags
     ("train.py --unknown 3", "--unknown"),
-    ("train.py --method best", "dreamlip"),
     ("train.py --batch 0", "--batch"),
     ("train.py --lr nan", "--lr"),
     ("train.py --kinds 5", "kinds"),

@@ -59,7 +59,7 @@ from scenes import PERSPECTIVES, Scenes, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that keeps the lines of a description, and whose errors are UserErrors, without the list of all flags."""
+    """argparse that keeps the lines of a description; its errors are UserErrors, without the list of all flags."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -84,12 +84,14 @@ def say_once(message):
     print(message, flush=True)
 
 
-def check_target(path):
-    """Raises UserError if the path cannot be written: called before the work, not after it."""
+def check_target(path, is_folder=False):
+    """Raises UserError if the file or folder cannot be written: called before the work, not after it."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"{path} cannot be written: name a place in a folder that exists and can be written")
+    there = path if path.exists() else path.parent
+    fits = path.is_dir() == is_folder if path.exists() else there.is_dir()
+    if not (fits and os.access(there, os.W_OK)):
+        raise UserError(f"{path} cannot be written: name a {'folder' if is_folder else 'file'} in a folder that exists "
+                        "and can be written")
 
 
 def read_json(path: Path):
@@ -796,7 +798,7 @@ def scan_tar(path):
                 if set(SUFFIXES).intersection(extensions):
                     yield start, end - start, key
                 else:
-                    yield BadSample("no image", f"{key} with {extensions}")
+                    yield BadSample("no image", f"{key} with {extensions} (must be neighbours: tar --sort=name)")
         file.seek(end)
         rest = file.read(1 << 20)
     if any(rest) or not rest:  # a whole tar ends in zeros
@@ -1006,7 +1008,8 @@ def find_files(pattern: str) -> list[Path]:
         names = [name for name in names if not name.endswith(".captions.jsonl")]  # those are joined by key
         files += map(Path, sorted(names) or [text])
     for file in files:
-        if not file.is_file() or file.suffix not in READERS or file.suffix != files[0].suffix:
+        known = file.is_file() and file.suffix in READERS and not file.name.endswith(".tar.gz")
+        if not known or file.suffix != files[0].suffix:
             raise UserError(f"no file {file} that can be read: --data takes .tar shards, .jsonl, .jsonl.gz, .json, "
                             ".csv, .parquet or a folder, one pattern for files of one format, and train.py takes "
                             "'scenes', too, which python scenes.py --write FOLDER writes")
@@ -1254,7 +1257,10 @@ def write_shards(pattern: str, folder: str):
     the other columns. Raises UserError."""
     if any(Path(folder).glob("*")):
         raise UserError(f"--shards {folder} is not empty: name a new folder")
-    batches = chain.from_iterable(map(parquet_batches, find_files(pattern)))
+    files = find_files(pattern)
+    if files[0].suffix != ".parquet":
+        raise UserError(f"--shards {pattern} is not Parquet: --data reads tables and folders as they are")
+    batches = chain.from_iterable(map(parquet_batches, files))
     for shard, rows in enumerate(batches):
         with atomic_path(Path(folder, f"{shard:05}.tar")) as temporary, tarfile.open(temporary, "w") as tar:
             for number, row in enumerate(rows):
@@ -1418,10 +1424,24 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     for path in [data] if isinstance(data, str) else data:
         if path != "scenes":
             records = shared_records(path, image_root)
+            check_fields(records, fields)
             sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
         else:
             sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
     return sets[0] if len(sets) == 1 else ConcatenatedSets(sets)
+
+
+def check_fields(records: Records, fields: dict, n: int = 200):
+    """Raises UserError if a field that only the user has named is in none of n samples, spread over the data."""
+    missing = set(chain.from_iterable(fields.values())).difference(DENSE, *FIELDS.values())
+    there = set()
+    for i in spread(len(records), n if missing else 0):
+        with suppress(BadSample):
+            there.update(all_fields(records[i].row))
+    missing -= there
+    if missing:
+        raise UserError(f"--caption-fields: none of {n} samples has a field {' or '.join(sorted(missing))}; they have "
+                        + ", ".join(sorted(there)))
 
 
 def check_boxes(dataset, n: int = 200):
@@ -1576,12 +1596,12 @@ def look(path, image_root, fields, tokenizer, n, sheet):
     for i in tqdm(np.random.default_rng(0).permutation(len(records))[:n], leave=False):
         try:
             record = records[i]
+            names.update(list(all_fields(record.row)))
             captions = read_captions(record.row, fields, record.key)
             picture = load_image(record.image, 256, name=record.key)
         except BadSample as error:
             bad.add(error)
             continue
-        names.update(list(all_fields(record.row)))
         lines = [record.key]
         long = [sentence.text for sentence in captions.long]
         for kind, texts in zip(tokens, ([captions.raw], captions.short, long)):
@@ -1622,7 +1642,7 @@ def main():
     command.add_argument("--join", nargs=2, metavar=("CAPTIONS", "SHARDS"),
                          help="write captions beside shards, found by the picture's URL, key or file name")
     command.add_argument("--shards", nargs=2, metavar=("PARQUET", "FOLDER"), help="write pictures as tar shards")
-    parser.add_argument("--look-images", type=int, default=1000, metavar="N",
+    parser.add_argument("--look-images", type=at_least(1), default=1000, metavar="N",
                         help="samples to read (default 1000)")
     parser.add_argument("--sheet", metavar="FILE.html", help="write a page of pictures with their captions")
     parser.add_argument("--image-root", help="where the image paths in tables and JSON lines begin")

@@ -280,7 +280,7 @@ def held_out_metrics(model, dataset, n):
         branches.append(embedded)
         captions.update(numbered)
         if scenes:
-            cells = cells.float().cpu()
+            cells = cells.cpu()
             patches.extend(cells)
             others.extend(cells.roll(1, 0))
     branches = torch.cat(branches)
@@ -492,7 +492,7 @@ def voc(model, path):
     everything = 0
     objects = 0
     for _, patches, masks in model.batches(dataset, load):
-        for cells, mask in zip(patches.float().cpu(), masks):
+        for cells, mask in zip(patches.cpu(), masks):
             scores = pixel_scores(cells, classes, mask.shape)  # [32, height, width]
             guess = scores.argmax(0)
             everything += confusion(mask, torch.where(guess < 20, guess + 1, 0), 21)
@@ -774,7 +774,7 @@ def markdown(lines):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def show_picture(model, file, *texts, folder):
+def show_picture(model, folder, file, *texts):
     """Prints how similar each text is to a picture, and draws the patches that each groups into picture.png."""
     image = model.prepare(file)
     branches, _ = model.encode([image])
@@ -785,9 +785,9 @@ def show_picture(model, file, *texts, folder):
     draw_groups(model, [(image, texts)], folder / "picture.png")
 
 
-def search(model, pictures, text, folder):
+def search(model, pictures, text, folder, image_root):
     """Prints the 24 pictures, of those that data.Records reads, most similar to a text, and writes search.html."""
-    records = Records(pictures)
+    records = Records(pictures, image_root)
     def load(number):
         record = records[number]
         return model.prepare(load_image(record.image, name=record.key)), number
@@ -841,7 +841,6 @@ def parse(argv):
          help="say how similar texts are to a picture, and draw the patches of each")
     task("--search", nargs=2, metavar=("FOLDER", "TEXT"), help="the pictures of a folder most similar to a text")
     add("--json", metavar="FILE", help="write all metrics of all runs")
-    add("--no-figures", dest="figures", action="store_false")
     task("--export", nargs=2, metavar=("FORMAT", "FILE"), default=(None, None),
          help="write the weights instead: open_clip FILE, or transformers FOLDER")
     return parser.parse_args(argv)
@@ -859,8 +858,9 @@ def main(argv=None):
     if not runs:
         raise UserError("none of these is a run: name folders with a checkpoint.pt, or files of weights")
     kind, weights = flags.export
-    for target in filter(None, (flags.json, weights, flags.out)):
-        check_target(target)
+    for target, is_folder in (flags.json, False), (weights, kind == "transformers"), (flags.out, True):
+        if target:
+            check_target(target, is_folder)
     if flags.picture and len(flags.picture) == 1:
         raise UserError("--picture FILE needs texts to compare it with: add some")
     if len(runs) > 1 and (kind or flags.picture or flags.search):
@@ -875,16 +875,16 @@ def main(argv=None):
         folder = Path(flags.out or model.folder or ".")
         folder.mkdir(parents=True, exist_ok=True)
         if flags.picture:
-            show_picture(model, *flags.picture, folder=folder)
+            show_picture(model, folder, *flags.picture)
         else:
-            search(model, *flags.search, folder)
+            search(model, *flags.search, folder, flags.image_root)
         print(f"written to {folder}")
     else:
         reports = []
         failed = []
         for run in runs:
             try:
-                report = evaluate_run(run, flags.images, data, flags.figures, flags.benchmark, flags.out, **options)
+                report = evaluate_run(run, flags.images, data, benchmarks=flags.benchmark, out=flags.out, **options)
                 reports.append(report)
             except (UserError, OSError) as error:
                 failed.append(f"{run}: {error}")

@@ -393,8 +393,8 @@ class CLIP(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """CLIP's of its text blocks, for both towers: N(0, σ²), σ falling with width, and with depth where a layer writes
-        into the residual stream; biases 0."""
+        """CLIP's of its text blocks, for both towers: N(0, σ²), σ falling with width, and with depth where a layer
+        writes into the residual stream; biases 0."""
         def draw(layer, std):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -472,6 +472,7 @@ def save_atomically(path: Path, content: dict, keep: int) -> bool:
 
 TROUBLES = {  # what an error says -> the end of a sentence that begins with the file's name
     "No module named": "cannot be read yet: pip install safetensors",
+    "Permission denied": "cannot be read: change its permissions",
     "No such file": "does not exist: name a run's folder or a file of weights",
     "TorchScript": "is a TorchScript archive, as OpenAI's downloads are: if you trust it, save its "
                    "torch.jit.load(FILE).state_dict() with torch.save and name that file",
@@ -539,8 +540,7 @@ def load_model(path: Path, activation: str | None = None) -> tuple[CLIP, dict]:
         model = from_state_dict(content, **told)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    print(f"{path.name}: activation {model.config.activation} (OpenAI's, MetaCLIP's and DFN's weights want "
-          "--activation quickgelu)")
+    print(f"{path.name}: activation {model.config.activation} (OpenAI's and MetaCLIP's want --activation quickgelu)")
     tokenizer = str(path.with_name("vocab.txt")) if model.config.text_style == "bert" else "clip"
     return model, asdict(model.config) | dict(tokenizer=tokenizer, kinds=24, caption_fields="")
 
@@ -610,8 +610,7 @@ def count(state, pattern):
 
 
 def config_beside(path: Path) -> dict:
-    """What the shapes do not tell, from open_clip's JSON beside somebody else's file: the file's name with .json, or
-    open_clip_config.json. Empty if there is none."""
+    """What the shapes do not tell, from open_clip's JSON beside a released file: NAME.json, open_clip_config.json."""
     told = {}
     for beside in (path.with_name("open_clip_config.json"), path.with_suffix(".json")):
         if beside.is_file():

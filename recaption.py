@@ -219,6 +219,7 @@ class Progress:
 
     def __init__(self):
         self.captioned = 0  # images
+        self.known = 0  # images that lacked nothing
         self.failed = BadCount()  # images that miss a caption in the end, by reason
         self.answered = time.monotonic()  # when a server last answered
 
@@ -228,6 +229,8 @@ class Server:
 
     def __init__(self, url, s):
         url = url.rstrip("/")
+        if "://" not in url:
+            url = f"http://{url}"
         self.url = url if url.count("/") > 2 else f"{url}/v1"
         self.client = openai.AsyncOpenAI(base_url=self.url, api_key=s.key, timeout=TIMEOUT, max_retries=RETRIES,
                                          http_client=openai.DefaultAioHttpClient())
@@ -326,7 +329,7 @@ class Output:
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-def unfinished(records, s):
+def unfinished(records, progress, s):
     """Yields (Output, i, fields) for every image that lacks captions, in the order of the files."""
     current = None
     for i, key in enumerate(tqdm(records.keys()[:s.limit or None], unit="image")):
@@ -337,6 +340,8 @@ def unfinished(records, s):
         fields = output.claim(int(key), s.fields)
         if fields:
             yield output, i, fields
+        else:
+            progress.known += 1
 
 
 async def fill(captions, fields, urls, server, progress, s):
@@ -384,7 +389,7 @@ async def caption(output, line, fields, urls, server, progress, s):
 async def recaption(records, s, progress):
     """Captions all images that lack captions."""
     servers = [Server(url, s) for url in s.endpoint.split(",")]
-    todo = unfinished(records, s)
+    todo = unfinished(records, progress, s)
     turn = threading.Lock()
 
     def prepare_next():
@@ -487,6 +492,8 @@ def main(argv=None):
         captions_path(records.files[0]).with_name("recaption.json").write_text(report)
         if s.preview:
             preview(s.preview, s)
+        if failed and not (progress.captioned or progress.known):
+            raise UserError(f"no image was captioned ({failed.report()}): check --image-root and the server")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or 'the captions'} ({error.strerror}): what is written stays; "
                         "to resume, run the same command") from None

@@ -140,8 +140,8 @@ BASE = dict(image_size=224, vision_width=768, vision_depth=12, vision_heads=12,
             clip_grad=0.0, kinds=83)
 
 # Where a paper or its code gives other settings for these sizes: DreamLIP's K = 8, the raw caption counted; Holistic
-# CLIP's training script, 100 epochs of CC3M; SPARC's appendix D.4, 200,000 steps with 2,500 of warm-up. What they do not
-# give is DreamLIP's.
+# CLIP's training script, 100 epochs of CC3M; SPARC's appendix D.4, 200,000 steps, 2,500 of them warm-up. What they do
+# not give is DreamLIP's.
 RECIPES = {
     "dreamlip": dict(sub_captions=7),
     "holistic": dict(images=290_000_000, batch=2048, warmup=0.014, weight_decay=0.2, eps=1e-6),
@@ -235,8 +235,8 @@ def resolve(flags: dict, world: int = 1, started=None, checks: bool = True) -> S
         check_settings(s, world)
     branches = s.branches, s.branch_type
     if s.lock_image and started and branches != (started.get("branches", 1), started.get("branch_type", "class")):
-        raise UserError("--lock-image keeps the image tower as it is in the file, so leave --branches and --branch-type "
-                        "alone, or drop --lock-image")
+        raise UserError("--lock-image keeps the image tower as it is in the file, so leave --branches and "
+                        "--branch-type alone, or drop --lock-image")
     return s
 
 
@@ -514,6 +514,11 @@ def load_initial_weights(s: Settings, flags: dict):
             told, tensors = read_initial_weights(Path(path), part, flags)
             started |= told
             weights |= tensors
+    row = SIZES[s.size]
+    others = [name for name in ("vision_width", "text_width") if started.get(name, row[name]) != row[name]]
+    if others and "size" not in flags:
+        raise UserError(f"the weights to start from are not those of --size {s.size}, whose recipe would train them: "
+                        "give --size base-16, or the one that fits them best")
     return started, weights
 
 
@@ -891,8 +896,8 @@ def train_steps(run: Run, caught: list):
             break
     with raise_together():
         if not save(run):
-            raise UserError(f"the trained weights could not be written: make room in {run.folder} and --resume "
-                            f"{run.folder}")
+            raise UserError(f"the trained weights could not be written: make room in {run.folder}; --resume "
+                            f"{run.folder} continues from its last checkpoint, if there is one")
 
 
 def save_if_due(run: Run, caught: list) -> bool:
@@ -927,8 +932,8 @@ def measure(state: State, loss, terms: dict, norm, s: Settings) -> dict:
 
 @torch.no_grad()
 def held_out_loss(run: Run) -> float:
-    """The mean of the method's loss over as many held-out images as fill whole batches, the same every time; the weights
-    with the least one are kept as best.pt."""
+    """The mean of the method's loss over as many held-out images as fill whole batches, the same every time; the
+    weights with the least one are kept as best.pt."""
     rank, world = rank_and_world()
     n = min(len(run.held_out), run.s.eval_images)
     batch = min(run.s.batch, max(1, n // world) * world)

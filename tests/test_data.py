@@ -466,8 +466,7 @@ def test_captions_are_found_in_every_published_layout(case):
 
 
 @pytest.mark.parametrize("row", [
-    "{}", '{"caption": ""}', r'{"caption": "  \n"}', '{"caption": []}', '{"caption": [null, ""]}', '{"caption": 7}',
-    '{"raw": "", "captions": {}}', '{"captions": null}', '{"captions": ["a list"]}', '{"captions": "text"}'])
+    "{}", r'{"caption": "  \n"}', '{"caption": [null, ""]}', '{"captions": "text"}'])
 def test_a_row_without_any_text_is_a_bad_sample(row):
     with pytest.raises(BadSample) as caught:
         read_captions(json.loads(row), name="a.png")

@@ -309,7 +309,7 @@ def fresh(runs, tmp_path):
 
 
 def run_quickly(*argv):
-    evaluate.main([*argv, "--device", "cpu", "--no-figures"])
+    evaluate.main([*argv, "--device", "cpu"])
 
 
 @pytest.mark.parametrize("name", ["scenes", "pictures"])
@@ -372,14 +372,13 @@ def test_only_the_standard_evaluation_is_written_into_a_runs_folder(fresh, tmp_p
     assert (tmp_path / "clip/evaluation.json").is_file()
 
 
-def test_a_folder_that_cannot_be_written_costs_no_table(fresh, tmp_path, capsys):
+@pytest.mark.parametrize("flag, target", [
+    ("--out", "file"), ("--json", "file/all.json"), ("--json", "clip"), ("--export open_clip", "clip")])
+def test_what_cannot_be_written_is_refused_before_the_work(flag, target, fresh, tmp_path):
     path = fresh("clip")
     write(tmp_path / "file", "in the way")
-    with pytest.raises(UserError, match="file"):
-        run_quickly(path, "--images", "9", "--out", f"{tmp_path}/file")
-    assert "  mIoU\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="file/all.json cannot be written"):
-        run_quickly(path, "--json", f"{tmp_path}/file/all.json")
+    with pytest.raises(UserError, match=f"{target} cannot be written"):
+        run_quickly(path, *flag.split(), f"{tmp_path}/{target}")
 
 
 def test_several_runs_are_rows_of_one_table_and_what_is_no_run_is_passed_over(fresh, tmp_path, capsys):

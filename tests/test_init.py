@@ -171,6 +171,13 @@ def test_a_mistake_ends_in_one_sentence(flags, words, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_another_width_want_the_size_of_their_recipe(tmp_path):
+    a_run(tmp_path)
+    flags = dict(init=str(tmp_path))
+    with pytest.raises(UserError, match="not those of --size tiny, .*give --size base-16"):
+        train.load_initial_weights(train.resolve(dict(flags, device="cpu")), flags)
+
+
 def test_a_tokenizer_of_another_size_is_refused(tmp_path):
     path, _ = a_run(tmp_path)
     with pytest.raises(UserError, match="--tokenizer scenes is not that of the weights .* 40 tokens"):

@@ -58,7 +58,8 @@ def test_transformers_embeds_pictures_and_texts_alike(activation, tmp_path):
     assert same(found, ours.encode_image(prepared)[0][:, 0])
 
 
-@pytest.mark.parametrize("settings", [dict(pool="average"), dict(vision_style="timm")], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(pool="average"), dict(vision_style="timm"), dict(branches=2), dict(corner_tokens=1), dict(stem="conv")], ids=str)
 def test_what_transformers_cannot_hold_is_not_exported(settings, tmp_path):
     with pytest.raises(UserError, match="this model has no place there"):
         export_transformers(small(**settings), tmp_path / "there")
@@ -72,7 +73,7 @@ def test_another_tokenizer_is_not_written(tmp_path):
     assert f'"eos_token_id": {vocab - 1}' in (tmp_path / "there/config.json").read_text()
     assert not (tmp_path / "there/vocab.json").exists()
     with pytest.raises(UserError, match="--export onnx: take open_clip or transformers"):
-        evaluate.main([run, "--export", "onnx", f"{tmp_path}/there"])
+        evaluate.main([run, "--export", "onnx", f"{tmp_path}/x"])
 
 
 # ---- pictures of one's own -------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_a_folder_is_searched_and_what_is_unreadable_passed_over(tmp_path, capsy
     (tmp_path / "pictures/broken.png").write_text("x")
     model = Grey()
     model.texts = lambda texts: torch.linspace(1, 0, 40)[None]  # the darker, the more similar
-    evaluate.search(model, tmp_path / "pictures", "night", tmp_path)
+    evaluate.search(model, tmp_path / "pictures", "night", tmp_path, None)
     skipped, *best = capsys.readouterr().out.splitlines()
     assert "skipped: 1, the first: image will not decode: broken" in skipped
     assert [line.split()[1] for line in best] == [f"p{k}" for k in range(12)]

@@ -330,6 +330,11 @@ def test_broken_images_are_passed_over_and_reported(tmp_path, serve):
     assert run(folder, "--endpoint", serve(), "--fields", "short") == 0
     assert_each_once(tmp_path, 1, "short")
     assert report(tmp_path)["failed"] == {"image will not decode": 2}
+    assert run(folder, "--endpoint", serve(), "--fields", "short") == 0
+    (folder / "0000.jpg").unlink()
+    (tmp_path / "pictures.captions.jsonl").unlink()
+    with pytest.raises(UserError, match="no image was captioned.*will not decode"):
+        run(folder, "--endpoint", serve(), "--fields", "short")
 
 
 def test_a_server_that_goes_away_ends_the_run_with_all_its_answers_kept(tmp_path, serve, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from data import SceneImages, open_dataset
-from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, glyph, is_unseen, rgb
+from scenes import BACKGROUNDS, COLOURS, KINDS, SPLITS, TEMPLATES, Scenes, is_unseen, rgb
 
 ALL = Scenes("test", size=128, kinds=83)
 TRAIN = [Scenes(kinds=83).scene(i) for i in range(600)]
@@ -55,11 +55,6 @@ def test_a_tenth_of_the_pairs_of_colour_and_kind_is_only_met_in_testing():
     for scenes, least, most in ((TRAIN, 0, 0), (TEST, 0.07, 0.13)):
         share = np.mean([is_unseen(o.kind, o.colour) for s in scenes for o in s.objects])
         assert least <= share <= most
-
-
-def test_no_two_pictographs_are_alike():
-    drawn = {glyph(kind, 24).tobytes() for kind in range(83)}
-    assert len(drawn) == len(KINDS) == 83
 
 
 def test_the_mask_covers_the_pixels_that_each_object_paints_in_its_colour():

@@ -55,13 +55,14 @@ def multi_to_multi_loss(
 ) -> Tensor:
     """Holistic CLIP's M2M loss (2412.00440, section 3.3): (1/M)·Σ_m InfoNCE(v_m, t_m).
 
-    branches [B,H,D], texts [B,M,D] -> scalar. Text m belongs to branch m if the first H texts, of the same H
-    perspectives for every image, are there: `views` tells how many such texts there are. All other texts go to the
-    branch of their image that is most similar to them ("free matching").
+    branches [B,H,D], texts [B,M,D] -> scalar. The first `views` texts are perspectives, the same for every image. If
+    there is one for each branch, text m belongs to branch m, for m < H. All other texts go to the branch of their image
+    that is most similar to them ("free matching").
     matching: which branch represents the other images in such a text's softmax. "image": each image's own choice, made
     for its own text; "text": the choice of the text's own image, for all images (the released code).
     """
     H = branches.shape[1]
+    M = texts.shape[1]
     if H == 1:
         return multi_positive_loss(branches[:, 0], texts, logit_scale)
     similarity = torch.einsum("bmd,bhd->bmh", texts, branches)
@@ -69,7 +70,7 @@ def multi_to_multi_loss(
     if views >= H:
         match[:, :H] = torch.arange(H, device=match.device)
     chosen = branches.take_along_dim(match[..., None], 1)  # [B, M, D]
-    if matching == "text":
+    if matching == "text" and (M > H or views < H):  # some are free
         return text_matching_loss(branches, texts, chosen, match, logit_scale)
     return contrastive_loss(chosen.transpose(0, 1), texts.transpose(0, 1), logit_scale)
 

@@ -986,7 +986,7 @@ def leave_group(run: Run):
     if distributed():
         run.network = None  # otherwise DDP holds the group last, and waits for threads that want its lock
         gc.collect()
-        time.sleep(0.5)  # gloo's threads may want Python's lock for the last work, and destroying holds it (PyTorch 2.6)
+        time.sleep(0.5)  # gloo's threads may still want Python's lock, which destroying holds (seen with PyTorch 2.6)
         dist.destroy_process_group()
 
 

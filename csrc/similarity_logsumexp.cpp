@@ -200,10 +200,10 @@ Tensor backward(const Inputs& x, const Tensor& rows, const Tensor& cols, Tensor 
 
 // n becomes a multiple of COLS, which is whole tiles of texts and whole vectors of rows, and D one of PAIR.
 Tensor prepare(const Tensor& x) {
-  bool bfloat16 = false;  // it is computed as float32 where brgemm has no instructions for it
+  bool bfloat16 = false;  // it is computed as float32 where brgemm has no instructions for it, or may not use them
 #ifdef __x86_64__
   bfloat16 = x.scalar_type() == at::kBFloat16 && __builtin_cpu_supports("avx512bf16") &&
-             at::globalContext().userEnabledMkldnn();
+             at::native::cpublas::could_pack(at::kBFloat16);
 #endif
   int64_t n = round_up(x.size(-2), COLS) - x.size(-2), d = bfloat16 ? x.size(-1) % 2 : 0;
   Tensor cast = x.to(bfloat16 ? at::kBFloat16 : at::kFloat);

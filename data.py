@@ -1424,22 +1424,23 @@ def open_dataset(data, part: str, n: int, size: int, kinds: int, crop: float = 0
     for path in [data] if isinstance(data, str) else data:
         if path != "scenes":
             records = shared_records(path, image_root)
-            check_fields(records, fields)
             sets.append(Pictures(records, size, part.replace("test", "validation"), crop, fields, augment))
         else:
             sets.append(SceneImages(part.replace("all", "test"), n, size, kinds))
+    check_fields([part.records for part in sets if isinstance(part, Pictures)], fields)
     return sets[0] if len(sets) == 1 else ConcatenatedSets(sets)
 
 
-def check_fields(records: Records, fields: dict, n: int = 200):
-    """Raises UserError if a field that only the user has named is in none of n samples, spread over the data."""
+def check_fields(sets: list[Records], fields: dict, n: int = 200):
+    """Raises UserError if a field that only the user has named is in none of n samples of each set, spread over it."""
     missing = set(chain.from_iterable(fields.values())).difference(DENSE, *FIELDS.values())
     there = set()
-    for i in spread(len(records), n if missing else 0):
-        with suppress(BadSample):
-            there.update(all_fields(records[i].row))
+    for records in sets:
+        for i in spread(len(records), n if missing else 0):
+            with suppress(BadSample):
+                there.update(all_fields(records[i].row))
     missing -= there
-    if missing:
+    if missing and sets:  # scenes have no such fields
         raise UserError(f"--caption-fields: none of {n} samples has a field {' or '.join(sorted(missing))}; they have "
                         + ", ".join(sorted(there)))
 

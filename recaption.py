@@ -492,7 +492,7 @@ def main(argv=None):
         captions_path(records.files[0]).with_name("recaption.json").write_text(report)
         if s.preview:
             preview(s.preview, s)
-        if failed and not (progress.captioned or progress.known):
+        if failed and not (code or progress.captioned or progress.known):
             raise UserError(f"no image was captioned ({failed.report()}): check --image-root and the server")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or 'the captions'} ({error.strerror}): what is written stays; "
